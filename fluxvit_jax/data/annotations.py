@@ -1,0 +1,307 @@
+"""What there is to train on: lists of videos, folders of class folders, prepared folders.
+
+`open_source` turns any of the three into a `Source`, a random-access sequence of `Record`s. Bad
+input is a `UserError` that names the file and the line.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+from etils import epath
+
+from fluxvit_jax.errors import UserError
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
+)
+FEATURES = ("id", "label", "video")  # of a record of a prepared folder
+
+
+class Example(NamedTuple):
+    """One line of a list: where a video is and what it shows."""
+
+    id: str  # path relative to the root, "/" between its parts
+    label: int
+    source: str  # absolute path
+
+
+class Record(NamedTuple):
+    """One video of a source: its path, or the bytes of its file."""
+
+    id: str
+    label: int
+    video: str | bytes
+
+
+class Source(Protocol):
+    """A random-access sequence of videos that pickles small enough for worker processes.
+
+    `class_names` is None where they are not known. `fingerprint` names the content: a sha256 over
+    ids, labels and byte sizes in order, the same on every machine and under every root, and the
+    same for a list and for the folder prepared from it (if all of its videos went in).
+    """
+
+    class_names: tuple[str, ...] | None
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def open_source(
+    path: str | os.PathLike, root: str | os.PathLike | None = None, classes: int | None = None
+) -> Source:
+    """Opens a list, a folder of class folders, or a folder written by `prepare`.
+
+    Args:
+      path: the list or folder. A prepared folder of several splits takes `FOLDER:SPLIT`.
+      root: folder that the paths of a list are relative to (default: the folder of the list);
+        of no meaning for folders.
+      classes: number of classes, to check the labels against.
+
+    Raises:
+      UserError: see `read_annotations`; a prepared folder that is unfinished, lacks the split, a
+        shard or a feature, or has a label out of range.
+    """
+    folder, split = _split_of(path)
+    if _is_prepared(folder):
+        return _open_prepared(folder, split, classes)
+    examples = read_annotations(path, root, classes)
+    return FileSource(examples, class_names(path) if os.path.isdir(path) else None)
+
+
+def read_annotations(
+    path: str | os.PathLike, root: str | os.PathLike | None = None, classes: int | None = None
+) -> list[Example]:
+    """Reads a list of videos or a folder of class folders.
+
+    A list has a video a line, `path,label`: UTF-8, two columns apart by a comma (with CSV quoting),
+    a tab or blanks, as in its first line; the first line may be a header. In a folder of class
+    folders the label is the index of the sorted class names.
+
+    Args:
+      path: the list or folder.
+      root: folder that the paths of a list are relative to (default: the folder of the list).
+      classes: number of classes; labels must be below it, and a folder must have just as many.
+
+    Raises:
+      UserError: the list, folder or root is missing or empty; with the line number, a wrong number
+        of columns, a label that is no integer or out of range, a path that is a URL or leaves
+        the root.
+    """
+    if not os.fspath(path):
+        raise UserError("no data is given: name a list or a folder of videos")
+    if os.path.isdir(path):
+        return _read_folder(Path(path), classes)
+    return _read_list(Path(path), Path(path).parent if not root else Path(root), classes)
+
+
+def class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """The sorted names of the class folders in a folder; a name's index is its label."""
+    with os.scandir(path) as entries:
+        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+
+
+def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
+    """Hex sha256 over rows of (id, label, bytes of the video file), in order."""
+    digest = hashlib.sha256()
+    for name, label, size in rows:
+        digest.update(f"{name}\t{label}\t{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def file_size(path: str) -> int:
+    """Size of a file in bytes, 0 for one that cannot be read (which decoding will then say)."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSource:
+    """The videos of a list or of a folder of class folders."""
+
+    examples: Sequence[Example]
+    class_names: tuple[str, ...] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Source`; asks the file system for every size, once."""
+        return fingerprint((e.id, e.label, file_size(e.source)) for e in self.examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(*self.examples[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+    """One split of a folder written by `prepare`."""
+
+    folder: str
+    records: Any  # of tfds: a random-access sequence of dicts of `FEATURES`
+    class_names: tuple[str, ...] | None
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            record = self.records[index]
+        except RuntimeError as error:  # what array_record raises for a damaged shard
+            raise UserError(f"{self.folder}: record {index} cannot be read: {error}") from error
+        return Record(os.fsdecode(record["id"]), int(record["label"]), record["video"])
+
+
+def _read_folder(folder: Path, classes: int | None) -> list[Example]:
+    names = class_names(folder)
+    examples = [
+        Example(video.relative_to(folder).as_posix(), label, os.path.abspath(video))
+        for label, name in enumerate(names)
+        for video in _videos_below(folder / name)
+    ]
+    if not examples:
+        raise UserError(f"{folder}: holds no class folders with videos, and is no prepared folder")
+    if classes is not None and len(names) != classes:
+        # The label is a place in the sorted names: one folder more or less would shift them.
+        raise UserError(f"{folder}: holds {len(names)} class folders where {classes} are expected")
+    return examples
+
+
+def _videos_below(folder: Path) -> list[Path]:
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith(".")
+    )
+
+
+def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"{path}: cannot be read as a list of videos: {reason}") from None
+    if not root.is_dir():
+        raise UserError(f"{path}: the root of its paths, {root}, is no folder")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    delimiter = next((d for d in ",\t" if numbered and d in numbered[0][1]), None)
+    rows = [(number, _columns(path, number, line, delimiter)) for number, line in numbered]
+    if rows and _is_header(*rows[0][1]):
+        del rows[0]
+    if not rows:
+        raise UserError(f"{path}: holds no videos; write one a line: path,label")
+    root = Path(os.path.abspath(root))
+    return [
+        Example(name, _label(path, number, label, classes), os.path.join(root, name))
+        for number, (text, label) in rows
+        for name in [_inside(path, number, text, root)]
+    ]
+
+
+def _columns(path: Path, number: int, line: str, delimiter: str | None) -> list[str]:
+    """The two columns of a line; None splits at runs of blanks, else it is CSV."""
+    try:
+        columns = line.split() if delimiter is None else _csv_columns(line, delimiter)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {number}: {error}") from None
+    if len(columns) != 2:
+        raise UserError(f"{path}, line {number}: {len(columns)} columns where path,label are 2")
+    return columns
+
+
+def _csv_columns(line: str, delimiter: str) -> list[str]:
+    # A line at a time: a quote left open is an error of its line, not of all that follow.
+    row = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True, strict=True))
+    return [column.strip() for column in row]
+
+
+def _is_header(first: str, second: str) -> bool:
+    """Whether a first line names columns: no number for a label and no file for a path."""
+    return not re.fullmatch(r"-?\d+", second) and not PurePosixPath(first).suffix
+
+
+def _label(path: Path, number: int, text: str, classes: int | None) -> int:
+    if not re.fullmatch(r"-?[0-9]+", text):
+        raise UserError(f"{path}, line {number}: label {text!r} is no integer")
+    label = int(text)
+    if label < 0 or (classes is not None and label >= classes):
+        allowed = "0 or more" if classes is None else f"one of 0..{classes - 1}"
+        raise UserError(f"{path}, line {number}: label {label} must be {allowed}")
+    return label
+
+
+def _inside(path: Path, number: int, text: str, root: Path) -> str:
+    """The path relative to the root. Links are not followed: one may lead out of the root."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise UserError(f"{path}, line {number}: {text!r} is a URL; videos are read from files")
+    name = os.path.normpath(os.path.relpath(text, root) if os.path.isabs(text) else text)
+    if not text or "\0" in text or name == "." or name.split("/")[0] == "..":
+        raise UserError(f"{path}, line {number}: {text!r} is no file inside the root {root}")
+    return name
+
+
+def _split_of(path: str | os.PathLike) -> tuple[str, str | None]:
+    """`FOLDER:SPLIT` in its two parts; the split is None where there is none."""
+    match = re.fullmatch(r"(.+):(\w+)", os.fspath(path))
+    return (match[1], match[2]) if match else (os.fspath(path), None)
+
+
+def _is_prepared(folder: str) -> bool:
+    return bool(folder) and (epath.Path(folder) / "dataset_info.json").exists()
+
+
+def _open_prepared(folder: str, split: str | None, classes: int | None) -> PreparedSource:
+    import tensorflow_datasets as tfds  # late: not needed for lists
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        about = builder.info.metadata["splits"]
+        features = builder.info.features
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{folder}: is not a folder of `prepare`: {error!r}") from error
+    split = _chosen_split(folder, split, sorted(about))
+    if set(features) != set(FEATURES):
+        raise UserError(f"{folder}: has {sorted(features)} where {sorted(FEATURES)} are expected")
+    if classes is not None and about[split]["max_label"] >= classes:
+        raise UserError(
+            f"{folder}: label {about[split]['max_label']} must be one of 0..{classes - 1}"
+        )
+    present = {file.name for file in epath.Path(folder).iterdir()}
+    for shard in builder.info.splits[split].filenames:
+        if shard not in present:
+            raise UserError(f"{folder}: shard {shard} is missing")
+    return PreparedSource(
+        folder=folder,
+        records=builder.as_data_source(split),
+        class_names=tuple(getattr(features["label"], "names", ())) or None,
+        fingerprint=about[split]["fingerprint"],
+    )
+
+
+def _chosen_split(folder: str, split: str | None, splits: list[str]) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split not in splits:
+        raise UserError(f"{folder}: holds {', '.join(splits)}; name one: {folder}:{splits[0]}")
+    return split
