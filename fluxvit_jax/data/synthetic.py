@@ -2,22 +2,39 @@
 
     python -m fluxvit_jax.data.synthetic --out=DIR [--train=N] [--validation=M] [--seed=0]
 
-A clip shows two flat worlds, one over the other: a photograph, and scattered cut-outs of another
-photograph. Both are endless (the photograph by mirroring, the cut-outs by repeating). The class says
-how the two move on screen; everything else (which part is seen, how large, at what tilt, which
-colours) is drawn alike for every class at the middle of the clip, so a single frame tells nothing.
+A clip shows two flat worlds, one over the other: a photograph, and small cut-outs of another
+photograph. Both are endless (the photograph by mirroring, the cut-outs by repeating). The class
+says how the two move on screen. Everything else is drawn alike for every class, and at the middle
+of the clip all classes look the same, so that a single frame tells nothing.
+
+DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
+and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
+the same versions of the packages); a run that was interrupted goes on where it stopped.
 """
 
+import argparse
 import importlib.util
+import json
 import math
-from functools import cache
+import multiprocessing
+import os
+import signal
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import av
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from fluxvit_jax.errors import UserError
+
+# Counts changes that alter the clips; a folder made with another number is not added to.
+RECIPE = 1
 
 # In alphabetical order, so that labels are the same read from the lists or from the class folders.
 # The camera pans and zooms (under pan_left the picture moves right); in rotate_clockwise the
@@ -62,7 +79,23 @@ PHOTOGRAPHS = {
         "skimage/data/ihc.png",
     ),
 }
-# Source pixels a frame pixel may span before the photograph is shrunk first (else it would alias).
+# height, width: 4:3, 16:9, square, 3:4, 9:16.
+SIZES = (
+    *((84, 112), (96, 128), (108, 144), (120, 160), (132, 176)),
+    *((80, 142), (90, 160), (100, 176)),
+    *((96, 96), (112, 112), (128, 128)),
+    *((112, 84), (128, 96), (144, 108)),
+    *((142, 80), (160, 90)),
+)
+FRAME_RATES = (Fraction(12), Fraction(15), Fraction(24), Fraction(25), Fraction(30000, 1001))
+FRAMES = (24, 91)  # shortest, and one more than longest
+SOUND = 0.25  # share of clips with a sound track
+SAMPLE_RATE = 16000
+
+# Magnification from the first to the last instant of a zoom.
+ZOOM = (1.5, 2.1)
+# Pixels of the photograph that one pixel of a frame may span: beyond about this it would alias, so
+# a larger photograph is shrunk first.
 MAX_STRIDE = 1.3
 
 
@@ -86,18 +119,18 @@ def photographs(split: str) -> list[np.ndarray]:
 @cache
 def _photograph(name: str) -> np.ndarray:
     package, inside = name.split("/", 1)
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package)  # does not import the package
     path = Path(spec.submodule_search_locations[0]) / inside if spec else None
     if path is None or not path.is_file():
-        raise UserError(f"{name}: photograph not found; install fluxvit_jax[demo]")
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB)
-    if "retina" in name:  # a disc on black: keep the square inside it
-        image = image[240:-240, 240:-240]
+        raise UserError(f"photograph {name} is missing: pip install 'fluxvit_jax[demo]'")
+    with av.open(path) as file:
+        image = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    if "retina" in name:  # a disc on black: keep a square inside it
+        image = image[240:1170, 240:1170]
     height, width = image.shape[:2]
-    shrink = 480 / min(height, width)
-    if shrink < 1:
-        size = (round(width * shrink), round(height * shrink))
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    shrink = max(1, min(height, width) / 480)
+    size = (round(width / shrink), round(height / shrink))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
     low, high = np.percentile(image, (1, 99))
     return np.clip((image - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
 
@@ -110,88 +143,95 @@ def render(
     size: tuple[int, int],
     cutout_photo: np.ndarray | None = None,
 ) -> np.ndarray:
-    """One clip of `motion` (of MOTIONS): uint8 RGB [frames, height, width, 3] for size (height, width).
+    """One clip of a motion of MOTIONS: uint8 RGB [frames, height, width, 3], size (height, width).
 
     photo is uint8 [H, W, 3]; the cut-outs come from cutout_photo (by default from photo itself).
-    Everything random is drawn from rng, in an order that does not depend on motion.
+    The same random numbers are drawn from rng for every motion, so that clips of equal rng differ
+    in nothing but how the two worlds move.
     """
-    still, moving = _paths(motion, rng, frames)
+    ground_path, cutout_path = _paths(motion, rng, frames)
     ground = _recolour(photo, rng)
-    cutouts = _cutouts(_recolour(photo if cutout_photo is None else cutout_photo, rng), rng, size)
-    start, span, tilt = _view(ground, rng)
-    clip = _film(ground, still, size, start, span, tilt, cv2.BORDER_REFLECT)
-    tile = cutouts.shape[0]
-    start = rng.uniform(0, tile, 2)
-    span = tile / CUTOUT_TILE
-    layer = _film(cutouts, moving, size, start, span, rng.uniform(-np.pi, np.pi), cv2.BORDER_WRAP)
+    source = _recolour(photo if cutout_photo is None else cutout_photo, rng)
+    clip = _film(ground, ground_path, size, *_view(ground, rng), cv2.BORDER_REFLECT)
+    tile = _cutouts(source, rng, size)
+    side = len(tile)
+    tilt, scale = rng.uniform(-np.pi, np.pi), math.exp(rng.uniform(-0.2, 0.2))
+    view = rng.uniform(0, side, 2), side / TILE * scale, tilt
+    layer = _film(tile, cutout_path, size, *view, cv2.BORDER_WRAP)
     alpha = layer[..., 3:].astype(np.uint16)
     return ((clip * (255 - alpha) + layer[..., :3] * alpha + 127) // 255).astype(np.uint8)
 
 
 def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, Path2D]:
-    """The paths of the photograph and of the cut-outs; all random numbers are drawn every time."""
+    """The paths of the photograph and of the cut-outs. Both are 0 at the middle of the clip."""
     time = (np.arange(frames) + 0.5) / frames
-    distance = rng.uniform(0.5, 1.0)  # of the short side, over the clip
+    distance = rng.uniform(0.5, 1.0)  # in short sides of the frame, over the clip
+    further = rng.uniform(0.7, 1.0)
     heading = rng.uniform(-np.pi, np.pi)
-    wobble = rng.uniform(-0.2, 0.2)
-    bend = rng.uniform(-0.25, 0.25)
-    magnify = math.log(rng.uniform(1.6, 2.3))
+    other_heading = heading + rng.uniform(0.6, 1.4) * np.pi  # never near the first
+    slant = rng.uniform(-0.2, 0.2)
     turn = math.radians(rng.uniform(50, 110))
-    corner = rng.uniform(0.4, 0.6)
-    aside = rng.uniform(0.6, 1.4) * np.pi
+    zoom = math.log(rng.uniform(*ZOOM))
+    corner = rng.uniform(0.4, 0.6)  # when it stops, or turns round
+    bend = rng.uniform(-0.25, 0.25)  # speeds up or slows down by up to a quarter
     steady = time - 0.5 + bend * (time * (1 - time) - 0.25)
-    zero = np.zeros(frames)
+    here = Path2D(*np.zeros((4, frames)))
 
-    def slide(along: np.ndarray, angle: float, length: float = distance) -> Path2D:
-        return Path2D(length * along * np.cos(angle), length * along * np.sin(angle), zero, zero)
+    def slide(course: np.ndarray, angle: float, length: float = distance) -> Path2D:
+        return here._replace(x=length * np.cos(angle) * course, y=length * np.sin(angle) * course)
 
-    here = Path2D(zero, zero, zero, zero)
-    pans = {"pan_left": 0.0, "pan_up": np.pi / 2, "pan_right": np.pi, "pan_down": -np.pi / 2}
-    if motion in pans:
-        path = slide(steady, pans[motion] + wobble)
-    elif motion == "zoom_in":
-        path = here._replace(zoom=magnify * steady)
-    elif motion == "zoom_out":
-        path = here._replace(zoom=-magnify * steady)
-    elif motion == "rotate_clockwise":
-        path = here._replace(turn=turn * steady)
-    elif motion == "rotate_counterclockwise":
-        path = here._replace(turn=-turn * steady)
-    elif motion == "start_stop":
-        path = slide(np.minimum(time / corner, 1) - 0.5, heading)
-    elif motion == "reversal":
-        path = slide(0.5 - np.abs(time - corner) / max(corner, 1 - corner), heading)
-    elif motion == "object_over_still":
-        return here, slide(steady, heading, distance + 0.1)
-    elif motion == "object_over_moving":
-        return slide(steady, heading), slide(steady, heading + aside, distance + 0.1)
-    else:
-        raise ValueError(f"unknown motion {motion!r}; one of {', '.join(MOTIONS)}")
-    return path, path
+    match motion:
+        case "object_over_moving":
+            return slide(steady, heading), slide(steady, other_heading, further)
+        case "object_over_still":
+            return here, slide(steady, other_heading, further)
+        case "pan_left":  # the picture moves right, and so on
+            path = slide(steady, slant)
+        case "pan_up":
+            path = slide(steady, slant + np.pi / 2)
+        case "pan_right":
+            path = slide(steady, slant + np.pi)
+        case "pan_down":
+            path = slide(steady, slant - np.pi / 2)
+        case "reversal":
+            path = slide(abs(0.5 - corner) - abs(time - corner), heading, 2 * distance)
+        case "rotate_clockwise":
+            path = here._replace(turn=turn * steady)
+        case "rotate_counterclockwise":
+            path = here._replace(turn=-turn * steady)
+        case "start_stop":
+            path = slide(np.minimum(time, corner) - min(0.5, corner), heading, 2 * distance)
+        case "zoom_in":
+            path = here._replace(zoom=zoom * steady)
+        case "zoom_out":
+            path = here._replace(zoom=-zoom * steady)
+        case _:
+            raise ValueError(f"unknown motion {motion!r}; there are {', '.join(MOTIONS)}")
+    return path, path  # the cut-outs stick to the photograph
 
 
 def _film(
     world: np.ndarray,
     path: Path2D,
     size: tuple[int, int],
-    start: np.ndarray,
+    centre: np.ndarray,
     span: float,
     tilt: float,
     border: int,
 ) -> np.ndarray:
-    """Frames of a flat world [H, W, C] -> uint8 [T, height, width, C].
+    """Frames of a flat world uint8 [H, W, C] that moves along path: uint8 [T, height, width, C].
 
-    At the middle of the clip the frame is centred on pixel start (x, y) of the world, its short
-    side spans `span` pixels, and the world is turned clockwise by tilt.
+    Where path is 0 the frame is centred on the world's pixel centre (x, y), its short side spans
+    `span` pixels of the world, and the world is turned clockwise by tilt (radians).
     """
     height, width = size
     short = min(size)
-    stride = span / short * math.exp(-path.zoom.min())
-    if stride > MAX_STRIDE and border == cv2.BORDER_REFLECT:
-        scale = MAX_STRIDE / stride
-        shrunk = (round(world.shape[1] * scale), round(world.shape[0] * scale))
+    # The same for every path: otherwise sharpness would tell a zoom from a pan.
+    shrink = span / short * math.sqrt(ZOOM[1]) / MAX_STRIDE
+    if shrink > 1 and border == cv2.BORDER_REFLECT:
+        shrunk = (round(world.shape[1] / shrink), round(world.shape[0] / shrink))
         world = cv2.resize(world, shrunk, interpolation=cv2.INTER_AREA)
-        start, span = start * scale, span * scale
+        centre, span = centre / shrink, span / shrink
     angle = -(path.turn + tilt)
     factor = span / short * np.exp(-path.zoom)
     cos, sin = factor * np.cos(angle), factor * np.sin(angle)
@@ -201,8 +241,8 @@ def _film(
     for t in range(len(x)):
         to_world = np.array(
             [
-                [cos[t], -sin[t], start[0] - cos[t] * x[t] + sin[t] * y[t]],
-                [sin[t], cos[t], start[1] - sin[t] * x[t] - cos[t] * y[t]],
+                [cos[t], -sin[t], centre[0] - cos[t] * x[t] + sin[t] * y[t]],
+                [sin[t], cos[t], centre[1] - sin[t] * x[t] - cos[t] * y[t]],
             ]
         )
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
@@ -211,74 +251,225 @@ def _film(
 
 
 def _view(world: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float, float]:
-    """A view of the photograph: centre (x, y), pixels the frame's short side spans, tilt.
+    """A view of a photograph: its centre (x, y), the pixels its short side spans, its tilt.
 
-    Of a few places drawn at random the one with most texture in every direction is taken: over
-    blank sky no motion shows.
+    Of four places the one with most texture in every direction is taken (Shi and Tomasi's measure:
+    the smaller eigenvalue of the gradients' covariance), since over blank sky no motion shows.
     """
     height, width = world.shape[:2]
     span = min(height, width) * math.exp(rng.uniform(math.log(0.35), math.log(0.7)))
-    tilt = rng.uniform(-np.pi, np.pi)
-    places = rng.uniform((0, 0), (width, height), (4, 2))
     gray = cv2.cvtColor(world, cv2.COLOR_RGB2GRAY)
-    texture = []
-    for x, y in places:
-        half = span * 0.6
-        window = gray[
-            int(max(y - half, 0)) : int(y + half) + 1, int(max(x - half, 0)) : int(x + half) + 1
-        ]
-        small = cv2.resize(window, (24, 24), interpolation=cv2.INTER_AREA).astype(np.float32)
-        dy, dx = np.gradient(small)
-        texture.append(np.linalg.eigvalsh(np.cov(dx.ravel(), dy.ravel()))[0])
-    return places[int(np.argmax(texture))], span, tilt
+
+    def texture(place: np.ndarray) -> float:
+        left, top = np.maximum(place - 0.8 * span, 0).astype(int)
+        right, bottom = (place + 0.8 * span).astype(int) + 1
+        window = cv2.resize(gray[top:bottom, left:right], (24, 24), interpolation=cv2.INTER_AREA)
+        gradients = np.reshape(np.gradient(window.astype(float)), (2, -1))
+        return np.linalg.eigvalsh(np.cov(gradients))[0]
+
+    places = rng.uniform((0, 0), (width, height), (4, 2))
+    return max(places, key=texture), span, rng.uniform(-np.pi, np.pi)
 
 
 def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The photograph in other colours: channels mixed, brightness curve bent, perhaps negative."""
-    order = rng.permutation(3)
-    gain, gamma = rng.uniform(0.6, 1.0, 3), math.exp(rng.uniform(-0.4, 0.4))
-    negative = rng.random() < 0.3
-    flip = rng.random() < 0.5
-    table = np.linspace(0, 1, 256)[:, None] ** gamma
-    table = gain * table + (1 - gain) * rng.uniform(0, 1, 3)
-    table = np.round(255 * (1 - table if negative else table)).astype(np.uint8)
-    image = np.ascontiguousarray(photo[:, ::-1] if flip else photo)[:, :, order]
-    return cv2.LUT(image, table.reshape(1, 256, 3))
+    """The photograph, or its mirror image, in other colours: of equal size.
+
+    Three in ten keep their colours but for brightness; the others get their channels swapped and
+    scaled, and half of those become negatives.
+    """
+    order, lowest, lift = rng.permutation(3), rng.uniform(0.6, 1, 3), rng.random(3)
+    gamma, mirrored = math.exp(rng.uniform(-0.4, 0.4)), rng.random() < 0.5
+    look = rng.random()
+    curve = np.linspace(0, 1, 256)[:, None].repeat(3, 1) ** gamma
+    if look > 0.3:
+        curve = lowest * curve + (1 - lowest) * lift
+        photo = photo[..., order]
+    if look > 0.65:
+        curve = 1 - curve
+    table = np.round(255 * curve).astype(np.uint8).reshape(1, 256, 3)
+    return cv2.LUT(np.ascontiguousarray(photo[:, ::-1] if mirrored else photo), table)
 
 
-# The cut-outs lie in a square of CELLS x CELLS cells that repeats; lengths in short sides of the
-# frame. One to three of them are in view.
+# The cut-outs lie one a cell in a square of CELLS x CELLS cells, which repeats without end; a frame
+# shows one to four of them. TILE is the square's side in short sides of a frame.
 CELLS = 2
-CUTOUT_TILE = 1.6
+TILE = 1.6
 
 
 def _cutouts(photo: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A square of cut-outs on nothing: uint8 RGBA [side, side, 4]."""
-    side = round(CUTOUT_TILE * min(size) * 1.2)
-    cell = side / CELLS
-    tile = np.zeros((side, side, 4), np.uint8)
-    for row in range(CELLS):
-        for column in range(CELLS):
-            radius = rng.uniform(0.19, 0.26) * cell
-            room = cell / 2 - radius - 2
-            centre = (np.array([column, row]) + 0.5) * cell + rng.uniform(-room, room, 2)
-            corners = rng.integers(3, 9)
-            angles = np.sort(np.arange(corners) + rng.uniform(-0.25, 0.25, corners))
-            angles = angles * (2 * np.pi / corners) + rng.uniform(0, 2 * np.pi)
-            outline = centre + radius * np.stack([np.cos(angles), np.sin(angles)], -1)
-            points = np.round(outline * 16).astype(np.int32)
-            mask = np.zeros((side, side), np.uint8)
-            cv2.fillPoly(mask, [points], 255, cv2.LINE_AA, shift=4)
-            patch = int(2 * radius) + 3
-            from_size = int(min(photo.shape[:2]) * rng.uniform(0.15, 0.4))
-            top = rng.integers(0, photo.shape[0] - from_size)
-            left = rng.integers(0, photo.shape[1] - from_size)
-            source = photo[top : top + from_size, left : left + from_size]
-            source = cv2.resize(source, (patch, patch), interpolation=cv2.INTER_AREA)
-            y, x = (int(c - radius) - 1 for c in centre[::-1])
-            y, x = np.clip([y, x], 0, side - patch)
-            tile[y : y + patch, x : x + patch, :3] = source
-            edge = rng.choice([0, 255])
-            cv2.polylines(tile, [points], True, (int(edge),) * 3 + (0,), 3, cv2.LINE_AA, shift=4)
-            tile[..., 3] = np.maximum(tile[..., 3], mask)
-    return tile
+    """A square of cut-outs with nothing between them: uint8 RGBA [side, side, 4]."""
+    cell = round(TILE / CELLS * min(size))
+    rows = [np.hstack([_cutout(photo, rng, cell) for _ in range(CELLS)]) for _ in range(CELLS)]
+    return np.vstack(rows)
+
+
+def _cutout(photo: np.ndarray, rng: np.random.Generator, cell: int) -> np.ndarray:
+    """A polygon cut out of the photograph, with an edge, somewhere in RGBA [cell, cell, 4]."""
+    radius = rng.uniform(0.19, 0.26) * cell
+    centre = rng.uniform(radius + 2, cell - radius - 2, 2)
+    corners = int(rng.integers(3, 9))
+    angles = np.arange(corners) + rng.uniform(-0.25, 0.25, corners) + rng.random()
+    angles *= 2 * np.pi / corners
+    outline = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    outline = np.round(16 * outline).astype(np.int32)  # cv2 wants sixteenths of a pixel
+    # A cell's worth of picture: the part of the photograph that a cut-out shows is small.
+    side = int(min(photo.shape[:2]) * rng.uniform(0.4, 0.9))
+    top, left = rng.integers(0, np.array(photo.shape[:2]) - side)
+    piece = photo[top : top + side, left : left + side]
+    piece = cv2.resize(piece, (cell, cell), interpolation=cv2.INTER_AREA)
+    edge = 255 * int(rng.integers(2))
+    cv2.polylines(piece, [outline], True, (edge,) * 3, max(2, cell // 25), cv2.LINE_AA, shift=4)
+    alpha = np.zeros((cell, cell), np.uint8)
+    cv2.fillPoly(alpha, [outline], 255, cv2.LINE_AA, shift=4)
+    return np.dstack([piece, alpha])
+
+
+class Clip(NamedTuple):
+    """One file of the data set."""
+
+    split: str
+    index: int  # within the split
+
+    @property
+    def label(self) -> int:
+        return self.index % len(MOTIONS)
+
+    @property
+    def path(self) -> str:
+        """Relative to the data set's folder."""
+        return f"{self.split}/{MOTIONS[self.label]}/{self.index // len(MOTIONS):04d}.mp4"
+
+
+def write_dataset(
+    out: str | Path, train: int = 1200, validation: int = 240, seed: int = 0, workers: int = 0
+) -> None:
+    """Write the demo's data set of train and validation clips to the folder out, or finish it.
+
+    workers is the number of processes, 0 for one a core up to 8. Raises UserError when the folder
+    holds anything else, such as a data set made with other arguments.
+    """
+    out = Path(out)
+    _claim(out, {"train": train, "validation": validation, "seed": seed, "recipe": RECIPE})
+    splits = {
+        "train": [Clip("train", index) for index in range(train)],
+        "validation": [Clip("validation", index) for index in range(validation)],
+    }
+    clips = [clip for split in splits.values() for clip in split]
+    missing = [clip for clip in clips if not (out / clip.path).exists()]
+    if missing:
+        pool = ProcessPoolExecutor(
+            workers or min(8, os.cpu_count() or 1),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+        )
+        with pool:
+            written = pool.map(partial(_write_clip, out, seed), missing, chunksize=8)
+            before = len(clips) - len(missing)
+            for _ in tqdm(written, "clips", len(clips), initial=before, mininterval=0.5):
+                pass
+    for split, members in splits.items():
+        rows = [f"{clip.path},{clip.label}" for clip in members]
+        _write_text(out / f"{split}.csv", "\n".join(["path,label", *rows]))
+    _write_text(out / "classes.txt", "\n".join(MOTIONS))
+
+
+def _claim(out: Path, arguments: dict[str, int]) -> None:
+    """Make the folder, or check that it was made with these arguments."""
+    if min(arguments["train"], arguments["validation"]) < 1 or arguments["seed"] < 0:
+        raise UserError("--train and --validation must be at least 1, --seed at least 0")
+    marker = out / "synthetic.json"
+    if marker.is_file():
+        found = json.loads(marker.read_text())
+        other = [
+            f"{key} {found.get(key)}, not {value}"
+            for key, value in arguments.items()
+            if found.get(key) != value
+        ]
+        if other:
+            raise UserError(f"{out} was made with {'; '.join(other)}: give another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no data set of ours: give another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        _write_text(marker, json.dumps(arguments))
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    cv2.setNumThreads(1)
+
+
+def _write_clip(out: Path, seed: int, clip: Clip) -> None:
+    rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(clip.split), clip.index])
+    photos = photographs(clip.split)
+    # Every class gets every photograph equally often.
+    photo = clip.index // len(MOTIONS) % len(photos)
+    cutout_photo = (photo + rng.integers(1, len(photos))) % len(photos)
+    length = int(rng.integers(*FRAMES))
+    size = SIZES[rng.integers(len(SIZES))]
+    motion = MOTIONS[clip.label]
+    frames = render(motion, photos[photo], rng, length, size, photos[cutout_photo])
+    path = out / clip.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".partial")
+    _encode(partial_path, frames, rng)
+    partial_path.replace(path)
+
+
+def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
+    """Write frames uint8 RGB [T, H, W, 3] as H.264 in mp4, some with a tone beside it (AAC)."""
+    rate = FRAME_RATES[rng.integers(len(FRAME_RATES))]
+    options = {
+        "preset": "veryfast",
+        "crf": str(rng.integers(20, 25)),
+        "g": str(rng.integers(12, 49)),
+        "bf": str(rng.integers(1, 4)),
+        "threads": "1",  # with more the bytes may differ from run to run
+    }
+    sound, pitch = rng.random() < SOUND, rng.uniform(200, 800)
+    with av.open(path, "w", format="mp4") as file:
+        video = file.add_stream("libx264", rate=rate, options=options)
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "yuv420p"
+        if sound:
+            audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        for frame in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(video.encode())
+        if sound:
+            time = np.arange(int(SAMPLE_RATE * len(frames) / rate)) / SAMPLE_RATE
+            wave = 0.1 * np.sin(2 * np.pi * pitch * time) + 0.02 * rng.standard_normal(len(time))
+            samples = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), "fltp", "mono")
+            samples.sample_rate = SAMPLE_RATE
+            file.mux(audio.encode(samples))
+            file.mux(audio.encode())
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole or not at all, so that an interrupted run leaves no half list."""
+    draft = path.with_suffix(".partial")
+    draft.write_text(text + "\n")
+    draft.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the demo's data set of synthetic videos.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--train", type=int, default=1200, help="clips (default %(default)s)")
+    parser.add_argument("--validation", type=int, default=240, help="clips (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
+    options = parser.parse_args(arguments)
+    try:
+        write_dataset(**vars(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
