@@ -22,7 +22,6 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
 )
-FEATURES = ("id", "label", "video")  # of a record of a prepared folder
 
 
 class Example(NamedTuple):
@@ -71,8 +70,8 @@ def open_source(
       classes: number of classes, to check the labels against.
 
     Raises:
-      UserError: see `read_annotations`; a prepared folder that is unfinished, lacks the split, a
-        shard or a feature, or has a label out of range.
+      UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
+        or a shard, or has a label out of range.
     """
     folder, split = _split_of(path)
     if _is_prepared(folder):
@@ -111,6 +110,21 @@ def class_names(path: str | os.PathLike) -> tuple[str, ...]:
     """The sorted names of the class folders in a folder; a name's index is its label."""
     with os.scandir(path) as entries:
         return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+
+
+def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
+    """Reads the name of a class a line, in the order of the labels.
+
+    Raises:
+      UserError: the file cannot be read, is empty, or has a name missing or twice.
+    """
+    lines = _text_of(Path(path)).rstrip().split("\n")
+    names = tuple(line.strip() for line in lines)
+    for number, name in enumerate(names, 1):
+        if not name or name in names[: number - 1]:
+            problem = f"class {name!r} is there before" if name else "a class name is missing"
+            raise UserError(f"{path}, line {number}: {problem}")
+    return names
 
 
 def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
@@ -153,7 +167,7 @@ class PreparedSource:
     """One split of a folder written by `prepare`."""
 
     folder: str
-    records: Any  # of tfds: a random-access sequence of dicts of `FEATURES`
+    records: Any  # of TFDS: a random-access sequence of dicts of id, label, video
     class_names: tuple[str, ...] | None
     fingerprint: str
 
@@ -178,7 +192,9 @@ def _read_folder(folder: Path, classes: int | None) -> list[Example]:
         for video in _videos_below(folder / name)
     ]
     if not examples:
-        raise UserError(f"{folder}: holds no class folders with videos, and is no prepared folder")
+        raise UserError(
+            f"{folder}: holds no class folders with videos, nor what a finished `prepare` leaves"
+        )
     if classes is not None and len(names) != classes:
         # The label is a place in the sorted names: one folder more or less would shift them.
         raise UserError(f"{folder}: holds {len(names)} class folders where {classes} are expected")
@@ -195,13 +211,7 @@ def _videos_below(folder: Path) -> list[Path]:
 
 
 def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file or folder") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"{path}: cannot be read as a list of videos: {reason}") from None
+    lines = _text_of(path).split("\n")
     if not root.is_dir():
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -219,12 +229,23 @@ def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
     ]
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+
+
 def _columns(path: Path, number: int, line: str, delimiter: str | None) -> list[str]:
     """The two columns of a line; None splits at runs of blanks, else it is CSV."""
     try:
         columns = line.split() if delimiter is None else _csv_columns(line, delimiter)
     except csv.Error as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
+        raise UserError(f"{path}, line {number}: is not valid CSV: {error}") from None
     if len(columns) != 2:
         raise UserError(f"{path}, line {number}: {len(columns)} columns where path,label are 2")
     return columns
@@ -254,10 +275,10 @@ def _label(path: Path, number: int, text: str, classes: int | None) -> int:
 def _inside(path: Path, number: int, text: str, root: Path) -> str:
     """The path relative to the root. Links are not followed: one may lead out of the root."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise UserError(f"{path}, line {number}: {text!r} is a URL; videos are read from files")
+        raise UserError(f"{path}, line {number}: path {text!r} is a URL; only files are read")
     name = os.path.normpath(os.path.relpath(text, root) if os.path.isabs(text) else text)
     if not text or "\0" in text or name == "." or name.split("/")[0] == "..":
-        raise UserError(f"{path}, line {number}: {text!r} is no file inside the root {root}")
+        raise UserError(f"{path}, line {number}: path {text!r} is not inside the root {root}")
     return name
 
 
@@ -271,18 +292,31 @@ def _is_prepared(folder: str) -> bool:
     return bool(folder) and (epath.Path(folder) / "dataset_info.json").exists()
 
 
-def _open_prepared(folder: str, split: str | None, classes: int | None) -> PreparedSource:
+def prepared_builder(folder: str | os.PathLike) -> Any:
+    """The read-only TFDS builder of a folder written by `prepare`.
+
+    `builder.info.metadata["splits"][split]` holds the split's fingerprint, max_label, videos,
+    quarantined and plan.
+
+    Raises:
+      UserError: its metadata is damaged, or not that of `prepare`.
+    """
     import tensorflow_datasets as tfds  # late: not needed for lists
 
     try:
         builder = tfds.builder_from_directory(folder)
-        about = builder.info.metadata["splits"]
-        features = builder.info.features
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{folder}: is not a folder of `prepare`: {error!r}") from error
-    split = _chosen_split(folder, split, sorted(about))
-    if set(features) != set(FEATURES):
-        raise UserError(f"{folder}: has {sorted(features)} where {sorted(FEATURES)} are expected")
+        if set(builder.info.splits) <= set(builder.info.metadata["splits"]):
+            return builder
+        reason = "metadata.json lacks a split"
+    except Exception as error:  # TFDS raises what the parsers below it do
+        reason = f"{type(error).__name__} {error}"
+    raise UserError(f"{folder}: is no folder of `prepare`: {' '.join(reason.split())}")
+
+
+def _open_prepared(folder: str, split: str | None, classes: int | None) -> PreparedSource:
+    builder = prepared_builder(folder)
+    about, features = builder.info.metadata["splits"], builder.info.features
+    split = _chosen_split(folder, split, sorted(builder.info.splits))
     if classes is not None and about[split]["max_label"] >= classes:
         raise UserError(
             f"{folder}: label {about[split]['max_label']} must be one of 0..{classes - 1}"
