@@ -236,14 +236,15 @@ def brightness(frames: np.ndarray, factor: float) -> np.ndarray:
 
 def contrast(frames: np.ndarray, factor: float) -> np.ndarray:
     """Blend each frame with its mean grey; factor 1 changes nothing, 0 gives plain grey."""
-    means = [int(_luma(frame).mean() + 0.5) for frame in frames]
+    means = [int(grey.mean() + 0.5) for grey in _grey(frames)]
     pairs = zip(frames, means, strict=True)
     return np.stack([cv2.LUT(frame, _blending_table(mean, factor)) for frame, mean in pairs])
 
 
 def color(frames: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the grey picture; factor 1 changes nothing, 0 gives grey."""
-    return _blend(np.broadcast_to(_luma(frames)[..., None], frames.shape), frames, factor)
+    grey = cv2.cvtColor(_grey(frames).reshape(-1, frames.shape[2]), cv2.COLOR_GRAY2RGB)
+    return _blend(grey, frames, factor)
 
 
 def sharpness(frames: np.ndarray, factor: float) -> np.ndarray:
@@ -346,7 +347,7 @@ def _blending_table(value: int, factor: float) -> np.ndarray:
 
 
 def _blend(first: np.ndarray, second: np.ndarray, factor: float) -> np.ndarray:
-    """`first` + factor * (`second` - `first`) of two clips [T, h, w, 3].
+    """`first` + factor * (`second` - `first`) of two clips of equal size: the shape of `second`.
 
     The offset makes OpenCV's rounding truncate like Pillow's; the hair less than one half keeps
     whole numbers whole in float32.
@@ -356,12 +357,11 @@ def _blend(first: np.ndarray, second: np.ndarray, factor: float) -> np.ndarray:
     return blended.reshape(second.shape)
 
 
-def _luma(frames: np.ndarray) -> np.ndarray:
-    """Grey values uint8 [...] of RGB [..., 3], in Pillow's fixed point rather than OpenCV's."""
-    luma = np.full(frames.shape[:-1], 0x8000, np.uint32)
-    for channel, weight in enumerate((19595, 38470, 7471)):
-        luma += np.multiply(frames[..., channel], weight, dtype=np.uint32)
-    return (luma >> 16).astype(np.uint8)
+def _grey(frames: np.ndarray) -> np.ndarray:
+    """Grey values [T, h, w] of [T, h, w, 3], by Pillow's weights, finer than OpenCV's own."""
+    weights = np.array([[19595, 38470, 7471]], np.float32) / 2**16
+    rows = frames.reshape(-1, *frames.shape[2:])
+    return cv2.transform(rows, weights).reshape(frames.shape[:3])
 
 
 def _warp(
