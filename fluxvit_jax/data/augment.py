@@ -384,9 +384,8 @@ def _warp(
     outside = outside.astype(np.uint8)
 
     grey = np.full(frames.shape[1:], FILL, np.uint8)
-    opencv = np.column_stack(
-        [matrix, matrix.sum(1) / 2 + shift - 0.5]
-    )  # its pixels sit at 0, 1, ..
+    # OpenCV's pixel centres are at whole numbers.
+    opencv = np.column_stack([matrix, matrix.sum(1) / 2 + shift - 0.5])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     warped = np.empty(frames.shape, np.uint8)
     for frame, target in zip(frames, warped, strict=True):
