@@ -1,0 +1,433 @@
+"""From a source of videos to batches of patches, the same whatever machines and workers make them.
+
+Training is an endless sequence of groups of clips (`TrainGroups`), evaluation a sequence of videos
+(`EvaluationVideos`). Any item of them can be made anywhere from its number alone: grids, frames and
+augmentation are drawn from the seed and that number. A host takes its share of each global batch
+(`HostShare`), Grain's worker processes make the items, and `Batches` puts them together in order.
+So nothing changes with the number of hosts or workers, or when a run stops and goes on, and all
+there is to remember is how many batches were delivered.
+
+Workers hand over single items instead of batches: the first batch comes sooner, hosts get
+consecutive samples, and memory is bounded by `HELD_ITEMS` items a worker, however large the batch.
+Worker processes start anew and import `__main__`, so the program needs its `__main__` guard.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from fluxvit_jax.budgets import PATCH, Grid, capacity
+from fluxvit_jax.config import admissible_grids
+from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip, crop_view, resize_clip
+from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.patches import PATCH_VALUES, patchify
+from fluxvit_jax.data.sampling import (
+    grid_of_group,
+    resized_size,
+    stream_rng,
+    test_crops,
+    test_frames,
+    train_frames,
+)
+from fluxvit_jax.errors import UserError
+
+# What takes the place of a bad video; beside the streams of `sampling`.
+REPLACEMENT_STREAM = 2
+# Videos that are tried in place of a bad one. With 5 % bad ones, all fail once in 10^10 times.
+REPLACEMENTS = 8
+
+# Items that a worker can be ahead: ready and waiting (1), queued (1), and received (2). Each lies
+# in shared memory; one more is being made.
+HELD_ITEMS = 4
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
+MIN_SHARED_BYTES = 1 << 16  # smaller arrays are cheaper to copy
+
+# Frames of one video kept at full size while views are cut; a video of more is decoded once for
+# each resolution instead, scaled down on the way. The views are the same.
+MAX_DECODED_BYTES = 512 << 20
+
+Arrays = dict[str, np.ndarray]
+
+
+def train_batches(
+    config: ConfigDict,
+    source: Source,
+    *,
+    start_step: int = 0,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> "Batches":
+    """This host's share of each global batch of augmented clips, without end.
+
+    A batch is a dict of b = train.batch_size / host_count clips, consecutive of the global batch:
+      patches: uint8 [b, P, 588], zeros behind a clip's own tokens; P fits every admissible grid.
+      grid: int32 [b, 3], frames, rows and columns; equal within each `data.grid_group` clips.
+      label: int32 [b].
+      index: int64 [b], the global number of the sample.
+      failure: str [b]; where the clip stands for one that could not be read, a line for each video
+        that failed: "id: reason". All repeats of a video say so.
+
+    Sample i is augmentation i % repeats of the video at place i // repeats of the epochs' order.
+    Each epoch is a fresh permutation of all videos, seeded, and the next follows at once: a batch
+    may hold the end of one epoch and the start of the next, nothing is dropped or repeated to fill
+    it. So a run of floor(videos * repeats / batch_size) steps an epoch slowly falls behind the
+    permutations, and still shows all videos equally often, to within one.
+
+    Args:
+      start_step: global batches delivered before, `state()["step"]` of the iterator to go on from.
+
+    Raises:
+      UserError: no videos; a batch size that does not divide into hosts and groups, or groups not
+        into repeats; too little shared memory; on `next`, a bad video of which the replacements
+        are bad as well.
+    """
+    if not len(source):
+        raise UserError("config.data.train: there are no videos to train on")
+    group = config.data.grid_group
+    groups = TrainGroups(
+        source=source,
+        seed=config.seed,
+        grids=admissible_grids(config),
+        group=group,
+        repeats=config.data.repeats,
+        augment=config.data.augment,
+    )
+    _check_multiple(
+        f"config.train.batch_size of {host_count} hosts x data.grid_group={group}",
+        config.train.batch_size,
+        host_count * group,
+    )
+    per_host = config.train.batch_size // host_count // group
+    items = HostShare(groups, per_host, host_index, host_count, start_step)
+    item_bytes = group * groups.capacity * PATCH_VALUES
+    return Batches(items, per_host, config.data.workers, item_bytes, start_step)
+
+
+def evaluation_batches(
+    config: ConfigDict, source: Source, *, host_index: int = 0, host_count: int = 1
+) -> "Batches":
+    """This host's share of the videos to evaluate, each once; all settings and views of one decode.
+
+    A batch is a dict of b = eval.batch_size / host_count videos (rounded up, so that any size will
+    do), with V = clips * crops views of each, clip by clip:
+      video: int64 [b], number in the source; -1 where there is none any more.
+      label: int32 [b].
+      failure: str [b], why a video could not be read; its patches are zeros then. Else "".
+      patches0, patches1, ...: uint8 [b, V, P, 588] for each of eval.settings, P being the tokens of
+        its grid.
+
+    All hosts yield as many batches, the last of them filled up with -1.
+
+    Raises UserError when there is too little shared memory.
+    """
+    videos = EvaluationVideos(
+        source=source,
+        grids=tuple(
+            Grid(frames, resolution // PATCH, resolution // PATCH)
+            for _, frames, resolution in config.eval.settings
+        ),
+        clips=config.eval.clips,
+        crops=config.eval.crops,
+    )
+    per_host = -(-config.eval.batch_size // host_count)
+    items = HostShare(videos, per_host, host_index, host_count)
+    views = config.eval.clips * config.eval.crops
+    item_bytes = views * sum(grid.tokens for grid in videos.grids) * PATCH_VALUES
+    return Batches(items, per_host, config.data.workers, item_bytes)
+
+
+class Batches(Iterator[Arrays]):
+    """Iterator over batches of `per_batch` items each, made by `workers` processes (0: in place).
+
+    An item is a dict of arrays with a leading axis; a batch has them one behind another. Whatever
+    goes wrong is final, be it an exception in a worker or its death: every later `next` fails too,
+    where Grain would go on without the items of that worker. Close it, or use `with`.
+
+    Raises UserError when `workers` need more shared memory than there is.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Arrays],
+        per_batch: int,
+        workers: int,
+        item_bytes: int,
+        start_step: int = 0,
+    ):
+        self._per_batch = per_batch
+        self._step = start_step
+        self._error: BaseException | None = None
+        if workers:
+            _check_shared_memory((workers * HELD_ITEMS + per_batch) * item_bytes)
+        self._items = _start(items, workers)
+
+    def __next__(self) -> Arrays:
+        if self._error is not None:
+            raise RuntimeError("reading the data has failed before") from self._error
+        try:
+            items = [next(self._items) for _ in range(self._per_batch)]
+        except StopIteration:
+            self.close()
+            raise
+        except BaseException as error:  # an interrupt too: the items so far are lost with it
+            self._error = error
+            self.close()
+            raise
+        self._step += 1
+        # As plain arrays: those of a worker are of a class that carries its shared memory along.
+        return {
+            name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]
+        }
+
+    def state(self) -> dict[str, int]:
+        """What resumes this iterator, as JSON: {"step": global batches delivered}."""
+        return {"step": self._step}
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._items.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(repr=False)
+class TrainGroups(Sequence[Arrays]):
+    """The endless sequence of training groups: item g holds the samples g * group onwards.
+
+    See `train_batches` for the arrays. Raises UserError when `group` is no multiple of `repeats`.
+    """
+
+    source: Source
+    seed: int
+    grids: tuple[Grid, ...]
+    group: int  # clips that share a grid
+    repeats: int  # clips of one decoded video
+    augment: ConfigDict  # section data.augment
+    open_video: Callable[..., Any] = Video
+
+    def __post_init__(self):
+        _check_multiple("config.data.grid_group of data.repeats", self.group, self.repeats)
+        self.capacity = capacity(self.grids)
+        places = grain.MapDataset.range(len(self.source))
+        self._order = places.seed(self.seed).shuffle().repeat()  # place in the epochs -> video
+
+    def __len__(self) -> int:
+        return 2**62
+
+    def __getitem__(self, number: int) -> Arrays:
+        grid = grid_of_group(self.grids, self.seed, number)
+        samples = np.arange(number * self.group, (number + 1) * self.group)
+        patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
+        labels, failures = [], []
+        for first in range(0, self.group, self.repeats):
+            own = slice(first, first + self.repeats)
+            clips, label, failure = self._read_or_replace(samples[own], grid)
+            for target, clip in zip(patches[own], clips, strict=True):
+                target[: grid.tokens] = patchify(clip)
+            labels += [label] * self.repeats
+            failures += [failure] * self.repeats
+        return {
+            "patches": patches,
+            "grid": np.tile(np.array(grid, np.int32), (self.group, 1)),
+            "label": np.array(labels, np.int32),
+            "index": samples,
+            "failure": np.array(failures, np.str_),
+        }
+
+    def _read_or_replace(
+        self, samples: np.ndarray, grid: Grid
+    ) -> tuple[list[np.ndarray], int, str]:
+        """Clips of a video's samples, its label, and a line for each video that failed before."""
+        place = int(samples[0]) // self.repeats
+        failures = []
+        for video in self._candidates(place):
+            record = self.source[video]
+            try:
+                return self._clips(record.video, samples, grid), record.label, "\n".join(failures)
+            except DecodeError as error:
+                failures.append(f"{record.id}: {error.reason}")
+        raise UserError(
+            f"config.data.train: {len(failures)} videos in a row cannot be read; {failures[0]}"
+        )
+
+    def _candidates(self, place: int) -> Iterator[int]:
+        """The video at a place of the epochs' order, then those to replace it, all different."""
+        video = int(self._order[place])
+        yield video
+        rng = stream_rng(self.seed, place, REPLACEMENT_STREAM)
+        count = len(self.source)
+        others = rng.choice(count, min(REPLACEMENTS + 1, count), replace=False)
+        yield from [int(other) for other in others if other != video][:REPLACEMENTS]
+
+    def _clips(self, video: str | bytes, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:
+        """An augmented clip uint8 [T, size, size, 3] for each sample, of one decode."""
+        rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
+        with self.open_video(video) as opened:
+            indices = [train_frames(len(opened), grid.frames, rng) for rng in rngs]
+            frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
+        size = grid.rows * PATCH
+        clips = np.split(frames, len(rngs))
+        return [
+            augment_clip(clip, size, self.augment, rng)
+            for clip, rng in zip(clips, rngs, strict=True)
+        ]
+
+
+@dataclasses.dataclass(repr=False)
+class EvaluationVideos(Sequence[Arrays]):
+    """The videos of a source with their views: item i is video i, and there is padding beyond.
+
+    See `evaluation_batches` for the arrays, which have a leading axis of 1 here.
+    """
+
+    source: Source
+    grids: tuple[Grid, ...]  # of each setting
+    clips: int
+    crops: int
+    open_video: Callable[..., Any] = Video
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, number: int) -> Arrays:
+        video, label, failure, views = -1, 0, "", None
+        if number < len(self.source):
+            record = self.source[number]
+            video, label = number, record.label
+            try:
+                with self.open_video(record.video) as opened:
+                    views = self._views(opened)
+            except DecodeError as error:
+                failure = error.reason
+        item = {
+            "video": np.array([video], np.int64),
+            "label": np.array([label], np.int32),
+            "failure": np.array([failure], np.str_),
+        }
+        if views is None:
+            shape = (self.clips * self.crops,)
+            views = [np.zeros((*shape, g.tokens, PATCH_VALUES), np.uint8) for g in self.grids]
+        return item | {f"patches{k}": patches[None] for k, patches in enumerate(views)}
+
+    def _views(self, video: Video) -> list[np.ndarray]:
+        """Patches uint8 [V, P, 588] of each setting."""
+        settings = [self._frames_of_setting(len(video), grid) for grid in self.grids]
+        wanted = np.unique(np.concatenate([frames for frames, _ in settings]))
+        height, width = video.read(wanted[:1]).shape[1:3]
+        fits = len(wanted) * height * width * 3 <= MAX_DECODED_BYTES
+        pictures = video.read(wanted) if fits else None
+        views = []
+        for grid, (frames, places) in zip(self.grids, settings, strict=True):
+            size = grid.rows * PATCH
+            own = pictures[np.searchsorted(wanted, frames)] if fits else video.read(frames, size)
+            own = resize_clip(own, *resized_size(height, width, size))
+            views.append(
+                np.stack(
+                    [
+                        patchify(crop_view(own[clip], size, y, x))
+                        for clip in places
+                        for y, x in test_crops(*own.shape[1:3], self.crops)
+                    ]
+                )
+            )
+        return views
+
+    def _frames_of_setting(self, num_video_frames: int, grid: Grid) -> tuple[np.ndarray, ...]:
+        """The frames [n] that a setting needs, rising, and the places [clips, T] of each clip's."""
+        clips = [
+            test_frames(num_video_frames, grid.frames, clip, self.clips)
+            for clip in range(self.clips)
+        ]
+        frames, places = np.unique(np.concatenate(clips), return_inverse=True)
+        return frames, places.reshape(self.clips, grid.frames)
+
+
+@dataclasses.dataclass(repr=False)
+class HostShare(Sequence[Arrays]):
+    """The items that one host makes: `per_host` consecutive ones of each global batch, in order.
+
+    Its length is a whole number of batches, the same for all hosts, so it may ask `items` for
+    numbers beyond their length.
+    """
+
+    items: Sequence[Arrays]
+    per_host: int
+    host_index: int
+    host_count: int
+    start_step: int = 0
+
+    def __len__(self) -> int:
+        batches = -(-len(self.items) // (self.per_host * self.host_count))
+        return max(0, batches - self.start_step) * self.per_host
+
+    def __getitem__(self, number: int) -> Arrays:
+        step, place = divmod(number, self.per_host)
+        share = (self.start_step + step) * self.host_count + self.host_index
+        return self.items[share * self.per_host + place]
+
+
+def _start(items: Sequence[Arrays], workers: int) -> grain.DatasetIterator:
+    """Iterates over `items` in order, made by `workers` processes."""
+    if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only `main` parses
+        flags.FLAGS.mark_as_parsed()
+    dataset = grain.MapDataset.source(items).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    )
+    if not workers:
+        cv2.setNumThreads(0)
+        return iter(dataset)
+    options = grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
+    dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
+    processes = grain.multiprocessing.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=1
+    )
+    return iter(dataset.mp_prefetch(processes, worker_init_fn=_start_worker))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in each worker."""
+    cv2.setNumThreads(0)  # the workers themselves are the parallelism
+    # Sent to all processes of a job, these are for the main one to act on: it ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Should it be killed, the workers must not outlive it.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _check_multiple(what: str, value: int, unit: int) -> None:
+    if value % unit:
+        nearest = max(1, round(value / unit)) * unit
+        raise UserError(f"{what}: {value} is no multiple of {unit}; the nearest is {nearest}")
+
+
+def _check_shared_memory(needed: int) -> None:
+    """Without this, a worker in a container of 64 MB shared memory just dies of a bus error."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"config.data.workers: the workers need {needed >> 20} MB of shared memory and "
+            f"{SHARED_MEMORY} has {free >> 20} free; enlarge it (docker: --shm-size) or use fewer"
+        )
