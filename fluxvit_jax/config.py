@@ -1,12 +1,29 @@
-"""The configuration: variants of the network, every field with its default, and the checks.
+"""The configuration: variants of the network, every field with its default, loading and checks.
 
-A recipe in `configs/` starts from `default_config()` and sets what it needs; `load_config` reads
-such a file together with what the command line overrides.
+A recipe in `configs/` is a file whose `get_config(argument)` starts from `default_config()` and
+sets what it needs. The command line names it, with an argument after a colon where the recipe
+takes one, and overrides single fields: `--config=configs/k400.py:small --config.train.epochs=3`.
+Everything wrong with a config is one `UserError` of one line.
 """
 
-from typing import NamedTuple
+import difflib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from fluxvit_jax.budgets import PATCH, Grid, square_grids
+from fluxvit_jax.data.augment import parse_randaugment
+from fluxvit_jax.errors import UserError
+
+# The value of train.init_from in a recipe that only makes sense from trained weights.
+REQUIRED = "REQUIRED"
 
 
 class Variant(NamedTuple):
@@ -83,7 +100,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.train.erase = 0.0
     config.train.ema = 0.0  # decay; 0: no average is kept
     config.train.accumulate = 1  # gradients of so many parts of the batch
-    config.train.init_from = ""  # checkpoint to start from
+    config.train.init_from = ""  # checkpoint to start from; REQUIRED: the user must name one
     config.train.compiled_steps = 1  # train steps compiled in all, for any number of grids
 
     config.optim = ConfigDict()
@@ -98,7 +115,12 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.optim.clip_norm = 0.0  # 0: no clipping
 
     config.eval = ConfigDict()
-    config.eval.settings = ((3072, 20, 224), (2048, 16, 224), (1024, 12, 196), (512, 8, 168))
+    config.eval.settings = (  # budget, frames, resolution in pixels
+        (3072, 20, 224),
+        (2048, 16, 196),
+        (1024, 12, 168),
+        (512, 8, 168),
+    )
     config.eval.clips = 4
     config.eval.crops = 3
     config.eval.batch_size = 16  # videos over all devices
@@ -111,3 +133,497 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 20
     return config
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+
+def define_flag(
+    flag_values: flags.FlagValues = flags.FLAGS, argv: Sequence[str] | None = None
+) -> flags.FlagHolder:
+    """Defines `--config`, with `--config.a.b=VALUE` for every field; `argv` as for sys.argv."""
+    return config_flags.DEFINE_config_file(
+        "config",
+        default=None,
+        help_string="Recipe, such as configs/k400.py:small; --config.a.b=VALUE sets a field of it.",
+        flag_values=flag_values,
+        sys_argv=argv,
+    )
+
+
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses a command line; the `flags_parser` that `absl.app.run` takes.
+
+    Afterwards the value of `define_flag`'s flag is a locked, validated config. Returns the name of
+    the program. Raises UserError for everything that is wrong with any flag.
+    """
+    recipe = _flag_argument(argv, "config")
+    if recipe is not None:
+        _check_names(flatten(read_recipe(recipe)))
+    for name in _override_names(argv):
+        _check_name(name)
+    try:
+        program, *rest = flag_values(argv)
+    except (flags.Error, ValueError) as error:
+        raise UserError(_flag_message(error)) from error
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: every option starts with --")
+    config = flag_values["config"].value
+    if config is None:
+        raise UserError("no recipe given: add, for example, --config=configs/demo.py")
+    _follow_variant(config, flag_values["config"].override_values)
+    validate(config)
+    return [program]
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The config of `recipe`, "configs/k400.py:small,single=2048", with `overrides` applied.
+
+    Overrides are written as on the command line: "--config.train.epochs=3". Raises UserError.
+    """
+    argv = ["load_config", f"--config={recipe}", *overrides]
+    flag_values = flags.FlagValues()
+    define_flag(flag_values, argv)
+    parse_flags(argv, flag_values)
+    return flag_values["config"].value
+
+
+def read_recipe(recipe: str) -> ConfigDict:
+    """What `get_config` of the file returns for "FILE" or "FILE:ARGUMENT", not yet validated.
+
+    Raises UserError if the file is missing or fails, with the line of the file that fails.
+    """
+    path, colon, argument = recipe.partition(":")
+    if not Path(path).is_file():
+        nearby = sorted(str(file) for file in Path(path).parent.glob("*.py"))
+        raise UserError(f"--config={recipe}: no file {path}{_suggestion(path, nearby)}")
+    root = str(Path(path).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.append(root)  # recipes share configs/common.py, wherever the program is started
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if colon else get_config()
+    except UserError as error:
+        raise UserError(f"--config={recipe}: {error}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        message = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config returns {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The validated config of a `config.json` or of `ConfigDict.to_dict`; absent fields: default.
+
+    Raises UserError.
+    """
+
+    def merged(default: Any, value: Any) -> Any:
+        if isinstance(default, dict) and isinstance(value, Mapping):
+            return default | {name: merged(default.get(name), value[name]) for name in value}
+        return _as_tuple(value)
+
+    config = ConfigDict(merged(default_config().to_dict(), values))
+    validate(config)
+    return config
+
+
+def _flag_argument(argv: Sequence[str], name: str) -> str | None:
+    """What follows `--name=` or `--name` in argv, if it is there."""
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
+            return following if match[1] is None else match[1]
+    return None
+
+
+def _override_names(argv: Sequence[str]) -> list[str]:
+    matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
+    return [match[1] for match in matches if match]
+
+
+def _flag_message(error: Exception) -> str:
+    """One line for what absl says of a flag; for one of our fields, in the words of `validate`."""
+    message = " ".join(str(error).split())
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", message)
+    return _type_message(match[1], match[2]) if match else message
+
+
+def _follow_variant(config: ConfigDict, overridden: Mapping[str, Any]) -> None:
+    """A variant from the command line brings its native grid, unless that is given as well."""
+    variant = VARIANTS.get(config.model.variant)
+    if variant and "model.variant" in overridden:
+        for side in ("frames", "resolution"):
+            if f"model.{side}" not in overridden:
+                config.model[side] = getattr(variant, side)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+CHOICES = {
+    "model.variant": tuple(VARIANTS),
+    "model.gelu": ("tanh", "erf"),
+    "model.cls": ("outside", "inside"),
+    "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "names", "full"),
+    "model.selector.kind": (
+        "group_dynamic",
+        "dynamic_l1",
+        "dynamic_l2",
+        "tube",
+        "random",
+        "none",
+    ),
+    "model.selector.rounding": ("exact", "official"),
+    "data.augment.crop": ("random_resized", "multi_scale"),
+}
+# Tuples of a fixed form: what their elements are, and how many (None: one or more).
+TUPLES = {
+    "data.grids.frames": (int, 3),
+    "data.grids.resolutions": (int, 3),
+    "data.grids.tokens": (int, 2),
+    "data.augment.scale": (float, 2),
+    "data.augment.ratio": (float, 2),
+    "train.budgets": (int, None),
+    "eval.settings": (tuple, None),
+}
+POSITIVE = (
+    "model.frames",
+    "model.resolution",
+    "data.grids.frames",
+    "data.grids.resolutions",
+    "data.grids.tokens",
+    "data.grid_group",
+    "data.repeats",
+    "data.augment.scale",
+    "data.augment.ratio",
+    "train.batch_size",
+    "train.epochs",
+    "train.budgets",
+    "train.accumulate",
+    "train.compiled_steps",
+    "optim.learning_rate",
+    "optim.eps",
+    "optim.layer_decay",
+    "eval.clips",
+    "eval.crops",
+    "eval.batch_size",
+    "eval.every_epochs",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "log.every_steps",
+)
+NOT_NEGATIVE = (
+    "seed",
+    "model.selector.groups",
+    "data.workers",
+    "train.warmup_epochs",
+    "train.align",
+    "train.mixup",
+    "train.cutmix",
+    "optim.min_learning_rate",
+    "optim.warmup_learning_rate",
+    "optim.weight_decay",
+    "optim.clip_norm",
+)
+SHARES = (  # 0 to 1
+    "data.max_bad_fraction",
+    "data.augment.scale",
+    "data.augment.flip",
+    "train.mixup_probability",
+    "train.erase",
+    "optim.layer_decay",
+)
+SHARES_BELOW_ONE = (
+    "model.drop_path",
+    "train.label_smoothing",
+    "train.ema",
+    "optim.b1",
+    "optim.b2",
+)
+HEADS = 3  # pooling heads of the network: as many budgets can be trained at once
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError, one line, for the first thing wrong with `config`.
+
+    Checked: names and types of all fields, their ranges, and that they go together. Not checked:
+    whether files exist, nor what depends on the number of devices.
+    """
+    values = flatten(config)
+    _check_names(values)
+    _check_types(values)
+    _check_ranges(values)
+    _check_model(config)
+    _check_batch(config)
+    _check_budgets(config)
+    _check_optimiser(config)
+    _check_evaluation(config)
+
+
+def validate_for_training(config: ConfigDict) -> None:
+    """What only a training run needs: data to train on and, in some recipes, weights to start from.
+
+    Raises UserError.
+    """
+    if not config.data.train:
+        raise UserError("no training data: add --config.data.train=LIST, a CSV of path,label")
+    if config.train.init_from == REQUIRED:
+        raise UserError(
+            "this recipe starts from trained weights: add --config.train.init_from=CHECKPOINT "
+            '(or "" to start from random ones)'
+        )
+
+
+def admissible_grids(config: ConfigDict) -> tuple[Grid, ...]:
+    """The grids that training draws from. Raises UserError if there are none."""
+    sides = {}
+    for name in ("frames", "resolutions"):
+        first, last, step = config.data.grids[name]
+        if first > last:
+            raise UserError(
+                f"config.data.grids.{name}: ({first}, {last}, {step}) is (first, last, step) and "
+                "the first is above the last"
+            )
+        sides[name] = range(first, last + 1, step)
+    try:
+        return square_grids(sides["frames"], sides["resolutions"], *config.data.grids.tokens)
+    except UserError as error:
+        raise UserError(f"config.data.grids: {error}") from error
+
+
+# May differ between the runs that share a workdir; all else makes another model of it.
+MAY_CHANGE = (
+    "log",  # what is printed, and how often
+    "checkpoint",  # when it is saved, not what
+    "eval",  # how the model is measured
+    "data.validation",  # measured on
+    "data.class_names",  # only shown
+    "data.root",  # videos moved to another disk are the same videos
+    "data.workers",  # the order of the data does not depend on it
+    "data.max_bad_fraction",  # when to give up
+    "model.scan",  # the same mathematics, compiled otherwise
+    "model.remat",  # the same mathematics, in less memory
+)
+
+
+def config_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields, as "train.epochs: 5 -> 10", that forbid going on with a run.
+
+    old, new: nested dicts, from a `config.json` or `ConfigDict.to_dict`. Fields of `MAY_CHANGE` are
+    left out.
+    """
+    old, new = ({k: _as_tuple(v) for k, v in flatten(side).items()} for side in (old, new))
+    absent = "(absent)"
+    return [
+        f"{name}: {old.get(name, absent)} -> {new.get(name, absent)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, absent) != new.get(name, absent)
+        and not any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.epochs": 5, ...} of nested mappings."""
+    flat = {}
+    for name, value in values.items():
+        section = isinstance(value, Mapping | ConfigDict)
+        flat |= flatten(value, f"{prefix}{name}.") if section else {f"{prefix}{name}": value}
+    return flat
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    """Names the one of `known` that is most like `word`, as a whole and after its last dot."""
+
+    def likeness(candidate: str) -> float:
+        pairs = ((word, candidate), (word.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"; did you mean {max(known, key=likeness)}?" if known else ""
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists, at any depth, as the tuples that they were before JSON."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
+def _check_name(name: str) -> None:
+    known = flatten(default_config())
+    if name in known:
+        return
+    inside = [f.removeprefix(f"{name}.") for f in known if f.startswith(f"{name}.")]
+    if inside:
+        raise UserError(f"config.{name} is a section; its fields are {', '.join(inside)}")
+    raise UserError(f"config.{name}: no such field{_suggestion(name, list(known))}")
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    for name in values:
+        _check_name(name)
+    if missing := flatten(default_config()).keys() - values.keys():
+        raise UserError(f"config.{min(missing)} is missing: start from default_config()")
+
+
+def _has_type(value: Any, wanted: type) -> bool:
+    if wanted is tuple:
+        return isinstance(value, tuple | list)
+    if wanted is float:
+        wanted = int | float
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+
+
+TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    tuple: "a tuple",
+}
+
+
+def _type_message(name: str, value: Any) -> str:
+    return f"config.{name}: {value!r} is not {TYPE_NAMES[type(flatten(default_config())[name])]}"
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    for name, default in flatten(default_config()).items():
+        value = values[name]
+        if not _has_type(value, type(default)):
+            raise UserError(_type_message(name, value))
+        if name not in TUPLES:
+            continue
+        wanted, length = TUPLES[name]
+        right_length = len(value) == length if length else len(value) > 0
+        if not right_length or not all(_has_type(element, wanted) for element in value):
+            kind = {int: "whole numbers", float: "numbers", tuple: "(budget, frames, resolution)"}
+            raise UserError(
+                f"config.{name}: {value} is not {length or 'one or more'} {kind[wanted]}, "
+                f"such as {default}"
+            )
+    for setting in values["eval.settings"]:
+        if len(setting) != 3 or not all(_has_type(element, int) for element in setting):
+            raise UserError(
+                f"config.eval.settings: {setting} is not (budget, frames, resolution), "
+                "such as (1024, 12, 168)"
+            )
+
+
+def _check_ranges(values: Mapping[str, Any]) -> None:
+    def check(names: Sequence[str], right: Any, rule: str) -> None:
+        for name in names:
+            value = values[name]
+            if not all(map(right, value if isinstance(value, tuple | list) else [value])):
+                raise UserError(f"config.{name}: {value} must be {rule}")
+
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(f"config.{name}: {values[name]!r} is none of {', '.join(choices)}")
+    if values["data.augment.randaugment"]:
+        try:
+            parse_randaugment(values["data.augment.randaugment"])
+        except UserError as error:
+            raise UserError(f"config.data.augment.randaugment: {error}") from error
+    check(POSITIVE, lambda value: value > 0, "above 0")
+    check(NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
+    check(SHARES, lambda value: 0 <= value <= 1, "between 0 and 1")
+    check(SHARES_BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    for name in ("data.augment.scale", "data.augment.ratio", "data.grids.tokens"):
+        low, high = values[name]
+        if low > high:
+            raise UserError(f"config.{name}: the lower end {low} is above the upper end {high}")
+
+
+def _check_resolution(name: str, resolution: int) -> None:
+    if resolution % PATCH:
+        near = max(1, round(resolution / PATCH)) * PATCH
+        raise UserError(
+            f"config.{name}: {resolution} px is no multiple of the patch size {PATCH}; "
+            f"the nearest is {near}"
+        )
+
+
+def _check_model(config: ConfigDict) -> None:
+    if config.model.classes < 1:
+        raise UserError("say how many classes the data has: add --config.model.classes=NUMBER")
+    _check_resolution("model.resolution", config.model.resolution)
+    if config.model.selector.groups and config.model.selector.kind != "group_dynamic":
+        raise UserError(
+            f"config.model.selector.groups: only group_dynamic has groups, "
+            f"not {config.model.selector.kind}"
+        )
+
+
+def _check_batch(config: ConfigDict) -> None:
+    batch, group, repeats = config.train.batch_size, config.data.grid_group, config.data.repeats
+    if group % repeats:
+        raise UserError(
+            f"config.data.grid_group: {group} clips that share a grid are no multiple of "
+            f"data.repeats={repeats}, the clips of one video"
+        )
+    if batch % (group * config.train.accumulate):
+        raise UserError(
+            f"config.train.batch_size: {batch} clips do not split into groups of "
+            f"data.grid_group={group} in each of train.accumulate={config.train.accumulate} parts"
+        )
+    if group == 1 and (config.train.mixup or config.train.cutmix):
+        raise UserError(
+            "config.data.grid_group: mixup and cutmix mix clips that share a grid; with groups of "
+            "1 set train.mixup=0 and train.cutmix=0"
+        )
+
+
+def _check_budgets(config: ConfigDict) -> None:
+    budgets = tuple(config.train.budgets)
+    if len(budgets) > HEADS or list(budgets) != sorted(set(budgets), reverse=True):
+        raise UserError(
+            f"config.train.budgets: {budgets} must be at most {HEADS} numbers, largest first"
+        )
+    grids = admissible_grids(config)
+    largest = max(grid.tokens for grid in grids)
+    if budgets[0] > largest:
+        raise UserError(
+            f"config.train.budgets: no grid can fill {budgets[0]} tokens, the largest of "
+            f"data.grids has {largest}"
+        )
+    if config.model.selector.kind == "none" and largest > budgets[-1]:
+        raise UserError(
+            f"config.model.selector.kind: none keeps every token, but a grid of data.grids has "
+            f"{largest} and train.budgets asks for {budgets[-1]}"
+        )
+
+
+def _check_optimiser(config: ConfigDict) -> None:
+    if config.train.warmup_epochs > config.train.epochs:
+        raise UserError(
+            f"config.train.warmup_epochs: {config.train.warmup_epochs} is more than "
+            f"train.epochs={config.train.epochs}"
+        )
+    if config.optim.min_learning_rate > config.optim.learning_rate:
+        raise UserError(
+            f"config.optim.min_learning_rate: {config.optim.min_learning_rate} is above "
+            f"optim.learning_rate={config.optim.learning_rate}"
+        )
+
+
+def _check_evaluation(config: ConfigDict) -> None:
+    """A budget of more tokens than the grid has is no error: every token is kept."""
+    settings = config.eval.settings
+    for budget, frames, resolution in settings:
+        if min(budget, frames, resolution) <= 0:
+            raise UserError(f"config.eval.settings: {(budget, frames, resolution)} must be above 0")
+        _check_resolution("eval.settings", resolution)
+        tokens = frames * (resolution // PATCH) ** 2
+        if config.model.selector.kind == "none" and tokens > budget:
+            raise UserError(
+                f"config.eval.settings: {frames} frames of {resolution} px have {tokens} tokens, "
+                f"and model.selector.kind=none cannot bring them down to {budget}"
+            )
+    budgets = [setting[0] for setting in settings]
+    if twice := {budget for budget in budgets if budgets.count(budget) > 1}:
+        raise UserError(
+            f"config.eval.settings: {min(twice)} tokens twice, but results are kept by budget"
+        )
