@@ -262,11 +262,15 @@ def _size(symbol: int | str | tuple[int, str], sizes: Mapping[str, int]) -> int 
 
 
 def _refuse(faults: Mapping[str, list[str]]) -> None:
-    """UserError naming the first few tensors of each kind of fault, if there is any."""
+    if described := describe_faults(faults):
+        raise UserError(f"these are not the weights of a FluxViT; {described}")
+
+
+def describe_faults(faults: Mapping[str, list[str]]) -> str:
+    """Kind of fault -> tensors as one line, the first few of each kind named; "" without any."""
     parts = []
     for kind, tensors in faults.items():
         if tensors:
             more = f" and {len(tensors) - NAMED_AT_MOST} more" * (len(tensors) > NAMED_AT_MOST)
             parts.append(f"{kind}: {', '.join(tensors[:NAMED_AT_MOST])}{more}")
-    if parts:
-        raise UserError(f"these are not the weights of a FluxViT; {'; '.join(parts)}")
+    return "; ".join(parts)
