@@ -1,0 +1,433 @@
+"""Recipes load and hold the published numbers; what is wrong with a config is one helpful line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config import (
+    MAY_CHANGE,
+    REQUIRED,
+    VARIANTS,
+    admissible_grids,
+    config_difference,
+    default_config,
+    flatten,
+    from_dict,
+    load_config,
+    validate,
+    validate_for_training,
+)
+from fluxvit_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+GOLDEN = Path(__file__).parent / "golden"
+CLASSES = {
+    "k400": 400,
+    "k600": 600,
+    "k700": 700,
+    "k710": 710,
+    "ssv2": 174,
+    "coin": 180,
+    "ucf101": 101,
+    "hmdb51": 51,
+    "custom": 12,
+}
+K400 = str(CONFIGS / "k400.py")
+
+
+def recipe(name: str, options: str = "base", overrides=()) -> ConfigDict:
+    classes = ["--config.model.classes=12"] if name == "custom" else []
+    return load_config(f"{CONFIGS / name}.py:{options}", [*classes, *overrides])
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- Variants and defaults
+
+
+@pytest.mark.parametrize("variant", ["S", "B"])
+def test_variants_have_the_sizes_of_the_released_weights(variant):
+    shapes = manifest_shapes(variant)
+    sizes = VARIANTS[variant]
+    per_frame = (sizes.resolution // 14) ** 2
+    assert shapes["pos_embed"] == [1, 1 + sizes.frames * per_frame, sizes.width]
+    assert f"blocks.{sizes.depth - 1}.mlp.fc1.weight" in shapes
+    assert f"blocks.{sizes.depth}.mlp.fc1.weight" not in shapes
+    assert sizes.width % sizes.heads == 0
+
+
+def manifest_shapes(variant: str) -> dict[str, list[int]]:
+    """Parameter shapes of the official S or B."""
+    manifest = json.loads((GOLDEN / "full_manifest.json").read_text())
+    return manifest[{"S": "fluxvit_small_patch14", "B": "fluxvit_base_patch14"}[variant]]["keys"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_default_of_every_variant_is_valid(variant):
+    validate(default_config(variant))
+
+
+def test_a_config_survives_json_and_old_ones_get_new_fields():
+    config = recipe("k400", "small")
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert from_dict(stored).to_dict() == config.to_dict()
+    del stored["train"]["align"]
+    assert from_dict(stored).train.align == default_config().train.align
+    stored["train"]["epoch"] = 1
+    assert "config.train.epoch:" in error_of(from_dict, stored)
+
+
+def test_default_grids_are_the_official_ones():
+    golden = json.loads((GOLDEN / "optim_case.json").read_text())["sampler_official_script"]
+    grids = [[g.frames, g.rows * 14, g.tokens] for g in admissible_grids(default_config())]
+    assert sorted(grids) == sorted(golden["pairs_frames_res_tokens"])
+
+
+# --- Recipes
+
+
+@pytest.mark.parametrize("variant", ["small", "base", "large"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_recipe_loads(name, variant):
+    config = recipe(name, variant)
+    sizes = VARIANTS[config.model.variant]
+    assert config.model.variant == variant[0].upper()
+    assert (config.model.frames, config.model.resolution) == (sizes.frames, sizes.resolution)
+    assert config.model.classes == CLASSES[name]
+    assert config.train.budgets == (3072, 2048, 1024)
+    assert config.train.init_from == REQUIRED
+    assert recipe(name, f"{variant},single=2048").train.budgets == (2048,)
+
+
+def test_every_recipe_is_tested():
+    not_here = {"common", "demo"}  # no recipe; the demo has tests of its own
+    assert {file.stem for file in CONFIGS.glob("*.py")} - not_here == CLASSES.keys()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_recipe_says_how_to_run_it_and_what_was_run(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    docstring = text.split('"""')[1]
+    assert f"python -m fluxvit_jax.main --config=configs/{name}.py" in docstring
+    assert "NOT RUN HERE" in docstring
+    assert "Hardware:" in docstring
+    assert "result: " in docstring or "Published top-1" in docstring
+
+
+# Published numbers: paper's table 15, released K400 script, InternVideo2-S's SSv2 script.
+# clips a step, epochs, warm-up, rate for 256 clips, smoothing, mixup, cutmix, erasing, flip
+PUBLISHED = {
+    "k710:small": (1024, 35, 5, 2e-4, 0, 0, 0, 0, 0.5),
+    "k710:base": (1024, 20, 5, 2e-4, 0, 0, 0, 0, 0.5),
+    "k400:small": (512, 5, 1, 2e-4, 0, 0, 0, 0, 0.5),
+    "k400:base": (512, 3, 1, 2e-4, 0, 0, 0, 0, 0.5),
+    "k400:base,recipe=paper": (512, 3, 1, 2e-4, 0, 0, 0, 0, 0.5),
+    "k400:base,recipe=released": (1024, 5, 1, 2e-4, 0.1, 0.8, 1, 0.25, 0.5),
+    "coin:small": (512, 40, 5, 5e-4, 0, 0, 0, 0, 0.5),
+    "coin:base": (512, 25, 5, 5e-4, 0, 0, 0, 0, 0.5),
+    "ssv2:small": (512, 30, 5, 5e-4, 0.1, 0.8, 1, 0.25, 0),
+}
+
+
+@pytest.mark.parametrize("which", PUBLISHED)
+def test_recipes_hold_the_published_numbers(which):
+    name, options = which.split(":")
+    config = recipe(name, options)
+    train, optim = config.train, config.optim
+    batch, epochs, warmup, rate, smoothing, mixup, cutmix, erase, flip = PUBLISHED[which]
+    assert (train.batch_size, train.epochs, train.warmup_epochs) == (batch, epochs, warmup)
+    assert optim.learning_rate == pytest.approx(rate * batch / 256)
+    assert optim.min_learning_rate == pytest.approx(1e-6 * batch / 256)
+    assert (train.label_smoothing, train.mixup, train.cutmix) == (smoothing, mixup, cutmix)
+    assert (train.erase, config.data.augment.flip) == (erase, flip)
+    assert (optim.b1, optim.b2, optim.weight_decay, optim.layer_decay) == (0.9, 0.999, 0.05, 0.75)
+    assert config.model.drop_path == 0.1
+    assert config.data.augment.scale == (0.08, 1)
+    views = (2, 3) if name == "ssv2" else (4, 3)
+    assert (config.eval.clips, config.eval.crops) == views
+
+
+def test_the_released_recipe_has_the_official_rate_and_augmentation():
+    config = recipe("k400", "base,recipe=released")
+    assert config.optim.learning_rate == pytest.approx(8e-4)
+    assert config.data.repeats == 2
+    assert config.data.augment.randaugment == "rand-m7-n4-mstd0.5-inc1"
+    assert config.data.grid_group == 16  # 8 videos of a GPU, each twice
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_evaluation_chooses_from_more_tokens_than_each_budget(name):
+    settings = recipe(name).eval.settings
+    assert [setting[0] for setting in settings] == [3072, 2048, 1024, 512]
+    for budget, frames, resolution in settings:
+        assert 1.5 <= frames * (resolution // 14) ** 2 / budget <= 2.3
+
+
+def test_a_recipe_that_starts_from_weights_asks_for_them():
+    config = recipe("k400", overrides=["--config.data.train=list.csv"])
+    assert "--config.train.init_from=CHECKPOINT" in error_of(validate_for_training, config)
+    scratch = ["--config.data.train=list.csv", "--config.train.init_from="]
+    validate_for_training(recipe("k400", overrides=scratch))
+    assert "--config.data.train" in error_of(validate_for_training, recipe("k400"))
+
+
+# --- Overrides
+
+
+def test_overrides_of_every_type():
+    config = recipe(
+        "k400",
+        overrides=[
+            "--config.train.epochs=7",
+            "--config.train.warmup_epochs=2",
+            "--config.optim.learning_rate",
+            "3e-4",
+            "--config.data.root=/videos",
+            "--noconfig.model.scan",
+            "--config.data.augment.scale=(1,1)",
+            "--config.eval.settings=((1024,12,168),)",
+        ],
+    )
+    assert (config.train.epochs, config.train.warmup_epochs) == (7, 2.0)
+    assert config.optim.learning_rate == 3e-4
+    assert config.data.root == "/videos"
+    assert config.model.scan is False
+    assert config.data.augment.scale == (1, 1)
+    assert config.eval.settings == ((1024, 12, 168),)
+
+
+def test_a_variant_from_the_command_line_brings_its_native_grid():
+    model = recipe("k400", overrides=["--config.model.variant=S"]).model
+    assert (model.frames, model.resolution) == (24, 252)
+    given = ["--config.model.variant=S", "--config.model.frames=8"]
+    model = recipe("k400", overrides=given).model
+    assert (model.frames, model.resolution) == (8, 252)
+
+
+# An override of k400 and what the message must say.
+WRONG = {
+    "train.epoch=3": "config.train.epoch: no such field; did you mean train.epochs?",
+    "epochs=3": "did you mean train.epochs?",
+    "trian.epochs=3": "did you mean train.epochs?",
+    "optim.learning_rat=1": "did you mean optim.learning_rate?",
+    "data.gird_group=4": "did you mean data.grid_group?",
+    "train=3": "config.train is a section",
+    "train.epochs=abc": "config.train.epochs: 'abc' is not a whole number",
+    "train.epochs=1.5": "config.train.epochs: '1.5' is not a whole number",
+    "optim.b1=high": "config.optim.b1: 'high' is not a number",
+    "model.scan=maybe": "config.model.scan: 'maybe' is not true or false",
+    "train.budgets=many": "config.train.budgets",
+    "data.grids.frames=(6,24)": "not 3 whole numbers, such as (6, 24, 2)",
+    "data.augment.scale=(0.1,'a')": "config.data.augment.scale",
+    "eval.settings=(1024,12,168)": "(budget, frames, resolution)",
+    "eval.settings=((1024,12),)": "(budget, frames, resolution)",
+    "model.variant=H": "none of Ti, S, B, L",
+    "model.gelu=relu": "none of tanh, erf",
+    "model.selector.kind=best": "group_dynamic",
+    "model.drop_path=1": "at least 0 and below 1",
+    "train.ema=1": "config.train.ema",
+    "train.epochs=0": "config.train.epochs: 0 must be above 0",
+    "seed=-1": "config.seed: -1 must be 0 or more",
+    "data.augment.flip=2": "between 0 and 1",
+    "data.augment.scale=(0.5,0.1)": "the lower end 0.5 is above",
+    "data.augment.randaugment=strong": "config.data.augment.randaugment",
+    "data.grids.frames=(6,24,0)": "must be above 0",
+    "data.grids.frames=(24,6,2)": "first is above the last",
+    "data.grids.resolutions=(112,336,20)": "no multiple of the patch size 14",
+    "data.grids.tokens=(9,10)": "no grid has between 9 and 10 tokens",
+    "model.resolution=250": "the nearest is 252",
+    "model.classes=0": "--config.model.classes=",
+    "eval.settings=((1024,12,170),)": "170 px is no multiple of the patch size 14",
+    "eval.settings=((1024,0,168),)": "must be above 0",
+    "eval.settings=((1024,12,168),(1024,4,224))": "1024 tokens twice",
+    "train.batch_size=100": "data.grid_group=8",
+    "train.accumulate=3": "train.accumulate=3",
+    "data.repeats=3": "no multiple of data.repeats=3",
+    "train.budgets=(1024,2048)": "largest first",
+    "train.budgets=(4000,3000,2000,1000)": "at most 3",
+    "train.budgets=6145": "no grid can fill 6145 tokens",
+    "model.selector.kind=none": "none keeps every token",
+    "train.warmup_epochs=4": "more than train.epochs=3",
+    "optim.min_learning_rate=1": "above optim.learning_rate",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_a_wrong_override_is_one_line_that_names_the_field(override):
+    assert WRONG[override] in error_of(load_config, K400, [f"--config.{override}"])
+
+
+def test_no_selection_needs_grids_and_settings_within_the_budget():
+    fixed = [
+        "--config.model.selector.kind=none",
+        "--config.data.grids.frames=(8,8,1)",
+        "--config.data.grids.resolutions=(224,224,14)",
+        "--config.data.grids.tokens=(2048,2048)",
+        "--config.train.budgets=2048",
+    ]
+    message = error_of(load_config, K400, fixed)
+    assert "20 frames of 224 px have 5120 tokens" in message
+    config = load_config(K400, [*fixed, "--config.eval.settings=((2048,8,224),(1024,4,224))"])
+    assert [grid.tokens for grid in admissible_grids(config)] == [2048]
+
+
+def test_a_budget_above_the_tokens_of_an_evaluation_keeps_all():
+    load_config(K400, ["--config.eval.settings=((3072,4,112),)"])
+
+
+def test_mixing_needs_a_group():
+    overrides = ["--config.data.grid_group=1", "--config.train.mixup=0.8"]
+    assert "mixup" in error_of(load_config, K400, overrides)
+    load_config(K400, overrides[:1])
+
+
+def test_only_the_group_dynamic_selector_has_groups():
+    overrides = ["--config.model.selector.kind=tube", "--config.model.selector.groups=2"]
+    assert "config.model.selector.groups" in error_of(load_config, K400, overrides)
+
+
+# --- Recipe files
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("huge", "'huge' is none of small, base, large"),
+        ("base,singel=2048", "'singel=2048' is not single=TOKENS or recipe=paper|released"),
+        ("base,single=few", "single=TOKENS"),
+        ("base,recipe=mine", "'mine' is none of paper, released"),
+    ],
+)
+def test_a_wrong_option_of_a_recipe(options, message):
+    assert message in error_of(load_config, f"{K400}:{options}")
+
+
+def test_a_missing_recipe_names_the_nearest():
+    message = error_of(load_config, str(CONFIGS / "k40.py"))
+    assert f"did you mean {K400}?" in message
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("config.train.epoch = 3", "config.train.epoch: no such field; did you mean train.epochs"),
+        ("config.trian.epochs = 3", "mine.py, line 4: AttributeError"),
+        ("config.train.epochs = 'x'", "mine.py, line 4: TypeError"),
+        ("return 3", "get_config returns int"),
+        ("del config.train.epochs", "config.train.epochs is missing"),
+        ("import nothing_of_this_name", "mine.py, line 4: ModuleNotFoundError"),
+        ("if config", "SyntaxError"),
+    ],
+)
+def test_a_faulty_recipe_names_its_line(tmp_path, body, message):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from fluxvit_jax.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        f"    {body}\n"
+        "    return config\n"
+    )
+    assert message in error_of(load_config, str(file))
+
+
+# --- Difference of two runs
+
+
+def test_difference_names_what_makes_another_model():
+    old = json.loads(json.dumps(recipe("k400", "base").to_dict()))
+    assert config_difference(old, recipe("k400", "base").to_dict()) == []
+    new = recipe("k400", "base", ["--config.train.epochs=5", "--config.train.budgets=2048"])
+    assert config_difference(old, new.to_dict()) == [
+        "train.budgets: (3072, 2048, 1024) -> (2048,)",
+        "train.epochs: 3 -> 5",
+    ]
+    del old["train"]["align"]
+    assert config_difference(old, recipe("k400").to_dict()) == ["train.align: (absent) -> 1.0"]
+
+
+def test_difference_leaves_out_what_may_change():
+    changes = [
+        "--config.log.every_steps=1",
+        "--config.checkpoint.keep=9",
+        "--config.eval.clips=1",
+        "--config.eval.settings=((512,8,168),)",
+        "--config.data.root=/elsewhere",
+        "--config.data.workers=0",
+        "--config.model.remat=full",
+    ]
+    assert config_difference(recipe("k400").to_dict(), recipe("k400", "base", changes)) == []
+    known = flatten(default_config())
+    for name in MAY_CHANGE:
+        assert any(field == name or field.startswith(f"{name}.") for field in known)
+
+
+# --- As a program
+
+PROGRAM = """
+import sys
+from absl import app, flags
+from fluxvit_jax import config
+from fluxvit_jax.errors import UserError
+
+config.define_flag()
+flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
+flags.DEFINE_string("workdir", None, "where")
+
+def main(argv):
+    print(flags.FLAGS.mode, flags.FLAGS.config.train.epochs, flags.FLAGS.config.model.variant)
+
+if __name__ == "__main__":
+    try:
+        app.run(main, flags_parser=config.parse_flags)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+"""
+
+
+def test_a_program_gets_its_config_or_one_line(tmp_path):
+    """One absl program, started anew for each command line as a user would."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    lines = {
+        f"--mode=evaluate --config={K400}:small --config.train.epochs 3": "evaluate 3 S",
+        f"--config={K400} --config.train.epohcs=3": "did you mean train.epochs?",
+        f"--config={K400} --wrokdir=x": "Unknown command line flag 'wrokdir'",
+        f"--config={K400} --mode=trian": "flag --mode=trian",
+        f"--config.train.epochs=3 --config={K400}": "before a value for --config was specified",
+        "--mode=train": "no recipe given",
+    }
+    running = {
+        line: subprocess.Popen(
+            [sys.executable, "program.py", *line.split()],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in lines
+    }
+    for line, process in running.items():
+        out, err = process.communicate(timeout=60)
+        good = "evaluate" in line
+        assert process.returncode == (0 if good else 2), err
+        assert lines[line] in (out if good else err)
+        assert len((out if good else err).splitlines()) == 1
+
+
+def test_loading_leaves_the_flags_of_the_program_alone():
+    before = set(flags.FLAGS)
+    load_config(K400)
+    assert set(flags.FLAGS) == before
