@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config import (
+    CHOICES,
     MAY_CHANGE,
     REQUIRED,
     VARIANTS,
@@ -23,6 +25,7 @@ from fluxvit_jax.config import (
     validate_for_training,
 )
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.selection import SELECTORS, Rounding
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -296,6 +299,11 @@ def test_mixing_needs_a_group():
 def test_only_the_group_dynamic_selector_has_groups():
     overrides = ["--config.model.selector.kind=tube", "--config.model.selector.groups=2"]
     assert "config.model.selector.groups" in error_of(load_config, K400, overrides)
+
+
+def test_the_selectors_of_the_config_are_those_of_the_network():
+    assert CHOICES["model.selector.kind"] == SELECTORS
+    assert CHOICES["model.selector.rounding"] == get_args(Rounding)
 
 
 # --- Recipe files
