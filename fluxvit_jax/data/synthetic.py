@@ -93,10 +93,11 @@ SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
 # Magnification from the first to the last instant of a zoom.
-ZOOM = (1.5, 2.1)
-# Pixels of the photograph that one pixel of a frame may span: beyond about this it would alias, so
-# a larger photograph is shrunk first.
-MAX_STRIDE = 1.3
+ZOOM = (1.5, 2.0)
+# Pixels of the photograph under one pixel of a frame, at the middle of a clip: at most this, or the
+# frames would alias. A larger photograph is shrunk first; by how much is random, because at a
+# constant sharpness any loss of it would tell a zoom.
+STRIDE = (0.5, 1.0)
 
 
 class Path2D(NamedTuple):
@@ -106,6 +107,14 @@ class Path2D(NamedTuple):
     y: np.ndarray  # down, in short sides of the frame
     turn: np.ndarray  # clockwise, radians
     zoom: np.ndarray  # natural logarithm of the magnification
+
+
+class View(NamedTuple):
+    """What a frame shows of a flat world where its path is 0."""
+
+    centre: np.ndarray  # (x, y), pixels of the world
+    span: float  # pixels of the world along the frame's short side
+    tilt: float  # clockwise, radians
 
 
 def photographs(split: str) -> list[np.ndarray]:
@@ -152,14 +161,18 @@ def render(
     ground_path, cutout_path = _paths(motion, rng, frames)
     ground = _recolour(photo, rng)
     source = _recolour(photo if cutout_photo is None else cutout_photo, rng)
-    clip = _film(ground, ground_path, size, *_view(ground, rng), cv2.BORDER_REFLECT)
+    ground, view = _shrink(ground, _choose_view(ground, rng), rng.uniform(*STRIDE) * min(size))
+    clip = _film(ground, view, ground_path, size, cv2.BORDER_REFLECT)
     tile = _cutouts(source, rng, size)
     side = len(tile)
-    tilt, scale = rng.uniform(-np.pi, np.pi), math.exp(rng.uniform(-0.2, 0.2))
-    view = rng.uniform(0, side, 2), side / TILE * scale, tilt
-    layer = _film(tile, cutout_path, size, *view, cv2.BORDER_WRAP)
-    alpha = layer[..., 3:].astype(np.uint16)
-    return ((clip * (255 - alpha) + layer[..., :3] * alpha + 127) // 255).astype(np.uint8)
+    span = side / TILE * math.exp(rng.uniform(-0.25, 0.25))
+    view = View(rng.uniform(0, side, 2), span, rng.uniform(-np.pi, np.pi))
+    layer = _film(tile, view, cutout_path, size, cv2.BORDER_WRAP)
+    for frame, above in zip(clip, layer, strict=True):
+        alpha = cv2.cvtColor(above[..., 3], cv2.COLOR_GRAY2RGB)
+        above = cv2.multiply(above[..., :3], alpha, scale=1 / 255)
+        cv2.add(above, cv2.multiply(frame, 255 - alpha, scale=1 / 255), frame)
+    return clip
 
 
 def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, Path2D]:
@@ -211,27 +224,11 @@ def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, 
 
 
 def _film(
-    world: np.ndarray,
-    path: Path2D,
-    size: tuple[int, int],
-    centre: np.ndarray,
-    span: float,
-    tilt: float,
-    border: int,
+    world: np.ndarray, view: View, path: Path2D, size: tuple[int, int], border: int
 ) -> np.ndarray:
-    """Frames of a flat world uint8 [H, W, C] that moves along path: uint8 [T, height, width, C].
-
-    Where path is 0 the frame is centred on the world's pixel centre (x, y), its short side spans
-    `span` pixels of the world, and the world is turned clockwise by tilt (radians).
-    """
-    height, width = size
-    short = min(size)
-    # The same for every path: otherwise sharpness would tell a zoom from a pan.
-    shrink = span / short * math.sqrt(ZOOM[1]) / MAX_STRIDE
-    if shrink > 1 and border == cv2.BORDER_REFLECT:
-        shrunk = (round(world.shape[1] / shrink), round(world.shape[0] / shrink))
-        world = cv2.resize(world, shrunk, interpolation=cv2.INTER_AREA)
-        centre, span = centre / shrink, span / shrink
+    """Frames of a flat world uint8 [H, W, C] that moves along path: uint8 [T, height, width, C]."""
+    (height, width), short = size, min(size)
+    centre, span, tilt = view
     angle = -(path.turn + tilt)
     factor = span / short * np.exp(-path.zoom)
     cos, sin = factor * np.cos(angle), factor * np.sin(angle)
@@ -250,8 +247,8 @@ def _film(
     return clip
 
 
-def _view(world: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, float, float]:
-    """A view of a photograph: its centre (x, y), the pixels its short side spans, its tilt.
+def _choose_view(world: np.ndarray, rng: np.random.Generator) -> View:
+    """A random view of a photograph uint8 [H, W, 3].
 
     Of four places the one with most texture in every direction is taken (Shi and Tomasi's measure:
     the smaller eigenvalue of the gradients' covariance), since over blank sky no motion shows.
@@ -268,7 +265,16 @@ def _view(world: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, floa
         return np.linalg.eigvalsh(np.cov(gradients))[0]
 
     places = rng.uniform((0, 0), (width, height), (4, 2))
-    return max(places, key=texture), span, rng.uniform(-np.pi, np.pi)
+    return View(max(places, key=texture), span, rng.uniform(-np.pi, np.pi))
+
+
+def _shrink(world: np.ndarray, view: View, span: float) -> tuple[np.ndarray, View]:
+    """The same view of the world shrunk such that view.span is at most span pixels."""
+    height, width = world.shape[:2]
+    shrink = max(1, view.span / span)
+    size = (round(width / shrink), round(height / shrink))
+    world = cv2.resize(world, size, interpolation=cv2.INTER_AREA)
+    return world, view._replace(centre=view.centre / shrink, span=view.span / shrink)
 
 
 def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -432,7 +438,9 @@ def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
         video.height, video.width = frames.shape[1:3]
         video.pix_fmt = "yuv420p"
         if sound:
-            audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+            audio = file.add_stream(
+                "aac", rate=SAMPLE_RATE, options={"aac_coder": "fast"}, layout="mono"
+            )
         for frame in frames:
             file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         file.mux(video.encode())
