@@ -203,6 +203,8 @@ def test_weights_of_nothing(tmp_path):
         restore_params(tmp_path / "absent")
 
 
+# Orbax gives up at the first failed write; those still under way end in a closed event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_one_line(tmp_path):
     save_steps(tmp_path, [1])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -266,7 +268,7 @@ def test_killed_between_write_and_rename(tmp_path, moment):
 def test_killed_at_random_moments(tmp_path):
     """With `keep=1`, so that the step before is being deleted around the same time."""
     rng, last = np.random.default_rng(0), 0
-    for _ in range(4):
+    for _ in range(3):
         child = start_child(tmp_path, 10**6)
         for _ in range(rng.integers(2, 8)):
             announced = int(child.stdout.readline())
