@@ -114,6 +114,8 @@ def prepare(
         raise UserError(f"split {split!r} must be letters, digits and underscores, and not 'all'")
     if workers < 1 or not 0 < shard_mb < math.inf:
         raise UserError(f"workers ({workers}) and shard_mb ({shard_mb}) must be above 0")
+    if "://" in os.fspath(out):
+        raise UserError(f"{out}: shards are written to a folder of this machine; copy them then")
     out = Path(os.path.abspath(out))
     with _one_run_at_a_time(out):
         info = _existing_info(out)
@@ -126,7 +128,7 @@ def prepare(
                 f"{annotations}: none of its {len(examples)} videos is there; the first would be "
                 f"{examples[0].source}; is the root right?"
             )
-        plan = _plan(examples, sizes, shard_mb, names)
+        plan = _plan(examples, sizes, shard_mb)
         if info and split in info.splits:
             return _finished_before(out, split, plan, info.metadata["splits"][split])
         work = _work_folder(out, split, plan)
@@ -148,12 +150,10 @@ def prepare(
 # What goes where
 
 
-def _plan(
-    examples: list[Example], sizes: list[int], shard_mb: float, names: Sequence[str] | None
-) -> str:
-    """Hex digest of all that the bytes of a split depend on, to know a run of other data by."""
+def _plan(examples: list[Example], sizes: list[int], shard_mb: float) -> str:
+    """Hex digest of all that the bytes of the shards depend on, to know other data by."""
     rows = fingerprint((e.id, e.label, size) for e, size in zip(examples, sizes, strict=True))
-    return hashlib.sha256(json.dumps([rows, shard_mb, names and list(names)]).encode()).hexdigest()
+    return hashlib.sha256(f"{rows} {float(shard_mb)}".encode()).hexdigest()
 
 
 def _shards(
@@ -319,7 +319,8 @@ def _run_workers(shards: list[Shard], workers: int, bar: tqdm) -> None:
             done, running = wait(running, timeout=0.5, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            bar.update(progress.value - bar.n + bar.initial)
+            # Read without its lock, which a worker that was killed may hold.
+            bar.update(progress.get_obj().value - bar.n + bar.initial)
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (out of memory, or a crash in the video decoder); finished "

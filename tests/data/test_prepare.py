@@ -48,7 +48,7 @@ def videos(tmp_path_factory):
         write_clip(root / name, i, frames=4 + i % 3 * 3)
     whole = (root / rows[0][0]).read_bytes()
     (root / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    (root / "page.mp4").write_text("<html>not found</html>")
+    (root / "page.mp4").write_bytes(b"<html>not found</html>\0\0")  # zeros that must survive
     bad = [("cut.mp4", 0), rows[0], ("page.mp4", 1), ("gone.mp4", 1), rows[1]]
     for name, lines in {"good.csv": rows, "bad.csv": bad}.items():
         (root / name).write_text("".join(f"{path},{label}\n" for path, label in lines))
@@ -193,7 +193,9 @@ def test_training_goes_without_bad_videos_and_evaluation_counts_them(videos, tmp
     assert [record.id for record in train] == ["run/0.mp4", "walk ö/1.mp4"]
     listed, validation = open_source(videos / "bad.csv"), open_source(f"{tmp_path}:validation")
     assert [record[:2] for record in validation] == [record[:2] for record in listed]
-    assert validation[0].video == (videos / "cut.mp4").read_bytes() and validation[3].video == b""
+    for index, name in [(0, "cut.mp4"), (2, "page.mp4")]:
+        assert validation[index].video == (videos / name).read_bytes()
+    assert validation[3].video == b""
     assert validation.fingerprint == listed.fingerprint != train.fingerprint
     splits = json.loads((tmp_path / "metadata.json").read_text())["splits"]
     assert [splits[name]["quarantined"] for name in ("train", "validation")] == [3, 3]
@@ -221,6 +223,7 @@ def test_several_splits_share_class_names(videos, tmp_path):
             open_source(path)
     with pytest.raises(UserError, match=r"label 1 must be one of 0\.\.0"):
         open_source(f"{out}:train", classes=1)
+    assert prepare(videos / "good.csv", out, split="train") == Prepared(12, 0)  # still done
     with pytest.raises(UserError, match="have other class names"):
         prepare(videos / "good.csv", out, split="test", names=["walk", "run"])
 
@@ -260,6 +263,7 @@ def test_one_run_at_a_time(videos, tmp_path):
         (["--worker=2"], "arguments are required"),
         (["--annotations=gone.csv", "--out=o"], "gone.csv: no such file or folder"),
         (["--annotations=good.csv", "--out=good.csv"], "good.csv: cannot be used as a folder"),
+        (["--annotations=good.csv", "--out=gs://o"], "gs://o: shards are written to a folder"),
         (["--annotations=good.csv", "--out=o", "--workers=two"], "invalid int value: 'two'"),
         (["--annotations=good.csv", "--out=o", "--workers=0"], "must be above 0"),
         (["--annotations=good.csv", "--out=o", "--shard_mb=nan"], "must be above 0"),
