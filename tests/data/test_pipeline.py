@@ -17,11 +17,12 @@ import pytest
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.config import default_config
 from fluxvit_jax.data import pipeline, sampling
-from fluxvit_jax.data.annotations import Example, FileSource, Record
+from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
 from fluxvit_jax.data.augment import augment_clip
 from fluxvit_jax.data.decode import Video
 from fluxvit_jax.data.patches import patchify, unpatchify
 from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_batches
+from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.errors import UserError
 from tests.data.videos import full_decode, moving_texture, write_video
 
@@ -367,10 +368,14 @@ def test_every_video_is_evaluated_once(folder, hosts, batch_size):
     np.testing.assert_array_equal(np.sort(videos[videos >= 0]), np.arange(VIDEOS))
 
 
-def test_evaluation_is_the_same_for_any_workers(folder):
-    source = make_source(folder, bad=True)
+def test_evaluation_is_the_same_by_workers_and_from_a_prepared_folder(folder, tmp_path):
+    source = make_source(folder)
+    rows = [f"{example.id},{example.label}" for example in source.examples]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    prepare(tmp_path / "list.csv", tmp_path / "prepared", root=folder)
+    prepared = open_source(tmp_path / "prepared")
     expected = take(evaluation_batches(make_config(), source), None)
-    assert_equal(take(evaluation_batches(make_config(workers=2), source), None), expected)
+    assert_equal(take(evaluation_batches(make_config(workers=2), prepared), None), expected)
 
 
 @pytest.mark.parametrize("memory", [pipeline.MAX_DECODED_BYTES, 0])
