@@ -1,0 +1,280 @@
+"""FluxViT: patches and their grid in, a clip vector and class scores out, at any token budget."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fluxvit_jax.models import layers, positions, selection
+from fluxvit_jax.models.selection import GridLimits, Selection
+
+PATCH_VALUES = 14 * 14 * 3  # a patch of one frame, order h, w, c
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, for values in 0..1
+STD = (0.229, 0.224, 0.225)
+REMAT_NAMES = ("attention", "fc1", "mlp")
+
+
+@dataclass(frozen=True)
+class FluxViTConfig:
+    """The network's shape and execution. S, B and L: see `fluxvit_jax.config.VARIANTS`.
+
+    frames, rows, columns: the native grid, that of the position table.
+    cls: "outside" adds the CLS token to the budget (official), "inside" lets it take one place.
+    scan: one compiled block looped over the depth; False unrolls (faster steps, slower compiles).
+    remat: what the backward pass recomputes: "none"; "names", all but the outputs of attention,
+        fc1 and MLP; "full", whole blocks.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    frames: int
+    rows: int
+    columns: int
+    classes: int
+    budgets: int = 3  # pooling heads and classifiers, one a training budget
+    pool_width: int = 768
+    pool_heads: int = 16
+    gelu: str = "tanh"
+    cls: str = "outside"
+    selector: selection.Selector = "group_dynamic"
+    groups: int = 0
+    rounding: selection.Rounding = "exact"
+    drop_path: float = 0.0
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+
+    @property
+    def native_tokens(self) -> int:
+        return self.frames * self.rows * self.columns
+
+
+class PatchEmbed(nnx.Module):
+    """Dual patch norm: RMSNorm, linear projection, RMSNorm. [..., 588] -> [..., C]."""
+
+    def __init__(self, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm_before = layers.RMSNorm(PATCH_VALUES)
+        self.proj = layers.Linear(PATCH_VALUES, width, dtype=dtype, rngs=rngs)
+        self.norm = layers.RMSNorm(width)
+
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        return self.norm(self.proj(self.norm_before(patches)))
+
+
+class FluxViT(nnx.Module):
+    """The network. Parameters leave as a plain tree (`split`); `merge` makes a model of one again.
+
+    A forward pass is `select`, then `encode` of the kept patches, `pool_tokens` and `classify`;
+    `__call__` does all four.
+    """
+
+    def __init__(self, config: FluxViTConfig, rngs: nnx.Rngs):
+        self.config = config
+        C, dtype = config.width, jnp.dtype(config.dtype)
+        self.cls_token = nnx.Param(layers.trunc_normal(rngs.params(), (C,)))
+        self.pos_embed = nnx.Param(
+            jnp.asarray(positions.sincos_table(config.frames, config.rows, config.columns, C))
+        )
+        self.gpe = layers.Affine(C)
+        self.patch_embed = PatchEmbed(C, dtype, rngs)
+        exact = config.gelu == "erf"
+        self.blocks = _stack(
+            config.depth, rngs, lambda r: layers.Block(C, config.heads, exact, dtype, r)
+        )
+        _rescale_by_depth(self.blocks, config.depth)
+        self.pool = _stack(
+            config.budgets,
+            rngs,
+            lambda r: layers.AttentionPool(C, config.pool_width, config.pool_heads, dtype, r),
+        )
+        self.fc_norm = layers.LayerNorm(config.pool_width, rngs=rngs)
+        self.heads = _stack(
+            config.budgets,
+            rngs,
+            lambda r: layers.Linear(config.pool_width, config.classes, rngs=r),
+        )
+        self.align = _stack(
+            max(config.budgets - 1, 1),
+            rngs,
+            lambda r: layers.AlignProjector(config.pool_width, dtype, r),
+        )
+
+    def select(
+        self,
+        patches: jax.Array,
+        grid: jax.Array,
+        budget: int,
+        limits: GridLimits,
+        key: jax.Array | None = None,
+    ) -> Selection:
+        """The patches that a budget keeps, without gradient.
+
+        patches: [B, P, 588], normalised; grid: int32 [B, 3]; key: for noisy selectors.
+        """
+        config = self.config
+        return selection.select(
+            jax.lax.stop_gradient(self.patch_embed(patches)),
+            grid,
+            self.patch_budget(budget),
+            limits,
+            kind=config.selector,
+            groups=config.groups,
+            rounding=config.rounding,
+            key=key,
+        )
+
+    def patch_budget(self, budget: int) -> int:
+        """Places of a budget that patches may take."""
+        return budget - (self.config.cls == "inside")
+
+    def encode(
+        self,
+        patches: jax.Array,
+        grid: jax.Array,
+        kept: Selection,
+        limits: GridLimits,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The tokens after the last block: [B, 1 + N, C], CLS first.
+
+        patches: [B, N, 588], the kept ones; grid: int32 [G, 3] where G divides B, one grid for
+        each run of B / G clips; key: drop path, training only.
+        """
+        x = self.patch_embed(patches)
+        x = x + self.position(grid, kept.index, limits).astype(x.dtype)
+        cls = self.cls_token[...] + self.pos_embed[...][0]
+        x = jnp.concatenate(
+            [jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, x.shape[-1])), x], 1
+        )
+        valid = with_cls(kept.valid)
+        return self._run_blocks(x, None if valid is None else valid[:, None, None], key)
+
+    def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
+        """Position embeddings of kept places. grid: int32 [G, 3]; index: [B, N] -> [B, N, C]."""
+        config = self.config
+        native = (config.frames, config.rows, config.columns, config.width)
+        table = self.gpe(self.pos_embed[...][1:]).reshape(native)
+        tables = jax.vmap(lambda one: positions.resize_table(table, one, limits[:3]))(grid)
+        tables = tables.reshape(grid.shape[0], -1, config.width)
+        grouped = index.reshape(grid.shape[0], -1)
+        _, rows, columns = grid[:, :, None].transpose(1, 0, 2)
+        t, in_frame = grouped // (rows * columns), grouped % (rows * columns)
+        place = (t * limits.rows + in_frame // columns) * limits.columns + in_frame % columns
+        # Padding lies beyond the table; it is masked, so any row does.
+        chosen = jnp.take_along_axis(tables, place[..., None], axis=1, mode="clip")
+        return chosen.reshape(*index.shape, config.width)
+
+    def _run_blocks(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None):
+        config = self.config
+        graph, stacked = nnx.split(self.blocks)
+        rates = jnp.linspace(0, config.drop_path, config.depth)
+        keys = None if key is None else jax.random.split(key, config.depth)
+
+        def body(x, layer):
+            state, rate, layer_key = layer
+            return nnx.merge(graph, state)(x, mask, rate, layer_key), None
+
+        if config.remat != "none":
+            policies = jax.checkpoint_policies
+            policy = policies.save_only_these_names(*REMAT_NAMES)
+            body = jax.checkpoint(body, policy=policy if config.remat == "names" else None)
+        unroll = 1 if config.scan else config.depth
+        return jax.lax.scan(body, x, (stacked, rates, keys), unroll=unroll)[0]
+
+    def pool_tokens(self, tokens: jax.Array, kept: Selection, head: int) -> jax.Array:
+        """The clip vector of one head: [B, 1 + N, C] -> float32 [B, pool_width]."""
+        return _unstack(self.pool, head)(tokens, with_cls(kept.valid))
+
+    def classify(self, pooled: jax.Array, head: int) -> jax.Array:
+        """Class scores of one head: [B, pool_width] -> float32 [B, classes]."""
+        return _unstack(self.heads, head)(self.fc_norm(pooled))
+
+    def project(self, pooled: jax.Array, projector: int) -> jax.Array:
+        """A smaller budget's vector made comparable with the largest's: unit [B, pool_width]."""
+        return _unstack(self.align, projector)(pooled)
+
+    def __call__(
+        self,
+        patches: jax.Array,
+        grid: jax.Array,
+        budget: int,
+        head: int,
+        limits: GridLimits,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, classes] and clip vectors [B, pool_width] at a token budget.
+
+        patches: [B, P, 588], normalised, order t, h, w, zero-padded; grid: int32 [B, 3];
+        key: for noisy selectors.
+        """
+        kept = self.select(patches, grid, budget, limits, key)
+        tokens = self.encode(take(patches, kept), grid, kept, limits)
+        pooled = self.pool_tokens(tokens, kept, head)
+        return self.classify(pooled, head), pooled
+
+
+def normalise(patches: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """uint8 patches [..., 588] to the network's input range."""
+    mean, std = (np.tile(np.asarray(v, np.float32), PATCH_VALUES // 3) for v in (MEAN, STD))
+    return ((patches.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def take(patches: jax.Array, kept: Selection) -> jax.Array:
+    """The kept patches: [B, P, 588] -> [B, N, 588]."""
+    return jnp.take_along_axis(patches, kept.index[..., None], axis=1)
+
+
+def with_cls(valid: jax.Array | None) -> jax.Array | None:
+    """The mask of patches, bool [B, N] or None, with CLS before: [B, 1 + N]."""
+    return None if valid is None else jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+
+
+def split(model: FluxViT) -> tuple[nnx.GraphDef, dict]:
+    """The model's structure and its parameters as a plain tree of float32 arrays."""
+    graph, state = nnx.split(model, nnx.Param)
+    return graph, nnx.to_pure_dict(state)
+
+
+def merge(graph: nnx.GraphDef, params: dict) -> FluxViT:
+    """The model again; for use inside functions that JAX transforms."""
+    return nnx.merge(graph, nnx.State(params))
+
+
+def initialise(config: FluxViTConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a plain tree."""
+    return split(FluxViT(config, nnx.Rngs(key)))[1]
+
+
+def structure(config: FluxViTConfig) -> nnx.GraphDef:
+    """The model's structure without any parameter being made."""
+    graph = None
+
+    def make():
+        nonlocal graph
+        graph, params = split(FluxViT(config, nnx.Rngs(0)))
+        return params
+
+    jax.eval_shape(make)
+    return graph
+
+
+def _stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """`count` modules as one, each parameter with a leading axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+def _unstack(stacked: nnx.Module, index: int) -> nnx.Module:
+    """One of the modules that `_stack` made."""
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+
+
+def _rescale_by_depth(blocks: layers.Block, depth: int) -> None:
+    """attn.proj and mlp.fc2 of layer i (from 1) start divided by sqrt(2 i), as in BEiT."""
+    scale = 1 / jnp.sqrt(2.0 * jnp.arange(1, depth + 1))[:, None, None]
+    for kernel in (blocks.attn.proj.kernel, blocks.mlp.fc2.kernel):
+        kernel[...] = kernel[...] * scale

@@ -1,0 +1,177 @@
+"""The layers of FluxViT: blocks that are stacked and scanned, and the attention-pooling head.
+
+Parameters, norms and LayerScale are float32; matrix products run in the compute dtype `dtype`.
+Linear layers and the embedding of CLS are initialised as in the official code: normal of standard
+deviation 0.02 truncated at two of them, zero biases.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+RMS_EPSILON = 1e-6
+LAYER_NORM_EPSILON = 1e-5
+LAYER_SCALE_INIT = 1e-5
+
+# truncated_normal rescales to the asked deviation after cutting; PyTorch's trunc_normal_ doesn't.
+_TRUNCATION = 0.87962566103423978
+trunc_normal = nnx.initializers.truncated_normal(stddev=0.02 * _TRUNCATION)
+
+Linear = partial(nnx.Linear, kernel_init=trunc_normal)
+LayerNorm = partial(nnx.LayerNorm, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32; returns the dtype of x."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        high = x.astype(jnp.float32)
+        mean_square = jnp.mean(high**2, axis=-1, keepdims=True)
+        return (high * jax.lax.rsqrt(mean_square + RMS_EPSILON) * self.scale[...]).astype(x.dtype)
+
+
+class Affine(nnx.Module):
+    """x * scale + bias for each channel: the official depthwise convolution of size 1 x 1 x 1."""
+
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.scale[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class LayerScale(nnx.Module):
+    """x * gamma, multiplied in float32; returns the dtype of x."""
+
+    def __init__(self, width: int):
+        self.gamma = nnx.Param(jnp.full(width, LAYER_SCALE_INIT))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) * self.gamma[...]).astype(x.dtype)
+
+
+class FusedQKV(nnx.Module):
+    """Queries, keys and values of all heads in one product, without bias."""
+
+    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(trunc_normal(rngs.params(), (width, 3, heads, width // heads)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [B, N, C] -> [3, B, N, C], the heads side by side in C."""
+        kernel = self.kernel[...].astype(self.dtype)
+        return jnp.einsum("bnc,cjd->jbnd", x.astype(self.dtype), kernel.reshape(x.shape[-1], 3, -1))
+
+
+class Attention(nnx.Module):
+    """Self-attention with RMS-normalised q and k and the local position term (LPE) on v.
+
+    q and k are normalised over the whole width before the heads are split.
+    """
+
+    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.qkv = FusedQKV(width, heads, dtype, rngs)
+        self.q_norm = RMSNorm(width)
+        self.k_norm = RMSNorm(width)
+        self.lpe = Affine(width)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """x: [B, N, C]; mask: bool [B, 1, 1, N], True for keys that take part -> [B, N, C]."""
+        q, k, v = self.qkv(x)
+        heads = partial(jnp.reshape, shape=(*x.shape[:2], self.heads, -1))
+        attended = jax.nn.dot_product_attention(
+            heads(self.q_norm(q)), heads(self.k_norm(k)), heads(v), mask=mask
+        )
+        return self.proj(attended.reshape(v.shape) + self.lpe(v))
+
+
+class MLP(nnx.Module):
+    """Two linear layers with GELU between; `exact` chooses erf over the tanh approximation."""
+
+    def __init__(self, width: int, hidden: int, exact: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.exact = exact
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = checkpoint_name(self.fc1(x), "fc1")
+        return self.fc2(jax.nn.gelu(hidden, approximate=not self.exact))
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block with LayerScale and drop path."""
+
+    def __init__(self, width: int, heads: int, exact: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, heads, dtype, rngs)
+        self.ls1 = LayerScale(width)
+        self.norm2 = RMSNorm(width)
+        self.mlp = MLP(width, 4 * width, exact, dtype, rngs)
+        self.ls2 = LayerScale(width)
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, rate: jax.Array, key: jax.Array | None
+    ) -> jax.Array:
+        """x: [B, N, C]; mask: bool [B, 1, 1, N] or None; drop path at `rate` where key is given."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        attended = checkpoint_name(self.attn(self.norm1(x), mask), "attention")
+        x = x + drop_path(self.ls1(attended), rate, keys[0])
+        hidden = checkpoint_name(self.mlp(self.norm2(x)), "mlp")
+        return x + drop_path(self.ls2(hidden), rate, keys[1])
+
+
+def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Drops the whole branch of a clip with probability `rate` and rescales the rest."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate).astype(x.dtype), jnp.zeros_like(x))
+
+
+class AttentionPool(nnx.Module):
+    """One query, the mean of all tokens, attends to them: [B, N, C] -> [B, out]."""
+
+    def __init__(self, width: int, out: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm_q = LayerNorm(width, rngs=rngs)
+        self.norm_k = LayerNorm(width, rngs=rngs)
+        self.norm_v = LayerNorm(width, rngs=rngs)
+        self.q = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.k = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.v = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, out, dtype=dtype, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """x: [B, N, C]; valid: bool [B, N] or None. Returns float32 [B, out]."""
+        where = None if valid is None else valid[..., None]
+        mean = jnp.mean(x, axis=1, keepdims=True, where=where, dtype=jnp.float32)
+        q, k, v = self.q(self.norm_q(mean)), self.k(self.norm_k(x)), self.v(self.norm_v(x))
+        heads = partial(jnp.reshape, shape=(x.shape[0], -1, self.heads, x.shape[-1] // self.heads))
+        mask = None if valid is None else valid[:, None, None]
+        pooled = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=mask)
+        return self.proj(pooled.reshape(q.shape)[:, 0]).astype(jnp.float32)
+
+
+class AlignProjector(nnx.Module):
+    """Linear, LayerNorm, L2 normalisation: aligns a smaller budget's vector with the largest's."""
+
+    def __init__(self, width: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.head = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm = LayerNorm(width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return l2_normalise(self.norm(self.head(x)).astype(jnp.float32))
+
+
+def l2_normalise(x: jax.Array) -> jax.Array:
+    """x over its Euclidean norm along the last axis."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))

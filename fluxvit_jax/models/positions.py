@@ -1,0 +1,94 @@
+"""The learned position table and its resizing to any grid, with the grid as data.
+
+Resizing is separable, linear in time and bicubic in space as in PyTorch's `interpolate` with
+`align_corners=False`, so it is three small matrices whose entries follow from the grid in closed
+form: one compiled program serves every grid.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CUBIC_A = -0.75  # PyTorch's bicubic; jax.image's is -0.5
+
+
+def sincos_table(frames: int, rows: int, columns: int, width: int) -> np.ndarray:
+    """The initial position table, float32 [1 + T*H*W, C]; the first row, of CLS, is zero.
+
+    A quarter of the width is temporal and the rest spatial (columns first, then rows), as in
+    InternVideo2's 3-D sin-cos table. The width must be a multiple of 16.
+    """
+    if width % 16:
+        raise ValueError(f"a sin-cos table needs a width that is a multiple of 16, not {width}")
+    time = _sincos(np.arange(frames), width // 4)
+    side = width // 4 * 3 // 2
+    row, column = _sincos(np.arange(rows), side), _sincos(np.arange(columns), side)
+    shape = (frames, rows, columns)
+    table = np.concatenate(
+        [
+            np.broadcast_to(time[:, None, None], (*shape, width // 4)),
+            np.broadcast_to(column[None, None], (*shape, side)),
+            np.broadcast_to(row[None, :, None], (*shape, side)),
+        ],
+        axis=-1,
+    ).reshape(-1, width)
+    return np.concatenate([np.zeros((1, width)), table]).astype(np.float32)
+
+
+def _sincos(position: np.ndarray, width: int) -> np.ndarray:
+    """Sines then cosines of `position` at `width` / 2 frequencies: float64 [len, width]."""
+    frequency = 10000.0 ** -(np.arange(width // 2) / (width / 2))
+    angle = position[:, None] * frequency[None]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def _sources(size: jax.Array, native: int, rows: int) -> jax.Array:
+    """Where each of `rows` places of an axis of `size` lies on the native axis: float32 [rows]."""
+    place = jnp.arange(rows, dtype=jnp.float32)
+    return (place + 0.5) * (native / size.astype(jnp.float32)) - 0.5
+
+
+def _taps(index: jax.Array, weight: jax.Array, native: int) -> jax.Array:
+    """A matrix row from its taps: index int32 [rows, taps], weight likewise -> [rows, native]."""
+    one_hot = jax.nn.one_hot(jnp.clip(index, 0, native - 1), native, dtype=jnp.float32)
+    return jnp.einsum("rkn,rk->rn", one_hot, weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def linear_matrix(size: jax.Array, native: int, rows: int) -> jax.Array:
+    """Linear resizing of an axis of `native` places to `size`: float32 [rows, native].
+
+    size: int32 scalar, at most `rows`; the rows past it are meaningless.
+    """
+    source = jnp.clip(_sources(size, native, rows), 0, native - 1)
+    low = jnp.floor(source)
+    fraction = source - low
+    index = low.astype(jnp.int32)[:, None] + jnp.arange(2)
+    return _taps(index, jnp.stack([1 - fraction, fraction], axis=1), native)
+
+
+def cubic_matrix(size: jax.Array, native: int, rows: int) -> jax.Array:
+    """Bicubic resizing of an axis of `native` places to `size`: float32 [rows, native].
+
+    size: int32 scalar, at most `rows`; the rows past it are meaningless.
+    """
+    source = _sources(size, native, rows)
+    low = jnp.floor(source)
+    distance = jnp.abs((source - low)[:, None] - jnp.arange(-1, 3))  # [rows, 4]
+    near = ((CUBIC_A + 2) * distance - (CUBIC_A + 3)) * distance**2 + 1
+    far = ((distance - 5) * distance + 8) * distance * CUBIC_A - 4 * CUBIC_A
+    index = low.astype(jnp.int32)[:, None] + jnp.arange(-1, 3)
+    return _taps(index, jnp.where(distance <= 1, near, far), native)
+
+
+def resize_table(table: jax.Array, grid: jax.Array, limits: tuple[int, int, int]) -> jax.Array:
+    """A position table [T0, H0, W0, C] on another grid: float32 [T, H, W, C] = (*limits, C).
+
+    grid: int32 [3], frames, rows, columns, none above `limits`; places outside are meaningless.
+    """
+    exact = jax.lax.Precision.HIGHEST
+    time = linear_matrix(grid[0], table.shape[0], limits[0])
+    row = cubic_matrix(grid[1], table.shape[1], limits[1])
+    column = cubic_matrix(grid[2], table.shape[2], limits[2])
+    table = jnp.einsum("wy,txyc->txwc", column, table, precision=exact)
+    table = jnp.einsum("hx,txwc->thwc", row, table, precision=exact)
+    return jnp.einsum("ft,thwc->fhwc", time, table, precision=exact)
