@@ -4,13 +4,18 @@ PyAV demuxes, decodes and converts colours. Which packets to decode is decided h
 """
 
 import contextlib
+import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO
 
 import av
 import cv2
 import numpy as np
+from av.container.core import Flags
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 from fluxvit_jax.data.sampling import resized_size
 
@@ -25,13 +30,22 @@ TIMED_CODECS = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
 
 # Decoders that can be told, packet by packet, to skip frames on which no other builds. dav1d takes
 # that only once; in HEVC "not a reference" holds only within one temporal layer.
-SKIPPING_CODECS = {"h264", "mpeg4"}
+SKIPPING_CODECS = {"h264"}
 
 # A frame larger than this is taken for damage: a flipped bit in the size must not eat the memory.
 MAX_PIXELS = 8192 * 8192
 
-# What PyAV, the file system and OpenCV raise on bad data.
-_FAILURES = (av.FFmpegError, OSError, ValueError, OverflowError, MemoryError, cv2.error)
+# Frames that were decoded only to be counted are kept up to this size, as YUV.
+MAX_KEPT_BYTES = 64 * 2**20
+
+Decoded = tuple[int, av.VideoFrame | None]  # number of the packet; no frame means damage
+Convert = Callable[[av.VideoFrame], np.ndarray]
+
+# What PyAV, the file system and OpenCV raise on bad data (LookupError: a stream that comes late).
+_FAILURES = (
+    *(av.FFmpegError, OSError, ValueError, LookupError, OverflowError, MemoryError),
+    cv2.error,
+)
 
 
 class DecodeError(Exception):
@@ -57,29 +71,30 @@ class Video:
     `len(video)` is the number of frames that decoding the whole file gives. Use as a context
     manager, or call `close`.
 
+    Attributes:
+      name: what errors call the video.
+      frame_rate: mean frames per second; 0 where the file does not say.
+
     Args:
       source: path of a file, or its bytes. Never a URL: the file is opened here, not by FFmpeg.
-      name: what errors call the video; the path by default.
+      name: the path by default.
 
     Raises:
       DecodeError: whatever is wrong with the file.
     """
 
     def __init__(self, source: str | os.PathLike | bytes, name: str | None = None):
-        is_path = not isinstance(source, bytes)
-        self.name = name or (os.fspath(source) if is_path else "video in memory")
-        self._reformatter = av.video.reformatter.VideoReformatter()
-        with contextlib.ExitStack() as resources, self._decode_errors():
-            if is_path and not os.path.isfile(source):  # also: a pipe would block for ever
-                raise DecodeError(self.name, "no such file")
-            file = resources.enter_context(open(source, "rb") if is_path else io.BytesIO(source))
-            options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
-            container = resources.enter_context(
-                av.open(file, "r", options=options, metadata_errors="replace")
-            )
+        self.name = name or ("video in memory" if isinstance(source, bytes) else os.fspath(source))
+        self._reformatter = VideoReformatter()
+        self._size = None
+        options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
+        with (
+            self._decode_errors("cannot open"),
+            self._open_file(source) as file,
+            av.open(file, "r", options=options, metadata_errors="replace") as container,
+        ):
             self._open_stream(container)
             self._index_packets(container)
-            self._resources = resources.pop_all()
 
     def __enter__(self) -> "Video":
         return self
@@ -88,15 +103,12 @@ class Video:
         self.close()
 
     def close(self) -> None:
-        self._resources.close()
+        """Frees the memory; the file itself is closed as soon as its packets are read."""
+        self._packets, self._order, self._decoded = [], [], None
+        self._context.flush_buffers()
 
     def __len__(self) -> int:
         return len(self._order)
-
-    @property
-    def frame_rate(self) -> float:
-        """Mean frames per second; 0 where the file does not say."""
-        return float(self._stream.average_rate or 0)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -124,62 +136,89 @@ class Video:
           IndexError: an index is no frame of this video.
         """
         indices = [int(i) for i in indices]
-        if not indices or min(indices) < 0 or max(indices) >= len(self):
-            raise IndexError(f"{self.name}: frames {indices} of {len(self)}")
+        if strangers := [i for i in indices if not 0 <= i < len(self)]:
+            raise IndexError(f"{self.name}: no frame {strangers[0]}, there are {len(self)}")
         packets = [self._order[i] for i in indices]
-        with self._decode_errors():
-            images = self._images(set(packets), short_side, interpolation)
+        with self._decode_errors("cannot decode"):
+            convert = functools.partial(
+                self._image, short_side=short_side, interpolation=interpolation
+            )
+            images = self._images(set(packets), convert)
         for index, packet in zip(indices, packets, strict=True):
             if packet not in images:
                 raise DecodeError(self.name, f"frame {index} is missing or damaged")
         return np.stack([images[packet] for packet in packets])
 
     @contextlib.contextmanager
-    def _decode_errors(self) -> Iterator[None]:
+    def _decode_errors(self, doing: str) -> Iterator[None]:
         try:
             yield
         except _FAILURES as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise DecodeError(self.name, reason) from error
+            raise DecodeError(self.name, f"{doing}: {reason}") from error
+
+    def _open_file(self, source: str | os.PathLike | bytes) -> BinaryIO:
+        if isinstance(source, bytes):
+            return io.BytesIO(source)
+        if not os.path.isfile(source):  # opening a pipe, say, would wait for ever
+            raise DecodeError(self.name, "no such file")
+        return open(source, "rb")
 
     def _open_stream(self, container: av.container.InputContainer) -> None:
         stream = container.streams.best("video")
-        if stream is None or stream.codec_context is None:
-            raise DecodeError(self.name, "no video stream that can be decoded")
-        self._stream, self._context = stream, stream.codec_context
+        is_cover = stream is not None and stream.disposition & Disposition.attached_pic
+        if stream is None or stream.codec_context is None or is_cover:
+            raise DecodeError(self.name, "no video that can be decoded")
+        self.frame_rate = float(stream.average_rate or 0)
+        self._stream, self._context = stream.index, stream.codec_context
+        self._coded_size = self._context.height, self._context.width
         self._context.thread_type = "NONE"
         self._context.thread_count = 1  # dav1d starts threads whatever the type
         self._context.options = {"max_pixels": str(MAX_PIXELS)}
-        self._coded_size = self._context.height, self._context.width
-        self._size = None
+        if self._context.name == "hevc":  # by itself it does not tell of damage
+            self._context.options |= {"err_detect": "explode"}
 
     def _index_packets(self, container: av.container.InputContainer) -> None:
         """Lists the packets, the packet of each frame shown, and where decoding each must start."""
         # PyAV has FFmpeg invent missing presentation times; we must know that they are missing.
-        container.flags &= ~av.container.core.Flags.gen_pts.value
-        packets = [packet for packet in container.demux(self._stream) if packet.size]
-        times = [packet.pts for packet in packets]
-        for number, packet in enumerate(packets):
+        container.flags &= ~Flags.gen_pts.value
+        stream = container.streams[self._stream]
+        self._packets = [packet for packet in container.demux(stream) if packet.size]
+        times = [packet.pts for packet in self._packets]
+        for number, packet in enumerate(self._packets):
             packet.pts = number  # decoders hand it on, so a frame names the packet it came from
-        self._packets = packets
-        is_timed = (
+        self._is_timed = (
             container.format.name.split(",")[0] in TIMED_CONTAINERS
             and self._context.name in TIMED_CODECS
             and None not in times
             and len(set(times)) == len(times)
         )
-        if is_timed:
-            shown = sorted(range(len(packets)), key=times.__getitem__)
+        self._decoded = None
+        if self._is_timed:
+            shown = sorted(range(len(times)), key=times.__getitem__)
+            self._start = self._start_packets(shown)
+            # The decoder drops what leads the first key frame, and what edit lists hide.
+            self._order = [n for n in shown if n in self._start and not self._packets[n].is_discard]
+            self._packets = [_unhidden(packet) for packet in self._packets]
         else:
-            shown = [n for n, frame in self._decode(0, len(packets) - 1) if frame is not None]
-            if None in shown or len(set(shown)) < len(shown):
-                raise DecodeError(self.name, "the decoder does not tell its frames apart")
-        self._start = self._start_packets(shown)
-        if is_timed:  # the decoder drops what edit lists hide and what leads the first key frame
-            shown = [n for n in shown if n in self._start and not packets[n].is_discard]
-        if not shown:
+            self._order = self._count()
+            self._start = self._start_packets(self._order)
+        if not self._order:
             raise DecodeError(self.name, "no frames")
-        self._order = shown
+
+    def _count(self) -> list[int]:
+        """Decodes everything: the packets of the frames in the order in which they come out."""
+        shown, kept, size = [], [], 0
+        for packet, frame in self._decode(0, len(self._packets) - 1):
+            if frame is not None:
+                shown.append(packet)
+                size += sum(plane.buffer_size for plane in frame.planes)
+            if size <= MAX_KEPT_BYTES:
+                kept.append((packet, frame))
+        if None in shown or len(set(shown)) < len(shown):
+            raise DecodeError(self.name, "the decoder does not tell its frames apart")
+        self._decoded = kept if size <= MAX_KEPT_BYTES else None
+        return shown
 
     def _start_packets(self, shown: list[int]) -> dict[int, int]:
         """For each packet that has one, the last key packet from which it can be decoded.
@@ -197,16 +236,16 @@ class Video:
                 starts[packet] = start
         return starts
 
-    def _images(
-        self, wanted: set[int], short_side: int | None, interpolation: int
-    ) -> dict[int, np.ndarray]:
-        """The frames of packets `wanted`, less those that are missing or damaged."""
+    def _images(self, wanted: set[int], convert: Convert) -> dict[int, np.ndarray]:
+        """The images of packets `wanted`, less those that are missing or damaged."""
+        if not self._is_timed:  # packets may be lost unnoticed, so decode as a player does
+            decoded = self._decoded or self._decode(0, max(wanted))
+            return self._convert(decoded, wanted, convert)
         images = {}
         for first, last in self._runs(wanted):
-            images |= self._images_between(first, last, wanted, True, short_side, interpolation)
-        if missing := wanted - images.keys():  # key frames that are none, for example
-            last = len(self._packets) - 1
-            images |= self._images_between(0, last, missing, False, short_side, interpolation)
+            images |= self._convert(self._decode(first, last, wanted), wanted, convert)
+        if missing := wanted - images.keys():  # key frames are marked that are none, for example
+            images |= self._convert(self._decode(0, max(missing)), missing, convert)
         return images
 
     def _runs(self, wanted: set[int]) -> list[tuple[int, int]]:
@@ -219,21 +258,16 @@ class Video:
             runs.append((first, last))
         return runs
 
-    def _images_between(
-        self,
-        first: int,
-        last: int,
-        wanted: set[int],
-        skip: bool,
-        short_side: int | None,
-        interpolation: int,
+    def _convert(
+        self, decoded: Iterable[Decoded], wanted: set[int], convert: Convert
     ) -> dict[int, np.ndarray]:
+        """The images of those packets `wanted` that were decoded undamaged."""
         images, damaged = {}, []
-        for packet, frame in self._decode(first, last, wanted if skip else None):
+        for packet, frame in decoded:
             if frame is None:
                 damaged.append(packet)
             elif packet in wanted:
-                images[packet] = self._image(frame, short_side, interpolation)
+                images[packet] = convert(frame)
         # Damage spreads to all frames that build on it, though the decoder flags only the first.
         return {
             packet: image
@@ -241,9 +275,7 @@ class Video:
             if not any(self._start.get(packet, 0) <= d <= packet for d in damaged)
         }
 
-    def _decode(
-        self, first: int, last: int, wanted: set[int] | None = None
-    ) -> Iterator[tuple[int, av.VideoFrame | None]]:
+    def _decode(self, first: int, last: int, wanted: set[int] | None = None) -> Iterator[Decoded]:
         """Decodes packets first..last: yields (packet, frame), and (packet, None) for damage.
 
         Given `wanted`, packets are skipped that neither are wanted nor have others build on them.
@@ -270,11 +302,12 @@ class Video:
         self, frame: av.VideoFrame, short_side: int | None, interpolation: int
     ) -> np.ndarray:
         """The frame as shown: uint8 [height, width, 3] RGB."""
-        image = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        image = _turn(image, frame)
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        # The nearest quarter turn. Not `frame.side_data`, which keeps the frame alive in a cycle.
+        quarters = round(frame.rotation / 90)
+        image = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), quarters))
         if self._size is None:
-            swapped = image.shape[0] != frame.height
-            self._size = self._coded_size[::-1] if swapped else self._coded_size
+            self._size = self._coded_size[::-1] if quarters % 2 else self._coded_size
         height, width = self._size
         if short_side is not None and short_side < min(height, width):
             height, width = resized_size(height, width, short_side)
@@ -283,12 +316,10 @@ class Video:
         return image
 
 
-def _turn(image: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turns and mirrors the image by quarter turns as the frame's display matrix says."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return image
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # x' = ax + cy, y' = bx + dy
-    if abs(b) > abs(a):
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+def _unhidden(packet: av.Packet) -> av.Packet:
+    """The packet such that its frame comes out of the decoder, where damage to it is seen."""
+    if not packet.is_discard:
+        return packet
+    copy = av.Packet(bytes(packet))
+    copy.pts, copy.is_keyframe = packet.pts, packet.is_keyframe
+    return copy
