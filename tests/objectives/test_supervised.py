@@ -1,0 +1,80 @@
+"""The Flux-Multi loss, its terms and its gradients against the official training code."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fluxvit_jax.convert import names
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.objectives.supervised import Supervised
+from tests.models import golden
+
+CASES = golden.manifest("loss_case")["cases"]
+
+
+class Prepared(Supervised):
+    """The objective on clips and soft targets that are already prepared, as the case has them."""
+
+    def _augmented(self, batch, key):
+        return batch["patches"], batch["targets"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
+@pytest.mark.parametrize("padding", [0, 30])
+def test_loss_and_gradients(case, padding):
+    stored = golden.arrays("loss_case")
+    video = stored[f"{case['id']}.x"]
+    patches, grid = golden.batch(video, case["total_tokens"] + padding)
+    objective = Prepared(
+        graph=fluxvit.structure(golden.TINY),
+        limits=golden.limits_of(tuple(grid[0].tolist())),
+        budgets=tuple(case["budgets"]),
+        classes=10,
+        group=len(video),
+        rounding="official",
+    )
+    batch = {"patches": patches, "grid": grid, "targets": stored[f"{case['id']}.targets"]}
+    gradients, metrics = jax.jit(objective.gradients)(
+        golden.tiny_params(), batch, jax.random.key(0)
+    )
+
+    def close(ours, official):
+        np.testing.assert_allclose(ours, official, rtol=1e-5)
+
+    close(metrics["loss"], case["loss_f64"])
+    for i, budget in enumerate(case["budgets"]):
+        close(metrics[f"ce_{budget}"], case["ce"][i])
+        if i:
+            close(metrics[f"align_{budget}"], case["align"][i - 1])
+
+    ours = names.to_official(gradients)
+    norm = np.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in ours.values()))
+    close(norm, case["grad_global_l2_f64"])
+    for name, length in case["all_grad_l2"].items():
+        if name not in case["zero_grad_params"]:
+            close(np.linalg.norm(ours[name].astype(np.float64)), length)
+    for name in case["grads_saved"]:
+        official = stored[f"{case['id']}.grad.{name}"]
+        if name not in case["zero_grad_params"]:
+            error = np.linalg.norm(ours[name].reshape(official.shape) - official)
+            assert error <= 1e-5 * np.linalg.norm(official), name
+
+
+def test_an_exact_budget_needs_one_sort():
+    """Three budgets of one selection are what three selections give."""
+    video = golden.arrays("loss_case")["c1.x"]
+    patches, grid = golden.batch(video)
+    objective = Supervised(
+        graph=fluxvit.structure(golden.TINY),
+        limits=golden.limits_of(tuple(grid[0].tolist())),
+        budgets=(24, 17, 8),
+        classes=10,
+        group=3,
+    )
+    model = golden.tiny_model(rounding="exact")
+    shared = objective._selections(golden.tiny_params(), patches, grid, None)
+    for budget, kept in zip(objective.budgets, shared, strict=True):
+        alone = model.select(patches, grid, budget, objective.limits)
+        same = jnp.sort(kept.index[:, :budget]) == jnp.sort(alone.index)
+        assert bool(same.all())
