@@ -5,7 +5,8 @@
 A clip shows two flat worlds, one over the other: a photograph, and small cut-outs of another
 photograph. Both are endless (the photograph by mirroring, the cut-outs by repeating). The class
 says how the two move on screen. Everything else is drawn alike for every class, and at the middle
-of the clip all classes look the same, so that a single frame tells nothing.
+of the clip all classes look the same, so that a single frame tells nothing. Training must not flip
+frames: it would swap left and right, and the senses of rotation.
 
 DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
 and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
@@ -98,9 +99,13 @@ ZOOM = (1.5, 2.0)
 # frames would alias. A larger photograph is shrunk first; by how much is random, because at a
 # constant sharpness any loss of it would tell a zoom.
 STRIDE = (0.5, 1.0)
+# The cut-outs lie one a cell in a square of CELLS x CELLS cells, which repeats without end; a frame
+# shows one to four of them. TILE is the square's side in short sides of a frame.
+CELLS = 2
+TILE = 1.6
 
 
-class Path2D(NamedTuple):
+class Course(NamedTuple):
     """How a flat world moves on screen, relative to the middle of the clip; each float64 [T]."""
 
     x: np.ndarray  # right, in short sides of the frame
@@ -110,7 +115,7 @@ class Path2D(NamedTuple):
 
 
 class View(NamedTuple):
-    """What a frame shows of a flat world where its path is 0."""
+    """What a frame shows of a flat world where its course is 0."""
 
     centre: np.ndarray  # (x, y), pixels of the world
     span: float  # pixels of the world along the frame's short side
@@ -158,16 +163,16 @@ def render(
     The same random numbers are drawn from rng for every motion, so that clips of equal rng differ
     in nothing but how the two worlds move.
     """
-    ground_path, cutout_path = _paths(motion, rng, frames)
+    ground_course, cutout_course = _courses(motion, rng, frames)
     ground = _recolour(photo, rng)
     source = _recolour(photo if cutout_photo is None else cutout_photo, rng)
     ground, view = _shrink(ground, _choose_view(ground, rng), rng.uniform(*STRIDE) * min(size))
-    clip = _film(ground, view, ground_path, size, cv2.BORDER_REFLECT)
+    clip = _film(ground, view, ground_course, size, cv2.BORDER_REFLECT)
     tile = _cutouts(source, rng, size)
     side = len(tile)
     span = side / TILE * math.exp(rng.uniform(-0.25, 0.25))
     view = View(rng.uniform(0, side, 2), span, rng.uniform(-np.pi, np.pi))
-    layer = _film(tile, view, cutout_path, size, cv2.BORDER_WRAP)
+    layer = _film(tile, view, cutout_course, size, cv2.BORDER_WRAP)
     for frame, above in zip(clip, layer, strict=True):
         alpha = cv2.cvtColor(above[..., 3], cv2.COLOR_GRAY2RGB)
         above = cv2.multiply(above[..., :3], alpha, scale=1 / 255)
@@ -175,8 +180,8 @@ def render(
     return clip
 
 
-def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, Path2D]:
-    """The paths of the photograph and of the cut-outs. Both are 0 at the middle of the clip."""
+def _courses(motion: str, rng: np.random.Generator, frames: int) -> tuple[Course, Course]:
+    """The courses of the photograph and of the cut-outs. Both are 0 at the middle of the clip."""
     time = (np.arange(frames) + 0.5) / frames
     distance = rng.uniform(0.5, 1.0)  # in short sides of the frame, over the clip
     further = rng.uniform(0.7, 1.0)
@@ -188,10 +193,11 @@ def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, 
     corner = rng.uniform(0.4, 0.6)  # when it stops, or turns round
     bend = rng.uniform(-0.25, 0.25)  # speeds up or slows down by up to a quarter
     steady = time - 0.5 + bend * (time * (1 - time) - 0.25)
-    here = Path2D(*np.zeros((4, frames)))
+    here = Course(*np.zeros((4, frames)))
 
-    def slide(course: np.ndarray, angle: float, length: float = distance) -> Path2D:
-        return here._replace(x=length * np.cos(angle) * course, y=length * np.sin(angle) * course)
+    def slide(progress: np.ndarray, angle: float, length: float = distance) -> Course:
+        along = length * progress
+        return here._replace(x=np.cos(angle) * along, y=np.sin(angle) * along)
 
     match motion:
         case "object_over_moving":
@@ -199,41 +205,41 @@ def _paths(motion: str, rng: np.random.Generator, frames: int) -> tuple[Path2D, 
         case "object_over_still":
             return here, slide(steady, other_heading, further)
         case "pan_left":  # the picture moves right, and so on
-            path = slide(steady, slant)
+            course = slide(steady, slant)
         case "pan_up":
-            path = slide(steady, slant + np.pi / 2)
+            course = slide(steady, slant + np.pi / 2)
         case "pan_right":
-            path = slide(steady, slant + np.pi)
+            course = slide(steady, slant + np.pi)
         case "pan_down":
-            path = slide(steady, slant - np.pi / 2)
+            course = slide(steady, slant - np.pi / 2)
         case "reversal":
-            path = slide(abs(0.5 - corner) - abs(time - corner), heading, 2 * distance)
+            course = slide(abs(0.5 - corner) - abs(time - corner), heading, 2 * distance)
         case "rotate_clockwise":
-            path = here._replace(turn=turn * steady)
+            course = here._replace(turn=turn * steady)
         case "rotate_counterclockwise":
-            path = here._replace(turn=-turn * steady)
+            course = here._replace(turn=-turn * steady)
         case "start_stop":
-            path = slide(np.minimum(time, corner) - min(0.5, corner), heading, 2 * distance)
+            course = slide(np.minimum(time, corner) - min(0.5, corner), heading, 2 * distance)
         case "zoom_in":
-            path = here._replace(zoom=zoom * steady)
+            course = here._replace(zoom=zoom * steady)
         case "zoom_out":
-            path = here._replace(zoom=-zoom * steady)
+            course = here._replace(zoom=-zoom * steady)
         case _:
             raise ValueError(f"unknown motion {motion!r}; there are {', '.join(MOTIONS)}")
-    return path, path  # the cut-outs stick to the photograph
+    return course, course  # the cut-outs stick to the photograph
 
 
 def _film(
-    world: np.ndarray, view: View, path: Path2D, size: tuple[int, int], border: int
+    world: np.ndarray, view: View, course: Course, size: tuple[int, int], border: int
 ) -> np.ndarray:
-    """Frames of a flat world uint8 [H, W, C] that moves along path: uint8 [T, height, width, C]."""
+    """Frames of a flat world uint8 [H, W, C] that moves on course: uint8 [T, height, width, C]."""
     (height, width), short = size, min(size)
     centre, span, tilt = view
-    angle = -(path.turn + tilt)
-    factor = span / short * np.exp(-path.zoom)
+    angle = -(course.turn + tilt)
+    factor = span / short * np.exp(-course.zoom)
     cos, sin = factor * np.cos(angle), factor * np.sin(angle)
-    x = (width - 1) / 2 + path.x * short
-    y = (height - 1) / 2 + path.y * short
+    x = (width - 1) / 2 + course.x * short
+    y = (height - 1) / 2 + course.y * short
     clip = np.empty((len(x), height, width, world.shape[2]), np.uint8)
     for t in range(len(x)):
         to_world = np.array(
@@ -283,23 +289,17 @@ def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Three in ten keep their colours but for brightness; the others get their channels swapped and
     scaled, and half of those become negatives.
     """
-    order, lowest, lift = rng.permutation(3), rng.uniform(0.6, 1, 3), rng.random(3)
+    order, gain, lift = rng.permutation(3), rng.uniform(0.6, 1, 3), rng.random(3)
     gamma, mirrored = math.exp(rng.uniform(-0.4, 0.4)), rng.random() < 0.5
     look = rng.random()
     curve = np.linspace(0, 1, 256)[:, None].repeat(3, 1) ** gamma
     if look > 0.3:
-        curve = lowest * curve + (1 - lowest) * lift
+        curve = gain * curve + (1 - gain) * lift
         photo = photo[..., order]
     if look > 0.65:
         curve = 1 - curve
     table = np.round(255 * curve).astype(np.uint8).reshape(1, 256, 3)
     return cv2.LUT(np.ascontiguousarray(photo[:, ::-1] if mirrored else photo), table)
-
-
-# The cut-outs lie one a cell in a square of CELLS x CELLS cells, which repeats without end; a frame
-# shows one to four of them. TILE is the square's side in short sides of a frame.
-CELLS = 2
-TILE = 1.6
 
 
 def _cutouts(photo: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -430,7 +430,9 @@ def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
         "crf": str(rng.integers(20, 25)),
         "g": str(rng.integers(12, 49)),
         "bf": str(rng.integers(1, 4)),
-        "threads": "1",  # with more the bytes may differ from run to run
+        "threads": "1",
+        # With macroblock trees on, x264's vector code gives other bytes at every run.
+        "x264-params": "mbtree=0",
     }
     sound, pitch = rng.random() < SOUND, rng.uniform(200, 800)
     with av.open(path, "w", format="mp4") as file:
