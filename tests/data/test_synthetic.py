@@ -269,3 +269,10 @@ def test_other_arguments_and_other_folders_are_refused(dataset, tmp_path, capsys
     with pytest.raises(UserError, match="at least 1"):
         write_dataset(tmp_path / "new", train=0)
     assert digests(dataset) == before and not (tmp_path / "new").exists()
+
+
+def test_a_missing_photograph_says_what_to_install(monkeypatch):
+    for name in ("skimage/data/nothing.png", "no_such_package/picture.png"):
+        monkeypatch.setitem(synthetic.PHOTOGRAPHS, "train", (name,))
+        with pytest.raises(UserError, match=rf"{name} is missing: pip install .*\[demo\]"):
+            photographs("train")
