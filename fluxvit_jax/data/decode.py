@@ -182,13 +182,22 @@ class Video:
         """Lists the packets, the packet of each frame shown, and where decoding each must start."""
         # PyAV has FFmpeg invent missing presentation times; we must know that they are missing.
         container.flags &= ~Flags.gen_pts.value
-        stream = container.streams[self._stream]
-        self._packets = [packet for packet in container.demux(stream) if packet.size]
+        # PyAV ends with a packet for each stream that has no time either; those of a file that are
+        # empty stand for frames that were dropped.
+        packets = [packet for packet in container.demux() if packet.size or packet.dts is not None]
+        ours = [packet for packet in packets if packet.stream_index == self._stream]
+        kind = container.format.name.split(",")[0]
+        # A file may end inside a packet, also of its sound, or between two; the index of an mp4
+        # names every packet.
+        named = len(container.streams[self._stream].index_entries) if kind == "mov" else 0
+        if len(ours) < named or (packets and packets[-1].is_corrupt):
+            raise DecodeError(self.name, "truncated")
+        self._packets = [packet for packet in ours if packet.size]
         times = [packet.pts for packet in self._packets]
         for number, packet in enumerate(self._packets):
             packet.pts = number  # decoders hand it on, so a frame names the packet it came from
         self._is_timed = (
-            container.format.name.split(",")[0] in TIMED_CONTAINERS
+            kind in TIMED_CONTAINERS
             and self._context.name in TIMED_CODECS
             and None not in times
             and len(set(times)) == len(times)
