@@ -182,8 +182,8 @@ class Video:
         """Lists the packets, the packet of each frame shown, and where decoding each must start."""
         # PyAV has FFmpeg invent missing presentation times; we must know that they are missing.
         container.flags &= ~Flags.gen_pts.value
-        # PyAV ends with a packet for each stream that has no time either; those of a file that are
-        # empty stand for frames that were dropped.
+        # Empty packets: those without a time are PyAV's own, one at the end of each stream; those
+        # with one come from the file and stand for frames that were dropped.
         packets = [packet for packet in container.demux() if packet.size or packet.dts is not None]
         ours = [packet for packet in packets if packet.stream_index == self._stream]
         kind = container.format.name.split(",")[0]
