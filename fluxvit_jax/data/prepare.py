@@ -322,6 +322,7 @@ def _run_workers(shards: list[Shard], workers: int, bar: tqdm) -> None:
             # Read without its lock, which a worker that was killed may hold.
             bar.update(progress.get_obj().value - bar.n + bar.initial)
     except BrokenProcessPool:
+        ours.close()  # the SIGTERM that Python 3.12 sends the other workers is held back
         raise UserError(
             "a worker process died (out of memory, or a crash in the video decoder); finished "
             "shards are kept, and the same command goes on from there"
