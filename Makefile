@@ -1,0 +1,39 @@
+# Python 3.11 or later with venv and pip, and a network, are all that a machine needs.
+# Other Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# Last thing made of an environment, so one that was interrupted or is of another Python starts anew.
+READY := $(VENV)/ready-$(VERSION)
+
+.PHONY: help test demo clean
+
+help:  ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
+
+test: $(READY)  ## make the environment, check style, run all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
+	$(BIN)/python -m benchmarks.demo --out=demo
+
+clean:  ## remove the environment, the demo and caches
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo '$(PYTHON) is no Python 3.11 or later: name one, as in make test PYTHON=python3.12'; \
+	    exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo '$(PYTHON) lacks venv: on Debian and Ubuntu, apt install python3-venv'; exit 1; }
+	@echo 'Making the environment $(VENV): some minutes and 1.5 GB, once.'
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
