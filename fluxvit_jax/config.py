@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -21,6 +21,9 @@ from ml_collections import ConfigDict, config_flags
 from fluxvit_jax.budgets import PATCH, Grid, square_grids
 from fluxvit_jax.data.augment import parse_randaugment
 from fluxvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from fluxvit_jax.models.fluxvit import FluxViTConfig
 
 # The value of train.init_from in a recipe that only makes sense from trained weights.
 REQUIRED = "REQUIRED"
@@ -34,12 +37,25 @@ class Variant(NamedTuple):
     heads: int
     frames: int  # of the native grid
     resolution: int  # of the native grid, pixels
+    pool_width: int = 768  # of the clip vector
+    pool_heads: int = 16  # of the attention pooling
+    layer_scale: float = 1e-5  # what LayerScale starts at
 
 
 # S and B as released (facts of the official checkpoints). The paper names L but no file of it is
-# out: ViT-L's size on B's grid is the natural reading. Ti is ours, for the demo and the tests.
+# out: ViT-L's size on B's grid is the natural reading. Ti is ours, for the demo and the
+# tests: small, and with a LayerScale that lets so short a training use all of its blocks.
 VARIANTS = {
-    "Ti": Variant(192, 4, 3, frames=8, resolution=112),
+    "Ti": Variant(
+        width=96,
+        depth=4,
+        heads=3,
+        frames=8,
+        resolution=56,
+        pool_width=96,
+        pool_heads=3,
+        layer_scale=1.0,
+    ),
     "S": Variant(384, 12, 6, frames=24, resolution=252),
     "B": Variant(768, 12, 12, frames=32, resolution=280),
     "L": Variant(1024, 24, 16, frames=32, resolution=280),
@@ -133,6 +149,39 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 20
     return config
+
+
+def model_config(config: ConfigDict) -> "FluxViTConfig":
+    """The network that `config` describes: a variant of `VARIANTS`, changed by `config.model`.
+
+    It has the official three pooling heads and classifiers, however many budgets are trained.
+    """
+    from fluxvit_jax.models.fluxvit import FluxViTConfig  # late: data workers do without JAX
+
+    model, variant = config.model, VARIANTS[config.model.variant]
+    side = model.resolution // PATCH
+    return FluxViTConfig(
+        width=variant.width,
+        depth=variant.depth,
+        heads=variant.heads,
+        frames=model.frames,
+        rows=side,
+        columns=side,
+        classes=model.classes,
+        budgets=HEADS,
+        pool_width=variant.pool_width,
+        pool_heads=variant.pool_heads,
+        layer_scale=variant.layer_scale,
+        gelu=model.gelu,
+        cls=model.cls,
+        selector=model.selector.kind,
+        groups=model.selector.groups,
+        rounding=model.selector.rounding,
+        drop_path=model.drop_path,
+        dtype=model.dtype,
+        scan=model.scan,
+        remat=model.remat,
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ def evaluation_batches(
     A batch is a dict of b = eval.batch_size / host_count videos (rounded up, so that any size will
     do), with V = clips * crops views of each, clip by clip:
       video: int64 [b], number in the source; -1 where there is none any more.
+      id: str [b], its id in the source.
       label: int32 [b].
       failure: str [b], why a video could not be read; its patches are zeros then. Else "".
       patches0, patches1, ...: uint8 [b, V, P, 588] for each of eval.settings, P being the tokens of
@@ -306,10 +307,10 @@ class EvaluationVideos(Sequence[Arrays]):
         return len(self.source)
 
     def __getitem__(self, number: int) -> Arrays:
-        video, label, failure, views = -1, 0, "", None
+        video, name, label, failure, views = -1, "", 0, "", None
         if number < len(self.source):
             record = self.source[number]
-            video, label = number, record.label
+            video, name, label = number, record.id, record.label
             try:
                 with self.open_video(record.video) as opened:
                     views = self._views(opened)
@@ -317,6 +318,7 @@ class EvaluationVideos(Sequence[Arrays]):
                 failure = error.reason
         item = {
             "video": np.array([video], np.int64),
+            "id": np.array([name], np.str_),
             "label": np.array([label], np.int32),
             "failure": np.array([failure], np.str_),
         }

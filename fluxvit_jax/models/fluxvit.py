@@ -23,6 +23,7 @@ class FluxViTConfig:
 
     frames, rows, columns: the native grid, that of the position table.
     cls: "outside" adds the CLS token to the budget (official), "inside" lets it take one place.
+    layer_scale: what LayerScale starts at.
     scan: one compiled block looped over the depth; False unrolls (faster steps, slower compiles).
     remat: what the backward pass recomputes: "none"; "names", all but the outputs of attention,
         fc1 and MLP; "full", whole blocks.
@@ -38,6 +39,7 @@ class FluxViTConfig:
     budgets: int = 3  # pooling heads and classifiers, one a training budget
     pool_width: int = 768
     pool_heads: int = 16
+    layer_scale: float = 1e-5
     gelu: str = "tanh"
     cls: str = "outside"
     selector: selection.Selector = "group_dynamic"
@@ -83,7 +85,9 @@ class FluxViT(nnx.Module):
         self.patch_embed = PatchEmbed(C, dtype, rngs)
         exact = config.gelu == "erf"
         self.blocks = _stack(
-            config.depth, rngs, lambda r: layers.Block(C, config.heads, exact, dtype, r)
+            config.depth,
+            rngs,
+            lambda r: layers.Block(C, config.heads, exact, config.layer_scale, dtype, r),
         )
         _rescale_by_depth(self.blocks, config.depth)
         self.pool = _stack(
@@ -113,7 +117,8 @@ class FluxViT(nnx.Module):
     ) -> Selection:
         """The patches that a budget keeps, without gradient.
 
-        patches: [B, P, 588], normalised; grid: int32 [B, 3]; key: for noisy selectors.
+        patches: [B, P, 588], normalised; grid: int32 [B, 3]; key: for noisy selectors,
+            one or one for each clip.
         """
         config = self.config
         return selection.select(

@@ -14,7 +14,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 RMS_EPSILON = 1e-6
 LAYER_NORM_EPSILON = 1e-5
-LAYER_SCALE_INIT = 1e-5
 
 # truncated_normal rescales to the asked deviation after cutting; PyTorch's trunc_normal_ doesn't.
 _TRUNCATION = 0.87962566103423978
@@ -50,8 +49,8 @@ class Affine(nnx.Module):
 class LayerScale(nnx.Module):
     """x * gamma, multiplied in float32; returns the dtype of x."""
 
-    def __init__(self, width: int):
-        self.gamma = nnx.Param(jnp.full(width, LAYER_SCALE_INIT))
+    def __init__(self, width: int, initial: float):
+        self.gamma = nnx.Param(jnp.full(width, initial))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return (x.astype(jnp.float32) * self.gamma[...]).astype(x.dtype)
@@ -110,13 +109,21 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer block with LayerScale and drop path."""
 
-    def __init__(self, width: int, heads: int, exact: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        exact: bool,
+        layer_scale: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads, dtype, rngs)
-        self.ls1 = LayerScale(width)
+        self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = RMSNorm(width)
         self.mlp = MLP(width, 4 * width, exact, dtype, rngs)
-        self.ls2 = LayerScale(width)
+        self.ls2 = LayerScale(width, layer_scale)
 
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, rate: jax.Array, key: jax.Array | None

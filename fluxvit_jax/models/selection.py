@@ -111,6 +111,9 @@ def token_scores(
 ) -> jax.Array:
     """The score of each token, float32 [B, P]; higher is kept first.
 
+    key: one for all clips, or one for each, [B], where a clip's scores must not depend on the batch
+    that it is in.
+
     Raises ValueError for a selector that draws its scores when `key` is None.
     """
     B, P, _ = tokens.shape
@@ -122,7 +125,8 @@ def token_scores(
         return jnp.zeros((B, P), jnp.float32)
     if key is None:
         raise ValueError(f"the selector {kind!r} draws its scores and needs a key")
-    noise = jax.random.uniform(key, (B, P))
+    keys = key if key.ndim else jax.random.split(key, B)
+    noise = jax.vmap(lambda one: jax.random.uniform(one, (P,)))(keys)
     if kind == "random":
         return noise
     per_frame = grid[:, 1:2] * grid[:, 2:3]
@@ -205,7 +209,7 @@ def select(
 
     tokens: [B, P, C], patch embeddings; grid: int32 [B, 3], frames, rows, columns of each clip.
     groups: how many groups of consecutive frames, 0 for the rule; only group_dynamic has groups.
-    key: for the selectors in NOISY_SELECTORS.
+    key: for the selectors in NOISY_SELECTORS, one or one for each clip.
     Returns a Selection of N = min(budget, P) places.
     """
     P = tokens.shape[1]

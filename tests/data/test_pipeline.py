@@ -360,7 +360,8 @@ def test_every_video_is_evaluated_once(folder, hosts, batch_size):
         b = -(-batch_size // hosts)
         assert batch["patches0"].shape == (b, 6, 36, 588)
         assert batch["patches1"].shape == (b, 6, 12, 588)
-        for video, label, failure, *views in zip(*batch.values(), strict=True):
+        for video, name, label, failure, *views in zip(*batch.values(), strict=True):
+            assert name == ("" if video < 0 else source[video].id)
             assert label == max(video, 0)
             assert bool(failure) == (video == BAD)
             assert all(patches.any() == (video not in (BAD, -1)) for patches in views)

@@ -1,0 +1,326 @@
+"""Accuracy at every token budget: `--mode=evaluate`, and the validation inside a training run.
+
+Every video counts once, whatever the batch size and the number of devices or hosts. Its views
+(temporal clips x spatial crops) go through the network one view of a batch at a time, so that
+`eval.batch_size` clips are on the devices at once; the probabilities are averaged over the views.
+A video that cannot be read is named with its reason and counts as wrong.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fluxvit_jax import checkpoint, parallel, weights
+from fluxvit_jax.budgets import PATCH, Grid, kept_tokens, nearest_head
+from fluxvit_jax.config import flatten, model_config
+from fluxvit_jax.data.annotations import Source, open_source
+from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.models.selection import NOISY_SELECTORS, GridLimits
+
+FOLDER = "evaluation"
+PREDICTIONS = "predictions.jsonl"
+TOP = 5  # classes that a prediction names
+DIGITS = 6  # of the probabilities that are kept
+
+
+class Setting(NamedTuple):
+    """One of `eval.settings`: a budget, the grid that it chooses its tokens from, and the head."""
+
+    budget: int
+    grid: Grid
+    head: int
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation finds.
+
+    report: {"dataset", "views", "budgets", "failures"}, as in a workdir's `evaluation/*.json`;
+        "top1" and "top5" are shares of all videos, those that failed included.
+    predictions: a dict a video, {"id", "label", "predictions": {budget: [[class, probability],
+        ...]}}, likeliest first; {"id", "label", "failure"} where it could not be read.
+    """
+
+    report: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+    def scalars(self) -> dict[str, float]:
+        """{"top1_1024": .., "top5_1024": .., ..., "failed": ..} for the metrics."""
+        budgets = self.report["budgets"].items()
+        named = {f"{k}_{budget}": own[k] for budget, own in budgets for k in ("top1", "top5")}
+        return named | {"failed": len(self.report["failures"])}
+
+    def table(self) -> str:
+        """A line a budget, in columns."""
+        lines = ["budget  frames  resolution  tokens  head   top-1   top-5"]
+        for budget, own in self.report["budgets"].items():
+            lines.append(
+                f"{budget:>6}  {own['frames']:>6}  {own['resolution']:>7} px  {own['tokens']:>6}  "
+                f"{own['head']:>4}  {own['top1']:>6.2%}  {own['top5']:>6.2%}"
+            )
+        return "\n".join(lines)
+
+
+def settings_of(config: ConfigDict) -> list[Setting]:
+    """`eval.settings`, each with the head that was trained at the nearest budget."""
+    return [
+        Setting(
+            budget,
+            Grid(frames, resolution // PATCH, resolution // PATCH),
+            nearest_head(budget, config.train.budgets),
+        )
+        for budget, frames, resolution in config.eval.settings
+    ]
+
+
+def evaluate(
+    params: dict,
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Accuracy of `params` on the videos of `source` at all `eval.settings`.
+
+    Args:
+        params: the network's parameters, on the devices or as numpy arrays.
+        mesh: the devices; all of them by default.
+        stop: asked after each batch; once it says True, evaluation ends and None is returned.
+
+    Raises:
+        UserError: there are no videos, or too little shared memory.
+    """
+    if not len(source):
+        raise UserError("config.data.validation: there are no videos to evaluate on")
+    mesh = mesh or parallel.data_mesh()
+    params = jax.device_put(params, parallel.replicated(mesh))
+    settings = settings_of(config)
+    programs = [predictor(model_config(config), setting, config.seed, mesh) for setting in settings]
+    batches = evaluation_batches(
+        config, source, host_index=parallel.host_index(), host_count=parallel.host_count()
+    )
+    found = []
+    with batches, _progress_bar(len(source)) as bar:
+        for batch in batches:
+            likeliest = [
+                _likeliest(_probabilities(program, params, batch, f"patches{k}", mesh))
+                for k, program in enumerate(programs)
+            ]
+            own = [
+                {
+                    "number": int(number),
+                    "id": str(batch["id"][row]),
+                    "label": int(batch["label"][row]),
+                    "failure": str(batch["failure"][row]),
+                    "top": [top[row] for top in likeliest],
+                }
+                for row, number in enumerate(batch["video"])
+                if number >= 0
+            ]
+            found += own
+            bar.update(len(own) * parallel.host_count())
+            if stop():
+                return None
+    found = sorted(parallel.gather(found), key=lambda video: video["number"])
+    return Evaluation(_report(config, source, settings, found), _predictions(settings, found))
+
+
+@functools.cache
+def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> Callable:
+    """The one compiled program of a setting: adds a view's probabilities to those before.
+
+    `add_view(params, total [b, classes], patches uint8 [b, P, 588], video int32 [b], view int32)`,
+    the arrays of a batch cut over the devices. Selectors that draw their scores do so by seed,
+    video and view alone.
+    """
+    graph = fluxvit.structure(model)
+    grid, limits = setting.grid, GridLimits(*setting.grid, setting.grid.tokens)
+
+    def add_view(params, total, patches, video, view):
+        network = fluxvit.merge(graph, params)
+        patches = fluxvit.normalise(patches, jnp.dtype(model.dtype))
+        grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
+        keys = None
+        if model.selector in NOISY_SELECTORS:
+            view_key = jax.random.fold_in(jax.random.key(seed), view)
+            keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
+        kept = network.select(patches, grids, setting.budget, limits, keys)
+        # One grid for all clips: the position table is resized once.
+        tokens = network.encode(fluxvit.take(patches, kept), grids[:1], kept, limits)
+        logits = network.classify(network.pool_tokens(tokens, kept, setting.head), setting.head)
+        return total + jax.nn.softmax(logits.astype(jnp.float32))
+
+    everywhere, cut = parallel.replicated(mesh), parallel.by_clip(mesh)
+    return jax.jit(
+        add_view, in_shardings=(everywhere, cut, cut, cut, everywhere), out_shardings=cut
+    )
+
+
+def _probabilities(
+    program: Callable, params: dict, batch: dict, name: str, mesh: Mesh
+) -> np.ndarray:
+    """Mean over the views of a host's batch [b, V, P, 588]: float32 [b, classes]."""
+    patches, video = batch[name], batch["video"].astype(np.int32)
+    b, views = patches.shape[:2]
+    extra = -b % len(mesh.local_devices)  # rows that fill the devices; nobody looks at them
+    pad = functools.partial(_pad, extra=extra)
+    classes = params["heads"]["bias"].shape[-1]
+    start = {"total": np.zeros((b + extra, classes), np.float32), "video": pad(video)}
+    placed = parallel.put(start, mesh)
+    total = before = placed["total"]
+    for view in range(views):
+        part = parallel.put({"patches": pad(patches[:, view])}, mesh)["patches"]
+        before.block_until_ready()  # two views on the devices, not all of them
+        before, total = total, program(params, total, part, placed["video"], np.int32(view))
+    return parallel.local_rows(total, mesh)[:b] / views
+
+
+def _pad(array: np.ndarray, extra: int) -> np.ndarray:
+    """`extra` rows of zeros behind [b, ...]."""
+    return np.pad(array, [(0, extra)] + [(0, 0)] * (array.ndim - 1)) if extra else array
+
+
+def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
+    """The first `TOP` classes of each row, likeliest first: (class, probability)."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+    return [
+        [(int(c), round(float(row[c]), DIGITS)) for c in own]
+        for row, own in zip(probabilities, order, strict=True)
+    ]
+
+
+def _progress_bar(videos: int) -> tqdm:
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=videos,
+        desc="evaluating",
+        unit="video",
+        leave=False,
+        disable=parallel.host_index() != 0,
+        mininterval=0.2 if terminal else 30,
+        delay=0 if terminal else 30,
+    )
+
+
+def _report(
+    config: ConfigDict, source: Source, settings: Sequence[Setting], found: Sequence[dict]
+) -> dict[str, Any]:
+    read = [video for video in found if not video["failure"]]
+    inside = config.model.cls == "inside"  # CLS takes one of the places
+    budgets = {}
+    for k, (budget, grid, head) in enumerate(settings):
+        classes = [[c for c, _ in video["top"][k]] for video in read]
+        labels = [video["label"] for video in read]
+        pairs = list(zip(labels, classes, strict=True))
+        kept = kept_tokens(grid, budget - inside, config.model.selector.rounding) + inside
+        budgets[str(budget)] = {
+            "frames": grid.frames,
+            "resolution": grid.rows * PATCH,
+            "tokens": kept,
+            "head": head,
+            "top1": sum(label == top[0] for label, top in pairs) / len(found),
+            "top5": sum(label in top for label, top in pairs) / len(found),
+            "decoded": len(read),
+            "failed": len(found) - len(read),
+        }
+    return {
+        "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
+        "views": f"{config.eval.clips}x{config.eval.crops}",
+        "budgets": budgets,
+        "failures": [
+            {"id": video["id"], "reason": video["failure"]} for video in found if video["failure"]
+        ],
+    }
+
+
+def _predictions(settings: Sequence[Setting], found: Sequence[dict]) -> list[dict[str, Any]]:
+    def row(video: dict) -> dict[str, Any]:
+        about = {"id": video["id"], "label": video["label"]}
+        if video["failure"]:
+            return about | {"failure": video["failure"]}
+        tops = zip(settings, video["top"], strict=True)
+        return about | {"predictions": {str(setting.budget): top for setting, top in tops}}
+
+    return [row(video) for video in found]
+
+
+# ---------------------------------------------------------------------------------------------
+# --mode=evaluate
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Evaluates the best checkpoint of a workdir on `data.validation`; prints a table.
+
+    Writes `evaluation/<name of the data>.json` and `evaluation/predictions.jsonl`. A workdir
+    without checkpoints takes the weights of `train.init_from`.
+
+    Returns the exit status, 0. Raises UserError: no data, no checkpoint, one of another model.
+    """
+    if not config.data.validation:
+        raise UserError("no data to evaluate on: add --config.data.validation=LIST")
+    source = open_source(config.data.validation, config.data.root, config.model.classes)
+    params, origin = _weights(config, Path(workdir))
+    if parallel.host_index() == 0:
+        print(f"evaluating {origin} on {len(source)} videos", file=sys.stderr)
+    evaluation = evaluate(params, config, source)
+    if parallel.host_index() == 0:
+        path = write(evaluation, Path(workdir), name_of(config.data.validation), origin)
+        print(evaluation.table())
+        if failures := evaluation.report["failures"]:
+            first = f"{failures[0]['id']}: {failures[0]['reason']}"
+            print(f"{len(failures)} videos could not be read and count as wrong; {first}")
+        print(f"written to {path}")
+    return 0
+
+
+def write(evaluation: Evaluation, workdir: Path, name: str, origin: str) -> Path:
+    """Writes report and predictions into a workdir; returns the path of the report."""
+    folder = workdir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(prediction) + "\n" for prediction in evaluation.predictions]
+    (folder / PREDICTIONS).write_text("".join(lines))
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"checkpoint": origin} | evaluation.report, indent=1) + "\n")
+    return path
+
+
+def name_of(data: str) -> str:
+    """A file name for a data set: "lists/val.csv" -> "val", "k400:test" -> "k400-test"."""
+    path = Path(data)
+    return (path.stem if path.is_file() else path.name).replace(":", "-") or "data"
+
+
+def _weights(config: ConfigDict, workdir: Path) -> tuple[dict, str]:
+    """The parameters to evaluate and where they are from."""
+    model = model_config(config)
+    expected = jax.eval_shape(lambda: fluxvit.initialise(model, jax.random.key(0)))
+    if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
+        step = checkpoint.find_step(workdir)
+        _check_same_network(checkpoint.restore_config(step), config, step)
+        params = checkpoint.restore_params(step)
+        checkpoint.check_fit(params, expected, step)
+        return params, str(step.relative_to(step.parents[1]))
+    path = config.train.init_from
+    params, _ = weights.load(path, model)
+    checkpoint.check_fit(params, expected, path)
+    return params, path
+
+
+def _check_same_network(trained: dict, config: ConfigDict, step: Any) -> None:
+    """What no tensor's shape tells, but makes another network of the same weights."""
+    for name in ("model.variant", "model.gelu", "model.cls", "train.budgets"):
+        before, now = (json.dumps(flatten(side).get(name)) for side in (trained, config))
+        if before != now:
+            raise UserError(f"{step} was trained with config.{name}={before}, not {now}")
