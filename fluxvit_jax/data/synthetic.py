@@ -2,11 +2,11 @@
 
     python -m fluxvit_jax.data.synthetic --out=DIR [--train=N] [--validation=M] [--seed=0]
 
-A clip shows two flat worlds, one over the other: a photograph, and small cut-outs of another
-photograph. Both are endless (the photograph by mirroring, the cut-outs by repeating). The class
-says how the two move on screen. Everything else is drawn alike for every class, and at the middle
-of the clip all classes look the same, so that a single frame tells nothing. Training must not flip
-frames: it would swap left and right, and the senses of rotation.
+A clip shows a print (an oblong cut of a photograph, lightened) and a small object (a disc cut of
+another photograph, tinted red) over a third photograph, dark, blurred and still. The class says how
+print and object move; but in the two object classes, the object sticks to the print. Everything
+else is drawn alike for every class, and at some moment near the middle of the clip all classes look
+the same. Training must not flip frames: it would swap left and right, and the senses of rotation.
 
 DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
 and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
 from functools import cache, partial
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from fluxvit_jax.errors import UserError
 
 # Counts changes that alter the clips; a folder made with another number is not added to.
-RECIPE = 1
+RECIPE = 2
 
 # In alphabetical order, so that labels are the same read from the lists or from the class folders.
 # The camera pans and zooms (under pan_left the picture moves right); in rotate_clockwise the
@@ -82,44 +83,33 @@ PHOTOGRAPHS = {
 }
 # height, width: 4:3, 16:9, square, 3:4, 9:16.
 SIZES = (
-    *((84, 112), (96, 128), (108, 144), (120, 160), (132, 176)),
-    *((80, 142), (90, 160), (100, 176)),
-    *((96, 96), (112, 112), (128, 128)),
-    *((112, 84), (128, 96), (144, 108)),
-    *((142, 80), (160, 90)),
+    *((84, 112), (90, 120), (96, 128)),
+    *((84, 150), (90, 160)),
+    *((84, 84), (96, 96), (112, 112)),
+    *((112, 84), (120, 90), (128, 96)),
+    *((150, 84), (160, 90)),
 )
 FRAME_RATES = (Fraction(12), Fraction(15), Fraction(24), Fraction(25), Fraction(30000, 1001))
-FRAMES = (24, 91)  # shortest, and one more than longest
+FRAMES = (24, 61)  # shortest, and one more than longest
 SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
-# Magnification from the first to the last instant of a zoom.
-ZOOM = (1.5, 2.0)
-# Pixels of the photograph under one pixel of a frame, at the middle of a clip: at most this, or the
-# frames would alias. A larger photograph is shrunk first; by how much is random, because at a
-# constant sharpness any loss of it would tell a zoom.
-STRIDE = (0.5, 1.0)
-# The cut-outs lie one a cell in a square of CELLS x CELLS cells, which repeats without end; a frame
-# shows one to four of them. TILE is the square's side in short sides of a frame.
-CELLS = 2
-TILE = 1.6
+# When, as a share of the clip, print and object are at rest's place. Were it always the middle, the
+# first and the last frame would tell more.
+CENTRAL = (0.35, 0.65)
+# Pixels along the short side of a print, and along a square that an object fills, before they are
+# drawn in a frame: about twice as many as there.
+PRINT_SIDE = 64
+OBJECT_SIDE = 32
 
 
 class Course(NamedTuple):
-    """How a flat world moves on screen, relative to the middle of the clip; each float64 [T]."""
+    """How a thing moves on screen, relative to where the clip has it at rest; each float64 [T]."""
 
     x: np.ndarray  # right, in short sides of the frame
     y: np.ndarray  # down, in short sides of the frame
-    turn: np.ndarray  # clockwise, radians
-    zoom: np.ndarray  # natural logarithm of the magnification
-
-
-class View(NamedTuple):
-    """What a frame shows of a flat world where its course is 0."""
-
-    centre: np.ndarray  # (x, y), pixels of the world
-    span: float  # pixels of the world along the frame's short side
-    tilt: float  # clockwise, radians
+    turn: np.ndarray  # clockwise, radians, about the print's centre
+    zoom: np.ndarray  # natural logarithm of the magnification about the print's centre
 
 
 def photographs(split: str) -> list[np.ndarray]:
@@ -151,136 +141,153 @@ def _photograph(name: str) -> np.ndarray:
 
 def render(
     motion: str,
-    photo: np.ndarray,
+    photos: Sequence[np.ndarray],
     rng: np.random.Generator,
     frames: int,
     size: tuple[int, int],
-    cutout_photo: np.ndarray | None = None,
 ) -> np.ndarray:
     """One clip of a motion of MOTIONS: uint8 RGB [frames, height, width, 3], size (height, width).
 
-    photo is uint8 [H, W, 3]; the cut-outs come from cutout_photo (by default from photo itself).
-    The same random numbers are drawn from rng for every motion, so that clips of equal rng differ
-    in nothing but how the two worlds move.
+    photos are three, uint8 [H, W, 3] each: of the print, of the object and of the background. The
+    same random numbers are drawn from rng for every motion, so that clips of equal rng differ in
+    nothing but how print and object move.
     """
-    ground_course, cutout_course = _courses(motion, rng, frames)
-    ground = _recolour(photo, rng)
-    source = _recolour(photo if cutout_photo is None else cutout_photo, rng)
-    ground, view = _shrink(ground, _choose_view(ground, rng), rng.uniform(*STRIDE) * min(size))
-    clip = _film(ground, view, ground_course, size, cv2.BORDER_REFLECT)
-    tile = _cutouts(source, rng, size)
-    side = len(tile)
-    span = side / TILE * math.exp(rng.uniform(-0.25, 0.25))
-    view = View(rng.uniform(0, side, 2), span, rng.uniform(-np.pi, np.pi))
-    layer = _film(tile, view, cutout_course, size, cv2.BORDER_WRAP)
-    for frame, above in zip(clip, layer, strict=True):
-        alpha = cv2.cvtColor(above[..., 3], cv2.COLOR_GRAY2RGB)
-        above = cv2.multiply(above[..., :3], alpha, scale=1 / 255)
-        cv2.add(above, cv2.multiply(frame, 255 - alpha, scale=1 / 255), frame)
+    print_course, object_course = _courses(motion, rng, frames)
+    print_photo, object_photo, background_photo = (_recolour(photo, rng) for photo in photos)
+    middle, short = np.array(size[::-1]) / 2, min(size)
+    centre = middle + rng.uniform(-0.12, 0.12, 2) * short
+    offset = rng.uniform(0, 0.25) * short * _direction(rng.uniform(-np.pi, np.pi))
+
+    clip = np.repeat(_background(background_photo, rng, size)[None], frames, axis=0)
+    picture, tilt = _print(print_photo, rng), rng.uniform(-np.pi, np.pi)
+    rest = _placed(picture, rng.uniform(0.38, 0.52) * short / PRINT_SIDE, tilt, centre)
+    _draw(clip, picture, rest, print_course, centre)
+    picture = _object(object_photo, rng)
+    rest = _placed(picture, rng.uniform(0.16, 0.23) * short / OBJECT_SIDE, 0, centre + offset)
+    _draw(clip, picture, rest, object_course, centre)
     return clip
 
 
 def _courses(motion: str, rng: np.random.Generator, frames: int) -> tuple[Course, Course]:
-    """The courses of the photograph and of the cut-outs. Both are 0 at the middle of the clip."""
+    """The courses of print and object; both are 0 at one frame near the middle of the clip."""
     time = (np.arange(frames) + 0.5) / frames
-    distance = rng.uniform(0.5, 1.0)  # in short sides of the frame, over the clip
-    further = rng.uniform(0.7, 1.0)
+    central = time[int(rng.uniform(*CENTRAL) * frames)]
+    distance = rng.uniform(0.45, 0.75)  # in short sides of the frame, over the clip
     heading = rng.uniform(-np.pi, np.pi)
     other_heading = heading + rng.uniform(0.6, 1.4) * np.pi  # never near the first
     slant = rng.uniform(-0.2, 0.2)
-    turn = math.radians(rng.uniform(50, 110))
-    zoom = math.log(rng.uniform(*ZOOM))
-    corner = rng.uniform(0.4, 0.6)  # when it stops, or turns round
-    bend = rng.uniform(-0.25, 0.25)  # speeds up or slows down by up to a quarter
-    steady = time - 0.5 + bend * (time * (1 - time) - 0.25)
-    here = Course(*np.zeros((4, frames)))
+    turn = math.radians(rng.uniform(70, 120)) * (time - central)
+    zoom = math.log(rng.uniform(1.7, 2.4)) * (time - central)
+    corner = rng.uniform(0.42, 0.58)  # when it stops, or turns round
+    still = Course(*np.zeros((4, frames)))
 
-    def slide(progress: np.ndarray, angle: float, length: float = distance) -> Course:
-        along = length * progress
-        return here._replace(x=np.cos(angle) * along, y=np.sin(angle) * along)
+    def slide(angle: float, progress: np.ndarray = time - central) -> Course:
+        x, y = distance * np.outer(_direction(angle), progress)
+        return still._replace(x=x, y=y)
 
     match motion:
         case "object_over_moving":
-            return slide(steady, heading), slide(steady, other_heading, further)
+            return slide(heading), slide(other_heading)
         case "object_over_still":
-            return here, slide(steady, other_heading, further)
+            return still, slide(other_heading)
         case "pan_left":  # the picture moves right, and so on
-            course = slide(steady, slant)
+            course = slide(slant)
         case "pan_up":
-            course = slide(steady, slant + np.pi / 2)
+            course = slide(slant + np.pi / 2)
         case "pan_right":
-            course = slide(steady, slant + np.pi)
+            course = slide(slant + np.pi)
         case "pan_down":
-            course = slide(steady, slant - np.pi / 2)
+            course = slide(slant - np.pi / 2)
         case "reversal":
-            course = slide(abs(0.5 - corner) - abs(time - corner), heading, 2 * distance)
+            course = slide(heading, 1.5 * (abs(central - corner) - abs(time - corner)))
         case "rotate_clockwise":
-            course = here._replace(turn=turn * steady)
+            course = still._replace(turn=turn)
         case "rotate_counterclockwise":
-            course = here._replace(turn=-turn * steady)
+            course = still._replace(turn=-turn)
         case "start_stop":
-            course = slide(np.minimum(time, corner) - min(0.5, corner), heading, 2 * distance)
+            course = slide(heading, 1.3 * (np.minimum(time, corner) - min(central, corner)))
         case "zoom_in":
-            course = here._replace(zoom=zoom * steady)
+            course = still._replace(zoom=zoom)
         case "zoom_out":
-            course = here._replace(zoom=-zoom * steady)
+            course = still._replace(zoom=-zoom)
         case _:
             raise ValueError(f"unknown motion {motion!r}; there are {', '.join(MOTIONS)}")
-    return course, course  # the cut-outs stick to the photograph
+    return course, course  # the object sticks to the print
 
 
-def _film(
-    world: np.ndarray, view: View, course: Course, size: tuple[int, int], border: int
+def _direction(angle: float) -> np.ndarray:
+    """The unit vector (x, y) that lies clockwise by angle, in radians, from the right."""
+    return np.array([math.cos(angle), math.sin(angle)])
+
+
+def _background(photo: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Dark and blurred: uint8 RGB [height, width, 3]."""
+    image = cv2.GaussianBlur(_cut(photo, rng, size, (0.5, 1.0)), (0, 0), min(size) / 42)
+    return cv2.convertScaleAbs(image, alpha=0.35)
+
+
+def _print(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An oblong, lightened, in an invisible margin: uint8 RGBA, RGB premultiplied by alpha."""
+    width = round(PRINT_SIDE * rng.uniform(1.5, 2.0))
+    image = _cut(photo, rng, (PRINT_SIDE, width), (0.5, 0.9))
+    image = cv2.cvtColor(cv2.convertScaleAbs(image, alpha=0.6, beta=100), cv2.COLOR_RGB2RGBA)
+    return cv2.copyMakeBorder(image, 2, 2, 2, 2, cv2.BORDER_CONSTANT)
+
+
+def _object(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A disc, tinted red, in an invisible margin: uint8 RGBA, RGB premultiplied by alpha."""
+    side = OBJECT_SIDE
+    image = _cut(photo, rng, (side, side), (0.5, 0.9))
+    red = np.full_like(image, (190, 30, 30))
+    image = cv2.cvtColor(cv2.addWeighted(image, 0.3, red, 0.7, 0), cv2.COLOR_RGB2RGBA)
+    disc = cv2.circle(np.zeros_like(image), (side // 2, side // 2), side // 2 - 1, (255,) * 4, -1)
+    return cv2.copyMakeBorder(cv2.bitwise_and(image, disc), 2, 2, 2, 2, cv2.BORDER_CONSTANT)
+
+
+def _cut(
+    photo: np.ndarray,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    share: tuple[float, float],
 ) -> np.ndarray:
-    """Frames of a flat world uint8 [H, W, C] that moves on course: uint8 [T, height, width, C]."""
-    (height, width), short = size, min(size)
-    centre, span, tilt = view
-    angle = -(course.turn + tilt)
-    factor = span / short * np.exp(-course.zoom)
-    cos, sin = factor * np.cos(angle), factor * np.sin(angle)
-    x = (width - 1) / 2 + course.x * short
-    y = (height - 1) / 2 + course.y * short
-    clip = np.empty((len(x), height, width, world.shape[2]), np.uint8)
-    for t in range(len(x)):
-        to_world = np.array(
-            [
-                [cos[t], -sin[t], centre[0] - cos[t] * x[t] + sin[t] * y[t]],
-                [sin[t], cos[t], centre[1] - sin[t] * x[t] - cos[t] * y[t]],
-            ]
-        )
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-        cv2.warpAffine(world, to_world, (width, height), clip[t], flags, border)
-    return clip
+    """A random part of the photograph resized to size: uint8 [height, width, 3].
 
-
-def _choose_view(world: np.ndarray, rng: np.random.Generator) -> View:
-    """A random view of a photograph uint8 [H, W, 3].
-
-    Of four places the one with most texture in every direction is taken (Shi and Tomasi's measure:
-    the smaller eigenvalue of the gradients' covariance), since over blank sky no motion shows.
+    It is larger than share[0] and smaller than share[1] of the largest of its proportions.
     """
-    height, width = world.shape[:2]
-    span = min(height, width) * math.exp(rng.uniform(math.log(0.35), math.log(0.7)))
-    gray = cv2.cvtColor(world, cv2.COLOR_RGB2GRAY)
-
-    def texture(place: np.ndarray) -> float:
-        left, top = np.maximum(place - 0.8 * span, 0).astype(int)
-        right, bottom = (place + 0.8 * span).astype(int) + 1
-        window = cv2.resize(gray[top:bottom, left:right], (24, 24), interpolation=cv2.INTER_AREA)
-        gradients = np.reshape(np.gradient(window.astype(float)), (2, -1))
-        return np.linalg.eigvalsh(np.cov(gradients))[0]
-
-    places = rng.uniform((0, 0), (width, height), (4, 2))
-    return View(max(places, key=texture), span, rng.uniform(-np.pi, np.pi))
+    largest = min(photo.shape[0] / size[0], photo.shape[1] / size[1])
+    height, width = (np.array(size) * (largest * rng.uniform(*share))).astype(int)
+    top = rng.integers(photo.shape[0] - height + 1)
+    left = rng.integers(photo.shape[1] - width + 1)
+    part = photo[top : top + height, left : left + width]
+    return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _shrink(world: np.ndarray, view: View, span: float) -> tuple[np.ndarray, View]:
-    """The same view of the world shrunk such that view.span is at most span pixels."""
-    height, width = world.shape[:2]
-    shrink = max(1, view.span / span)
-    size = (round(width / shrink), round(height / shrink))
-    world = cv2.resize(world, size, interpolation=cv2.INTER_AREA)
-    return world, view._replace(centre=view.centre / shrink, span=view.span / shrink)
+def _placed(picture: np.ndarray, scale: float, turn: float, centre: np.ndarray) -> np.ndarray:
+    """The map [3, 3] that takes pixels of a picture to where the frame has it at rest."""
+    height, width = picture.shape[:2]
+    return _similarity(scale, turn, centre) @ _similarity(1, 0, (-width / 2, -height / 2))
+
+
+def _similarity(scale: float, turn: float, shift: Sequence[float]) -> np.ndarray:
+    """The map [3, 3] that scales, turns clockwise (radians), then shifts by (x, y)."""
+    cos, sin = scale * _direction(turn)
+    return np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]], [0, 0, 1]])
+
+
+def _draw(
+    clip: np.ndarray, picture: np.ndarray, rest: np.ndarray, course: Course, centre: np.ndarray
+) -> None:
+    """Draw on the frames, uint8 [T, height, width, 3], a picture that moves on course.
+
+    The picture is uint8 RGBA with RGB premultiplied by alpha; rest takes it to its place.
+    """
+    height, width = clip.shape[1:3]
+    for frame, x, y, turn, zoom in zip(clip, *course, strict=True):
+        shift = centre + min(height, width) * np.array([x, y])
+        moved = _similarity(math.exp(zoom), turn, shift) @ _similarity(1, 0, -centre) @ rest
+        layer = cv2.warpAffine(picture, moved[:2], (width, height))
+        around = 255 - cv2.cvtColor(layer[..., 3], cv2.COLOR_GRAY2RGB)
+        cv2.add(layer[..., :3], cv2.multiply(frame, around, scale=1 / 255), frame)
 
 
 def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -302,34 +309,6 @@ def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.LUT(np.ascontiguousarray(photo[:, ::-1] if mirrored else photo), table)
 
 
-def _cutouts(photo: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """A square of cut-outs with nothing between them: uint8 RGBA [side, side, 4]."""
-    cell = round(TILE / CELLS * min(size))
-    rows = [np.hstack([_cutout(photo, rng, cell) for _ in range(CELLS)]) for _ in range(CELLS)]
-    return np.vstack(rows)
-
-
-def _cutout(photo: np.ndarray, rng: np.random.Generator, cell: int) -> np.ndarray:
-    """A polygon cut out of the photograph, with an edge, somewhere in RGBA [cell, cell, 4]."""
-    radius = rng.uniform(0.19, 0.26) * cell
-    centre = rng.uniform(radius + 2, cell - radius - 2, 2)
-    corners = int(rng.integers(3, 9))
-    angles = np.arange(corners) + rng.uniform(-0.25, 0.25, corners) + rng.random()
-    angles *= 2 * np.pi / corners
-    outline = centre + radius * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    outline = np.round(16 * outline).astype(np.int32)  # cv2 wants sixteenths of a pixel
-    # A cell's worth of picture: the part of the photograph that a cut-out shows is small.
-    side = int(min(photo.shape[:2]) * rng.uniform(0.4, 0.9))
-    top, left = rng.integers(0, np.array(photo.shape[:2]) - side)
-    piece = photo[top : top + side, left : left + side]
-    piece = cv2.resize(piece, (cell, cell), interpolation=cv2.INTER_AREA)
-    edge = 255 * int(rng.integers(2))
-    cv2.polylines(piece, [outline], True, (edge,) * 3, max(2, cell // 25), cv2.LINE_AA, shift=4)
-    alpha = np.zeros((cell, cell), np.uint8)
-    cv2.fillPoly(alpha, [outline], 255, cv2.LINE_AA, shift=4)
-    return np.dstack([piece, alpha])
-
-
 class Clip(NamedTuple):
     """One file of the data set."""
 
@@ -347,7 +326,7 @@ class Clip(NamedTuple):
 
 
 def write_dataset(
-    out: str | Path, train: int = 1200, validation: int = 240, seed: int = 0, workers: int = 0
+    out: str | Path, train: int = 2400, validation: int = 240, seed: int = 0, workers: int = 0
 ) -> None:
     """Write the demo's data set of train and validation clips to the folder out, or finish it.
 
@@ -408,13 +387,14 @@ def _start_worker() -> None:
 def _write_clip(out: Path, seed: int, clip: Clip) -> None:
     rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(clip.split), clip.index])
     photos = photographs(clip.split)
-    # Every class gets every photograph equally often.
-    photo = clip.index // len(MOTIONS) % len(photos)
-    cutout_photo = (photo + rng.integers(1, len(photos))) % len(photos)
+    # As prints every class gets every photograph equally often.
+    first = clip.index // len(MOTIONS) % len(photos)
+    others = first + 1 + rng.choice(len(photos) - 1, 2, replace=False)
+    chosen = [photos[number % len(photos)] for number in (first, *others)]
     length = int(rng.integers(*FRAMES))
     size = SIZES[rng.integers(len(SIZES))]
     motion = MOTIONS[clip.label]
-    frames = render(motion, photos[photo], rng, length, size, photos[cutout_photo])
+    frames = render(motion, chosen, rng, length, size)
     path = out / clip.path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
@@ -428,7 +408,7 @@ def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
     options = {
         "preset": "veryfast",
         "crf": str(rng.integers(20, 25)),
-        "g": str(rng.integers(12, 49)),
+        "g": str(rng.integers(12, 25)),
         "bf": str(rng.integers(1, 4)),
         "threads": "1",
         # With macroblock trees on, x264's vector code gives other bytes at every run.
@@ -465,7 +445,7 @@ def _write_text(path: Path, text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the demo's data set of synthetic videos.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=1200, help="clips (default %(default)s)")
+    parser.add_argument("--train", type=int, default=2400, help="clips (default %(default)s)")
     parser.add_argument("--validation", type=int, default=240, help="clips (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other clips")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
