@@ -1,7 +1,7 @@
 """Our network against numbers of the official PyTorch code."""
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ def mask_of(kept, clip: int, total: int) -> np.ndarray:
     return dropped
 
 
+@partial(jax.jit, static_argnames=("budget", "limits"))
+def select(patches, grid, budget, limits):
+    return golden.tiny_model().select(patches, grid, budget, limits)
+
+
 @jax.jit
 def every_head(patches, grid, index, valid):
     """All outputs of a batch in one program: logits, vectors and their two projections by head."""
@@ -66,7 +71,7 @@ def one_batch_of_all():
     """
     batches = [golden.batch(data(f"{case['video']}.x")[:2], CAPACITY) for case in GOOD_CASES]
     patches, grid = (jnp.concatenate(parts) for parts in zip(*batches, strict=True))
-    order = golden.tiny_model().select(patches, grid, CAPACITY, LIMITS)
+    order = select(patches, grid, CAPACITY, LIMITS)
     total, groups = jnp.prod(grid, axis=1), rule_groups(grid[:, 0])
     kept = [
         kept_tokens(total[2 * n], groups[2 * n], budget_of(case), CAPACITY, "official")
@@ -76,19 +81,19 @@ def one_batch_of_all():
     return every_head(patches, grid, order.index, valid), Selection(order.index, valid)
 
 
-def check_outputs(case, outputs, rows):
-    logits, pooled, projected = outputs
-    head, projector = case["kwargs"]["output_head"], case["kwargs"]["align_proj"]
-    close(logits[head][rows], data(case["outputs"]["logits"])[:2])
-    close(pooled[head][rows], data(case["outputs"]["x_final"])[:2])
-    close(projected[head][projector][rows], data(case["outputs"]["projected"])[:2])
+def check_outputs(case, logits, pooled, projected):
+    close(logits, data(case["outputs"]["logits"])[:2])
+    close(pooled, data(case["outputs"]["x_final"])[:2])
+    close(projected, data(case["outputs"]["projected"])[:2])
 
 
 @pytest.mark.parametrize("number", range(len(GOOD_CASES)), ids=lambda n: GOOD_CASES[n]["id"])
 def test_padded_in_a_batch_of_differing_grids(number):
     case = GOOD_CASES[number]
-    outputs, kept = one_batch_of_all()
-    check_outputs(case, outputs, slice(2 * number, 2 * number + 2))
+    (logits, pooled, projected), kept = one_batch_of_all()
+    head, projector = case["kwargs"]["output_head"], case["kwargs"]["align_proj"]
+    rows = slice(2 * number, 2 * number + 2)
+    check_outputs(case, logits[head][rows], pooled[head][rows], projected[head][projector][rows])
     if "mask" in case["outputs"]:
         masks = [mask_of(kept, 2 * number + clip, case["total_tokens"]) for clip in range(2)]
         np.testing.assert_array_equal(masks, data(case["outputs"]["mask"])[:2])
@@ -97,44 +102,64 @@ def test_padded_in_a_batch_of_differing_grids(number):
 @pytest.mark.parametrize("id", ["c00", "c15", "c25", "c32", "c44", "c51"])
 def test_alone_without_padding(id):
     case = next(c for c in CASES if c["id"] == id)
+    head, projector = case["kwargs"]["output_head"], case["kwargs"]["align_proj"]
     patches, grid = golden.batch(data(f"{case['video']}.x"))
     limits = golden.limits_of(tuple(grid[0].tolist()))
-    kept = golden.tiny_model().select(patches, grid, budget_of(case), limits)
-    valid = jnp.ones(kept.index.shape, bool) if kept.valid is None else kept.valid
-    check_outputs(case, every_head(patches, grid, kept.index, valid), slice(0, 2))
+
+    @jax.jit
+    def forward(patches, grid):
+        model = golden.tiny_model()
+        logits, pooled = model(patches, grid, budget_of(case), head, limits)
+        return logits[:2], pooled[:2], model.project(pooled, projector)[:2]
+
+    check_outputs(case, *forward(patches, grid))
+
+
+@jax.jit
+def embed(patches):
+    return golden.tiny_model().patch_embed(patches)
 
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_patch_embedding(name):
-    patches, _ = golden.batch(data(f"{name}.x")[:1])
+    patches, _ = golden.batch(data(f"{name}.x")[:1], CAPACITY)
     official = data(f"{name}.patch_embed")
-    ours = golden.tiny_model().patch_embed(patches)[0].reshape(official.shape)
-    close(ours, official)
+    tokens = np.prod(golden.patches_of(data(f"{name}.x"))[1])
+    close(embed(patches)[0, :tokens].reshape(official.shape), official)
+
+
+@jax.jit
+def importance(patches, grid):
+    tokens = golden.tiny_model().patch_embed(patches)
+    return token_scores("group_dynamic", tokens, grid, rule_groups(grid[:, 0]), None)
 
 
 @pytest.mark.parametrize("name", [n for n in VIDEOS if "importance" in VIDEOS[n]])
 def test_importance(name):
     patches, grid = golden.batch(data(f"{name}.x"), CAPACITY)
-    tokens = golden.tiny_model().patch_embed(patches)
     official = data(f"{name}.importance")
-    scores = token_scores("group_dynamic", tokens, grid, rule_groups(grid[:, 0]), None)
+    scores = importance(patches, grid)
     total = int(np.prod(grid[0]))
     # Both float32: the norm of a difference of nearly equal numbers keeps fewer digits.
     close(scores[:, :total].reshape(official.shape), official, 2e-5)
 
 
+@jax.jit
+def every_position(grid):
+    """The positions of all places of a grid, [CAPACITY, C]; past its tokens they mean nothing."""
+    return golden.tiny_model().position(grid[None], jnp.arange(CAPACITY)[None], LIMITS)[0]
+
+
 @pytest.mark.parametrize("name", VIDEOS)
 def test_positions(name):
     grid = golden.patches_of(data(f"{name}.x"))[1]
-    places = jnp.arange(int(np.prod(grid)))[None]
-    model = golden.tiny_model()
-    ours = model.position(jnp.asarray([grid]), places, LIMITS)
+    ours = every_position(jnp.asarray(grid))[None, : np.prod(grid)]
     official = data(f"{name}.pos_embed")
     if name in QUIRKS:
         assert np.abs(ours - official[:, 1:]).max() > 0.1
     else:
         close(ours, official[:, 1:])
-        close(model.pos_embed[0], official[0, 0])
+        close(golden.tiny_params()["pos_embed"][0], official[0, 0])
 
 
 def test_quirks_are_right_here():
@@ -150,29 +175,45 @@ def test_quirks_are_right_here():
     model = fluxvit.merge(
         fluxvit.structure(golden.TINY), params | {"pos_embed": jnp.asarray(table)}
     )
-    square = model.position(jnp.asarray([(8, 4, 4)]), jnp.arange(128)[None], LIMITS)
-    strip = model.position(jnp.asarray([(8, 1, 4)]), jnp.arange(32)[None], LIMITS)
-    close(strip.reshape(8, 4, -1), square.reshape(8, 4, 4, -1)[:, 0])
-    wide = model.position(jnp.asarray([(8, 2, 8)]), jnp.arange(128)[None], LIMITS)
-    narrow = model.position(jnp.asarray([(8, 4, 8)]), jnp.arange(256)[None], LIMITS)
-    close(wide.reshape(8, 2, 8, -1)[:, 0], narrow.reshape(8, 4, 8, -1)[:, 0])
+    position = jax.jit(lambda grid: model.position(grid[None], jnp.arange(256)[None], LIMITS)[0])
+
+    def frames(*grid):
+        return position(jnp.asarray(grid))[: np.prod(grid)].reshape(*grid, -1)
+
+    close(frames(8, 1, 4)[:, 0], frames(8, 4, 4)[:, 0])
+    close(frames(8, 2, 8)[:, 0], frames(8, 4, 8)[:, 0])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "trace" in c], ids=lambda c: c["id"])
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_traces(case, depth):
-    """The tokens after each block; ours are in another order, so they are put in theirs."""
+@cache
+def tokens_by_depth(id):
+    """What each block of a case puts out, in the official order of tokens: [B, 1 + N, C] each."""
+    case = next(case for case in CASES if case["id"] == id)
     patches, grid = golden.batch(data(f"{case['video']}.x"))
     limits = golden.limits_of(tuple(grid[0].tolist()))
+    kept = select(patches, grid, case["budget"], limits)
     params = golden.tiny_params()
-    shallow = params | {"blocks": jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])}
-    model = fluxvit.merge(fluxvit.structure(replace(golden.TINY, depth=depth)), shallow)
-    kept = model.select(patches, grid, case["budget"], limits)
-    tokens = np.asarray(model.encode(fluxvit.take(patches, kept), grid, kept, limits))
-    official = data(case["trace"][f"block{depth - 1}"])
+
+    @jax.jit
+    def encode(patches):
+        outputs = []
+        for depth in range(1, golden.TINY.depth + 1):
+            blocks = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], params["blocks"])
+            graph = fluxvit.structure(replace(golden.TINY, depth=depth))
+            model = fluxvit.merge(graph, params | {"blocks": blocks})
+            outputs.append(model.encode(fluxvit.take(patches, kept), grid, kept, limits))
+        return outputs
+
     order = np.asarray(kept.index).argsort(axis=1)[..., None]
-    close(tokens[:, 0], official[:, 0])
-    close(np.take_along_axis(tokens[:, 1:], order, axis=1), official[:, 1:])
+    tokens = [np.asarray(output) for output in encode(patches)]
+    sorted_ = [np.take_along_axis(output[:, 1:], order, axis=1) for output in tokens]
+    return [np.concatenate([a[:, :1], b], axis=1) for a, b in zip(tokens, sorted_, strict=True)]
+
+
+@pytest.mark.parametrize("id", [case["id"] for case in CASES if "trace" in case])
+@pytest.mark.parametrize("block", range(golden.TINY.depth))
+def test_traces(id, block):
+    case = next(case for case in CASES if case["id"] == id)
+    close(tokens_by_depth(id)[block], data(case["trace"][f"block{block}"]))
 
 
 @pytest.mark.parametrize("T", range(1, 33))
@@ -186,21 +227,27 @@ def test_groups_of_frames(T):
     assert sizes.max() - sizes.min() <= 1
 
 
-@pytest.mark.parametrize(
-    "B,T,h,w", [(1, 8, 4, 4), (2, 4, 4, 4), (2, 5, 4, 4), (2, 1, 4, 4), (2, 8, 2, 4)]
-)
-def test_what_the_official_code_refuses(B, T, h, w):
-    """Batch 1, four frames, odd frames, one frame and sides whose product is no square."""
-    rng = np.random.default_rng(0)
-    patches = jnp.asarray(rng.normal(size=(B, T * h * w, 588)), jnp.float32)
-    grid = jnp.tile(jnp.asarray((T, h, w)), (B, 1))
-    budget = T * h * w // 2
+@partial(jax.jit, static_argnames="budget")
+def forward(patches, grid, budget):
+    limits = GridLimits(8, 4, 4, 16)
     model = golden.tiny_model(rounding="exact")
-    limits = golden.limits_of((T, h, w))
-    kept = model.select(patches, grid, budget, limits)
-    assert kept.valid is None and kept.index.shape == (B, budget)
-    assert all(len(set(row.tolist())) == budget for row in np.asarray(kept.index))
-    logits, pooled = model(patches, grid, budget, 2, limits)
-    assert logits.shape == (B, 10) and np.isfinite(logits).all() and np.isfinite(pooled).all()
-    both = model(jnp.repeat(patches[:1], 2, 0), jnp.repeat(grid[:1], 2, 0), budget, 2, limits)[0]
-    close(both[1], logits[0])
+    return model.select(patches, grid, budget, limits), model(patches, grid, budget, 2, limits)
+
+
+@pytest.mark.parametrize("sides", [(8, 4, 4), (4, 4, 4), (5, 4, 4), (1, 4, 4), (8, 2, 4)])
+def test_what_the_official_code_refuses(sides):
+    """Batch 1, which is all that is wrong with the first; then four frames, odd frames, one frame,
+    and sides whose product is no square."""
+    rng = np.random.default_rng(0)
+    patches = jnp.asarray(rng.normal(size=(2, 128, 588)), jnp.float32)
+    grid, budget = jnp.tile(jnp.asarray(sides), (2, 1)), 8
+    outputs = [forward(patches[:clips], grid[:clips], budget) for clips in (1, 2)]
+    for clips, (kept, (logits, pooled)) in enumerate(outputs, start=1):
+        assert kept.valid is None and kept.index.shape == (clips, budget)
+        assert all(len(set(row.tolist())) == budget for row in np.asarray(kept.index))
+        assert np.max(kept.index) < np.prod(sides)
+        assert logits.shape == (clips, 10)
+        assert np.isfinite(logits).all() and np.isfinite(pooled).all()
+    alone, both = (logits for _, (logits, _) in outputs)
+    close(both[:1], alone)
+    assert np.abs(both[0] - both[1]).max() > 0.01
