@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ class FluxViTConfig:
 
     frames, rows, columns: the native grid, that of the position table.
     cls: "outside" adds the CLS token to the budget (official), "inside" lets it take one place.
-    layer_scale: what LayerScale starts at.
+    layer_scale, kernel_std, position_scale: what LayerScale, the kernels (a deviation) and GPE's
+        scale start at; as in the official code, unless a small network is trained from scratch.
     scan: one compiled block looped over the depth; False unrolls (faster steps, slower compiles).
     remat: what the backward pass recomputes: "none"; "names", all but the outputs of attention,
         fc1 and MLP; "full", whole blocks.
@@ -40,6 +42,8 @@ class FluxViTConfig:
     pool_width: int = 768
     pool_heads: int = 16
     layer_scale: float = 1e-5
+    kernel_std: float = layers.KERNEL_STD
+    position_scale: float = 1.0
     gelu: str = "tanh"
     cls: str = "outside"
     selector: selection.Selector = "group_dynamic"
@@ -77,11 +81,11 @@ class FluxViT(nnx.Module):
     def __init__(self, config: FluxViTConfig, rngs: nnx.Rngs):
         self.config = config
         C, dtype = config.width, jnp.dtype(config.dtype)
-        self.cls_token = nnx.Param(layers.trunc_normal(rngs.params(), (C,)))
+        self.cls_token = nnx.Param(layers.kernel_init(rngs.params(), (C,)))
         self.pos_embed = nnx.Param(
             jnp.asarray(positions.sincos_table(config.frames, config.rows, config.columns, C))
         )
-        self.gpe = layers.Affine(C)
+        self.gpe = layers.Affine(C, config.position_scale)
         self.patch_embed = PatchEmbed(C, dtype, rngs)
         exact = config.gelu == "erf"
         self.blocks = _stack(
@@ -106,6 +110,8 @@ class FluxViT(nnx.Module):
             rngs,
             lambda r: layers.AlignProjector(config.pool_width, dtype, r),
         )
+        for stacked in (self.blocks, self.pool, self.heads, self.align):
+            _scale_kernels(stacked, config.kernel_std / layers.KERNEL_STD)
 
     def select(
         self,
@@ -283,3 +289,18 @@ def _rescale_by_depth(blocks: layers.Block, depth: int) -> None:
     scale = 1 / jnp.sqrt(2.0 * jnp.arange(1, depth + 1))[:, None, None]
     for kernel in (blocks.attn.proj.kernel, blocks.mlp.fc2.kernel):
         kernel[...] = kernel[...] * scale
+
+
+def _scale_kernels(module: nnx.Module, factor: float) -> None:
+    """Multiplies every kernel of a module."""
+
+    def scaled(path, leaf):
+        return leaf * factor if path[-1] == "kernel" else leaf
+
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    nnx.update(
+        module,
+        nnx.from_flat_state(
+            [(path, jax.tree.map(partial(scaled, path), leaf)) for path, leaf in flat]
+        ),
+    )

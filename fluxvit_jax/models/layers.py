@@ -1,8 +1,8 @@
 """The layers of FluxViT: blocks that are stacked and scanned, and the attention-pooling head.
 
 Parameters, norms and LayerScale are float32; matrix products run in the compute dtype `dtype`.
-Linear layers and the embedding of CLS are initialised as in the official code: normal of standard
-deviation 0.02 truncated at two of them, zero biases.
+Linear layers and the embedding of CLS start as in the official code: normal with deviation 0.02 (its
+truncation, at -2 and 2, never happens), zero biases.
 """
 
 from functools import partial
@@ -14,12 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 RMS_EPSILON = 1e-6
 LAYER_NORM_EPSILON = 1e-5
+KERNEL_STD = 0.02
 
-# truncated_normal rescales to the asked deviation after cutting; PyTorch's trunc_normal_ doesn't.
-_TRUNCATION = 0.87962566103423978
-trunc_normal = nnx.initializers.truncated_normal(stddev=0.02 * _TRUNCATION)
+kernel_init = nnx.initializers.normal(KERNEL_STD)
 
-Linear = partial(nnx.Linear, kernel_init=trunc_normal)
+Linear = partial(nnx.Linear, kernel_init=kernel_init)
 LayerNorm = partial(nnx.LayerNorm, epsilon=LAYER_NORM_EPSILON, dtype=jnp.float32)
 
 
@@ -38,8 +37,8 @@ class RMSNorm(nnx.Module):
 class Affine(nnx.Module):
     """x * scale + bias for each channel: the official depthwise convolution of size 1 x 1 x 1."""
 
-    def __init__(self, width: int):
-        self.scale = nnx.Param(jnp.ones(width))
+    def __init__(self, width: int, scale: float = 1.0):
+        self.scale = nnx.Param(jnp.full(width, scale))
         self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +59,7 @@ class FusedQKV(nnx.Module):
     """Queries, keys and values of all heads in one product, without bias."""
 
     def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(trunc_normal(rngs.params(), (width, 3, heads, width // heads)))
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (width, 3, heads, width // heads)))
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
