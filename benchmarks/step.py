@@ -1,0 +1,258 @@
+"""Time of a training step and of evaluation on the devices at hand, at several token budgets.
+
+    python -m benchmarks.step [--variants=Ti,S] [--batch=2] [--frames=12] [--resolution=112]
+        [--rounds=3] [--out=FILE.json]
+
+The budgets keep the released recipe's proportions: a half, a third and a sixth of the grid's
+tokens (3072, 2048 and 1024 of 6144, for which give --frames=24 --resolution=224). All contenders
+run in turn, round after round, each round starting with another, so that whatever else the machine
+does hits them alike. Given are medians over the rounds, of the time and of each round's ratio to
+all tokens. Model FLOPs are those of the matrix products of the kept tokens, two a
+multiply-accumulate, and three times as many for a step; recomputation does not count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fluxvit_jax import parallel
+from fluxvit_jax.budgets import PATCH, Grid
+from fluxvit_jax.config import admissible_grids, default_config, model_config, validate
+from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.evaluate import Setting, predictor
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.optim import make_optimizer
+from fluxvit_jax.train import abstract_params, initial_state, make_objective, make_train_step
+
+SHARES = (2, 3, 6)  # of the grid's tokens: one in so many is kept
+
+
+class Contender(NamedTuple):
+    """Something to time: `run` waits until the devices are done."""
+
+    run: Callable[[], None]
+    gigaflops: float  # a clip
+    compiled: Callable[[], int]  # programs so far
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    mesh = parallel.data_mesh()
+    side = options.resolution // PATCH
+    grid = Grid(options.frames, side, side)
+    results = {}
+    for variant in options.variants.split(","):
+        for name, make in (("training", training), ("evaluation", evaluation)):
+            title = f"{variant} {name}"
+            results[title] = measure(make(variant, grid, options.batch, mesh), options, title)
+            print(
+                f"\n{title}: {options.batch} clips of {grid.tokens} tokens\n{table(results[title])}"
+            )
+    report = machine() | {
+        "clips": options.batch,
+        "grid": list(grid),
+        "tokens": grid.tokens,
+        "dtype": dtype(),
+        "rounds": options.rounds,
+        "results": results,
+    }
+    print(f"\n{report['devices']} x {report['device']} ({report['processor']})")
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Benchmark of training steps and evaluation.")
+    parser.add_argument("--variants", default="Ti,S", help="networks, with commas between")
+    parser.add_argument("--batch", type=int, default=2, help="clips on all devices together")
+    parser.add_argument("--frames", type=int, default=12, help="of a clip")
+    parser.add_argument("--resolution", type=int, default=112, help="of a clip, pixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    return parser.parse_args(arguments)
+
+
+def training(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Contender]:
+    """One step with all tokens, at the largest budget (Flux-Single), at all three (Flux-Multi)."""
+    budgets = tuple(grid.tokens // share for share in SHARES)
+    contenders = {
+        "all tokens": ((grid.tokens,), "none"),
+        "Flux-Single": (budgets[:1], "group_dynamic"),
+        "Flux-Multi": (budgets, "group_dynamic"),
+    }
+    return {
+        f"{name} ({' + '.join(map(str, kept))})": step_of(
+            make_config(variant, grid, batch // mesh.size, kept, selector), batch, mesh
+        )
+        for name, (kept, selector) in contenders.items()
+    }
+
+
+def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
+    """A training step that goes on from the state of the one before."""
+    grids = admissible_grids(config)
+    optimizer = make_optimizer(config, 1000, abstract_params(config))
+    step = make_train_step(config, make_objective(config, grids), optimizer, mesh)
+    state = initial_state(config, optimizer, mesh)
+    clips = {
+        "patches": random_patches(batch, grids[0]),
+        "grid": np.tile(np.int32(grids[0]), (batch, 1)),
+        "label": np.arange(batch, dtype=np.int32),
+        "bad": np.zeros(batch, bool),
+    }
+    clips = parallel.put(clips, mesh)
+
+    def run() -> None:
+        nonlocal state
+        state, measured = step(state, clips)
+        jax.block_until_ready(measured)
+
+    model = model_config(config)
+    flops = sum(6 * multiply_accumulates(model, budget) for budget in config.train.budgets)
+    return Contender(run, flops / 1e9, step._cache_size)
+
+
+def evaluation(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Contender]:
+    """One view of each clip at every budget, and the smallest budget without any selection."""
+    config = make_config(variant, grid, batch // mesh.size, (grid.tokens,), "group_dynamic")
+    params = fluxvit.initialise(model_config(config), jax.random.key(0))
+    params = jax.device_put(params, parallel.replicated(mesh))
+    budgets = [grid.tokens // share for share in (1, *SHARES)]
+    settings = {f"{budget} of {grid.tokens}": Setting(budget, grid, 0) for budget in budgets}
+    fewest = grid._replace(frames=grid.frames // SHARES[-1])
+    settings[f"all of {fewest.tokens}"] = Setting(fewest.tokens, fewest, 0)
+    return {
+        name: view_of(config, setting, params, batch, mesh) for name, setting in settings.items()
+    }
+
+
+def view_of(
+    config: ConfigDict, setting: Setting, params: dict, batch: int, mesh: Mesh
+) -> Contender:
+    model = model_config(config)
+    program = predictor(model, setting, 0, mesh)
+    clips = parallel.put(
+        {
+            "total": np.zeros((batch, config.model.classes), np.float32),
+            "patches": random_patches(batch, setting.grid),
+            "video": np.arange(batch, dtype=np.int32),
+        },
+        mesh,
+    )
+
+    def run() -> None:
+        placed = (clips[name] for name in ("total", "patches", "video"))
+        jax.block_until_ready(program(params, *placed, np.int32(0)))
+
+    flops = 2 * multiply_accumulates(model, min(setting.budget, setting.grid.tokens))
+    return Contender(run, flops / 1e9, program._cache_size)
+
+
+def make_config(
+    variant: str, grid: Grid, group: int, budgets: tuple[int, ...], selector: str
+) -> ConfigDict:
+    """One grid only, and a group of all clips of a device."""
+    config = default_config(variant)
+    config.model.dtype = dtype()
+    config.model.selector.kind = selector
+    config.data.grids.frames = (grid.frames, grid.frames, 1)
+    config.data.grids.resolutions = (grid.rows * PATCH, grid.rows * PATCH, PATCH)
+    config.data.grids.tokens = (grid.tokens, grid.tokens)
+    config.data.grid_group = config.train.batch_size = group
+    config.train.budgets = budgets
+    config.eval.settings = ((grid.tokens, grid.frames, grid.rows * PATCH),)
+    validate(config)
+    return config
+
+
+def dtype() -> str:
+    """CPUs compute in float32, what they have instructions for."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def random_patches(batch: int, grid: Grid) -> np.ndarray:
+    shape = (batch, grid.tokens, PATCH_VALUES)
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def multiply_accumulates(model: FluxViTConfig, tokens: int) -> int:
+    """Those of the matrix products of a forward pass with `tokens` patches kept, for one clip.
+
+    As the paper counts them (S at 3072 tokens: 154 G): the patches that are not kept, which are
+    embedded to be scored, are left out.
+    """
+    C, N = model.width, tokens + (model.cls == "outside")
+    embedding = PATCH_VALUES * C * (N - 1)
+    block = 12 * C**2 * N + 2 * C * N**2  # qkv, proj and MLP; attention
+    pool = 2 * C**2 * N + 2 * C * N + C**2 + C * model.pool_width
+    return embedding + model.depth * block + pool + model.pool_width * model.classes
+
+
+def measure(
+    contenders: dict[str, Contender], options: argparse.Namespace, title: str
+) -> dict[str, dict]:
+    """Medians of all contenders, by name; ratios are to the first."""
+    names = list(contenders)
+    seconds = {name: [] for name in names}
+    for number in tqdm(range(options.rounds + 1), desc=title, leave=False):  # the first compiles
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            contenders[name].run()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    for name, contender in contenders.items():
+        if contender.compiled() != 1:
+            raise RuntimeError(f"{title}, {name}: {contender.compiled()} compiled programs")
+    return {
+        name: {
+            "milliseconds": 1e3 * (median := statistics.median(own)),
+            "clips_per_second": options.batch / median,
+            "times_faster": statistics.median(np.divide(seconds[names[0]], own).tolist()),
+            "model_gigaflops_a_clip": contenders[name].gigaflops,
+            "model_gigaflops_per_second": contenders[name].gigaflops * options.batch / median,
+        }
+        for name, own in seconds.items()
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = [
+        f"{'tokens':30} {'ms':>8} {'clips/s':>8} {'faster':>7} {'GFLOP/clip':>10} {'GFLOP/s':>8}"
+    ]
+    for name, own in results.items():
+        ms, clips, faster, gigaflops, speed = own.values()
+        lines.append(
+            f"{name:30} {ms:8.1f} {clips:8.2f} {faster:6.2f}x {gigaflops:10.2f} {speed:8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str | int]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processor": f"{processor}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
