@@ -240,6 +240,15 @@ def test_drawn_selections_are_fair_and_follow_the_key(kind):
         select(make_tokens(grids, 64), grids, budget, kind=kind)
 
 
+@pytest.mark.parametrize("kind", selection.NOISY_SELECTORS)
+def test_a_key_for_each_clip_makes_it_independent_of_its_batch(kind):
+    tokens, keys = make_tokens(ODD, PLACES), jax.random.split(jax.random.key(0), len(ODD))
+    forwards = select(tokens, ODD, 40, kind=kind, key=keys)
+    backwards = select(tokens[::-1], ODD[::-1], 40, kind=kind, key=keys[::-1])
+    np.testing.assert_array_equal(forwards.index, backwards.index[::-1])
+    np.testing.assert_array_equal(forwards.valid, backwards.valid[::-1])
+
+
 def test_groups_are_those_of_the_budgets():
     for T in range(1, 65):
         starts = [group.start for group in plain_groups(T)]
