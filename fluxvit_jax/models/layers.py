@@ -1,8 +1,8 @@
 """The layers of FluxViT: blocks that are stacked and scanned, and the attention-pooling head.
 
 Parameters, norms and LayerScale are float32; matrix products run in the compute dtype `dtype`.
-Linear layers and the embedding of CLS start as in the official code: normal with deviation 0.02 (its
-truncation, at -2 and 2, never happens), zero biases.
+Linear layers and CLS start as in the official code: normal with deviation 0.02 (its truncation, at
+-2 and 2, never happens), zero biases.
 """
 
 from functools import partial

@@ -1,0 +1,109 @@
+"""The demo: FluxViT-Ti learns twelve motions from 2,400 small mp4 files on two CPU cores.
+
+    make demo
+
+writes the clips, runs this recipe and, for comparison, `:fixed`, and draws the result. Alone:
+
+    python -m fluxvit_jax.data.synthetic --out=demo/clips
+    python -m fluxvit_jax.main --config=configs/demo.py --workdir=demo/multi
+
+Argument: `multi` (default: three budgets, aligned), `single` (one budget) or `fixed` (one grid,
+every token: the ordinary way), with `,selector=KIND` (a kind of models/selection.py), `,align=0`
+and `,seed=N`.
+
+Hardware: two CPU cores, some minutes. Expected result: README, by benchmarks/demo_study.py.
+All numbers are ours, chosen for so small a network and so short a training; none is the paper's.
+"""
+
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config import default_config
+from fluxvit_jax.data.synthetic import MOTIONS
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.selection import SELECTORS
+
+METHODS = ("multi", "single", "fixed")
+BUDGETS = (128, 64, 32)
+FIXED_GRID = (8, 56)  # frames, pixels: 128 tokens
+
+# Budget, frames, resolution. With selection, every budget looks at 12 frames of 56 px, 192 tokens.
+FLUX_SETTINGS = ((128, 12, 56), (64, 12, 56), (32, 12, 56))
+# Without, a budget is a smaller grid: fewer frames, or fewer pixels where that scores higher.
+FIXED_SETTINGS = ((128, 8, 56), (64, 4, 56), (32, 2, 56))
+
+
+def get_config(argument: str = "multi") -> ConfigDict:
+    method, selector, align, seed = parse(argument)
+    config = default_config("Ti")
+    config.seed = seed
+
+    config.model.classes = len(MOTIONS)
+    config.model.drop_path = 0.0
+    config.model.dtype = "float32"  # CPUs are no faster in bfloat16
+    config.model.scan = False
+    config.model.selector.kind = selector
+
+    config.data.train = "demo/clips/train.csv"
+    config.data.validation = "demo/clips/validation.csv"
+    config.data.root = "demo/clips"
+    config.data.class_names = "demo/clips/classes.txt"
+    config.data.grids.frames = (8, 16, 2)
+    config.data.grids.resolutions = (42, 70, 14)
+    config.data.grids.tokens = (128, 256)
+    config.data.repeats = 2  # decoding takes a core else
+    config.data.workers = 1
+    config.data.augment.scale = (0.6, 1.0)
+    config.data.augment.ratio = (0.9, 1 / 0.9)
+    config.data.augment.flip = 0.0  # left and right are different classes
+
+    config.train.batch_size = 16
+    config.train.epochs = 10
+    config.train.warmup_epochs = 0.5
+    config.train.budgets = BUDGETS
+    config.train.align = align
+
+    config.optim.learning_rate = 2e-3
+    config.optim.min_learning_rate = 1e-6
+    config.optim.b2 = 0.98
+    config.optim.weight_decay = 0.05
+    config.optim.layer_decay = 1.0  # nothing is pre-trained
+    config.optim.clip_norm = 1.0
+
+    config.eval.settings = FLUX_SETTINGS
+    config.eval.clips, config.eval.crops = 1, 1
+    config.eval.batch_size = 48
+    config.eval.every_epochs = 5
+    config.checkpoint.every_steps = 500
+    config.log.every_steps = 50
+
+    if method != "multi":
+        config.train.budgets = BUDGETS[:1]
+    if method == "fixed":
+        frames, resolution = FIXED_GRID
+        config.data.grids.frames = (frames, frames, 1)
+        config.data.grids.resolutions = (resolution, resolution, 14)
+        config.data.grids.tokens = (BUDGETS[0], BUDGETS[0])
+        config.model.selector.kind = "none"
+        config.eval.settings = FIXED_SETTINGS
+    return config
+
+
+def parse(argument: str) -> tuple[str, str, float, int]:
+    """Method, selector, weight of the alignment and seed. Raises UserError."""
+    method, selector, align, seed = METHODS[0], "group_dynamic", 1.0, 0
+    for part in filter(None, argument.split(",")):
+        match part.partition("="):
+            case (name, "", "") if name in METHODS:
+                method = name
+            case ("selector", "=", kind) if kind in SELECTORS:
+                selector = kind
+            case ("align", "=", ("0" | "1") as weight):
+                align = float(weight)
+            case ("seed", "=", number) if number.isdecimal():
+                seed = int(number)
+            case _:
+                raise UserError(
+                    f"{part!r} is none of {', '.join(METHODS)}, selector={'|'.join(SELECTORS)}, "
+                    "align=0|1, seed=N"
+                )
+    return method, selector, align, seed
