@@ -1,0 +1,173 @@
+"""The demo, `make demo`: writes the clips, trains, evaluates at every budget, draws the result.
+
+    python -m benchmarks.demo --out=demo
+
+Two models of one size see the same number of clips: Flux-Multi, and one trained the ordinary way
+(a fixed grid, every token). What is finished is kept: started again, the demo goes on where it
+stopped. Needs the packages of the extra `demo`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TITLES = {"multi": "Flux-Multi", "fixed": "Fixed grid, no selection"}
+SHOWN = ("pan_right", "object_over_still", "rotate_clockwise")  # a clip of each is drawn
+DIMMED = 0.25  # brightness of patches that are not kept
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
+    out = parser.parse_args().out
+    begin = time.monotonic()
+    clips = out / "clips"
+    run("fluxvit_jax.data.synthetic", f"--out={clips}")
+    for method in TITLES:
+        run(
+            "fluxvit_jax.main",
+            f"--config=configs/demo.py:{method}",
+            f"--workdir={out / method}",
+            *data_flags(clips),
+        )
+    for method in TITLES:
+        run(
+            "fluxvit_jax.main",
+            f"--config=configs/demo.py:{method}",
+            f"--workdir={out / method}",
+            "--mode=evaluate",
+            *data_flags(clips),
+        )
+    reports = {method: read_report(out / method) for method in TITLES}
+    print(table(reports))
+    draw(reports, out / "multi", clips, out / "demo.png")
+    print(f"picture: {out / 'demo.png'}")
+    print(f"all of it took {(time.monotonic() - begin) / 60:.1f} minutes")
+    return 0
+
+
+def run(module: str, *arguments: str) -> None:
+    """Runs a module as a user would; ends the demo with its status if it fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    print("$ python", *command[1:], flush=True)
+    begin = time.monotonic()
+    try:
+        status = subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        status = 130
+    if status:
+        sys.exit(status)
+    print(f"  {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def data_flags(clips: Path) -> list[str]:
+    return [
+        f"--config.data.train={clips / 'train.csv'}",
+        f"--config.data.validation={clips / 'validation.csv'}",
+        f"--config.data.root={clips}",
+        f"--config.data.class_names={clips / 'classes.txt'}",
+    ]
+
+
+def read_report(workdir: Path) -> dict:
+    return json.loads((workdir / "evaluation" / "validation.json").read_text())
+
+
+def table(reports: dict[str, dict]) -> str:
+    """Top-1 of each model at each budget, and the grid it was asked on."""
+    budgets = list(reports["multi"]["budgets"])
+    width = max(map(len, TITLES.values()))
+    lines = ["", f"{'top-1 on unseen clips at':{width}}" + "".join(f"{b:>18}" for b in budgets)]
+    for method, report in reports.items():
+        cells = (
+            f"{own['top1']:.1%} ({own['frames']} x {own['resolution']})"
+            for own in report["budgets"].values()
+        )
+        lines.append(f"{TITLES[method]:{width}}" + "".join(f"{cell:>18}" for cell in cells))
+    full, quarter = (reports["multi"]["budgets"][b]["top1"] for b in (budgets[0], budgets[-1]))
+    lines.append(
+        f"Flux-Multi at {budgets[-1]} of {budgets[0]} tokens: {100 * (quarter - full):+.1f} points"
+    )
+    return "\n".join(lines)
+
+
+def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> None:
+    """Accuracy against tokens, and strips of frames in which the kept patches are bright."""
+    budgets = [int(budget) for budget in reports["multi"]["budgets"]]
+    figure = plt.figure(figsize=(12, 8.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    axes = above.subplots()
+    for method, report in reports.items():
+        top1 = [100 * own["top1"] for own in report["budgets"].values()]
+        axes.plot(budgets, top1, "o-", label=TITLES[method])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, budgets)
+    axes.set(xlabel="tokens", ylabel="top-1 on unseen clips (%)", ylim=(0, 100))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    rows = below.subplots(len(SHOWN) * len(budgets), 1)
+    strips = [strip for motion in SHOWN for strip in kept_strips(workdir, clips, motion, budgets)]
+    labels = [f"{motion}\n{budget} tokens" for motion in SHOWN for budget in budgets]
+    for row, strip, label in zip(rows, strips, labels, strict=True):
+        row.imshow(strip)
+        row.set_axis_off()
+        row.text(-8, strip.shape[0] / 2, label, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def kept_strips(workdir: Path, clips: Path, motion: str, budgets: list[int]) -> list[np.ndarray]:
+    """Frames of the first validation clip of a motion, side by side, once for each budget."""
+    import jax.numpy as jnp
+
+    from fluxvit_jax import checkpoint
+    from fluxvit_jax.budgets import Grid
+    from fluxvit_jax.config import from_dict, model_config
+    from fluxvit_jax.data import sampling
+    from fluxvit_jax.data.augment import crop_view, resize_clip
+    from fluxvit_jax.data.decode import Video
+    from fluxvit_jax.data.patches import patchify, unpatchify
+    from fluxvit_jax.models import fluxvit
+    from fluxvit_jax.models.selection import GridLimits
+
+    config = from_dict(json.loads((workdir / "config.json").read_text()))
+    model = fluxvit.merge(
+        fluxvit.structure(model_config(config)), checkpoint.restore_params(workdir)
+    )
+    strips = []
+    for (_, frames, resolution), budget in zip(config.eval.settings, budgets, strict=True):
+        with Video(sorted((clips / "validation" / motion).glob("*.mp4"))[0]) as video:
+            clip = video.read(sampling.test_frames(len(video), frames))
+        size = sampling.resized_size(*clip.shape[1:3], resolution)
+        clip = resize_clip(clip, *size)
+        clip = crop_view(clip, resolution, *sampling.test_crops(*size, 1)[0])
+        side = resolution // 14
+        grid = Grid(frames, side, side)
+        patches = patchify(clip)
+        kept = model.select(
+            fluxvit.normalise(jnp.asarray(patches[None])),
+            jnp.asarray([grid]),
+            budget,
+            GridLimits(*grid, grid.tokens),
+        )
+        bright = np.full((grid.tokens, 1), DIMMED)
+        bright[np.asarray(kept.index[0])] = 1.0
+        shown = unpatchify((patches * bright).astype(np.uint8), grid)
+        gap = np.full((shown.shape[1], 3, 3), 255, np.uint8)
+        strips.append(np.concatenate([side for frame in shown for side in (frame, gap)], axis=1))
+    return strips
+
+
+if __name__ == "__main__":
+    sys.exit(main())
