@@ -4,9 +4,15 @@
 
 A clip shows a print (an oblong cut of a photograph, lightened) and a small object (a disc cut of
 another photograph, tinted red) over a third photograph, dark, blurred and still. The class says how
-print and object move; but in the two object classes, the object sticks to the print. Everything
-else is drawn alike for every class, and at some moment near the middle of the clip all classes look
+print and object move; in all but the two object classes the object sticks to the print. Everything
+else is drawn alike for every class, and in one frame near the middle of the clip all classes look
 the same. Training must not flip frames: it would swap left and right, and the senses of rotation.
+
+A frame from the middle tells nothing of the class, but one from either end tells much of it: what
+is going to move right begins on the left, what is going to grow begins small. A forest of trees,
+shown colours, edges, and places and shapes of print and object in one frame, names the class of an
+unseen clip in 9 % of cases for the middle frame (chance is 8 %), 23 % for a frame at random, 53 %
+for the first and 55 % for the last; shown how both move, in 99 % (tests/data/test_synthetic.py).
 
 DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
 and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
@@ -94,8 +100,8 @@ FRAMES = (24, 61)  # shortest, and one more than longest
 SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
-# When, as a share of the clip, print and object are at rest's place. Were it always the middle, the
-# first and the last frame would tell more.
+# When, as a share of the clip, print and object are where they lie alike in all classes. Were that
+# always the middle, the first and the last frame would name 3 to 5 % more of the clips.
 CENTRAL = (0.35, 0.65)
 # Pixels along the short side of a print, and along a square that an object fills, before they are
 # drawn in a frame: about twice as many as there.
