@@ -272,8 +272,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         raise UserError("no data to evaluate on: add --config.data.validation=LIST")
     source = open_source(config.data.validation, config.data.root, config.model.classes)
     params, origin = _weights(config, Path(workdir))
-    if parallel.host_index() == 0:
-        print(f"evaluating {origin} on {len(source)} videos", file=sys.stderr)
+    parallel.say(f"evaluating {origin} on {len(source)} videos")
     evaluation = evaluate(params, config, source)
     if parallel.host_index() == 0:
         path = write(evaluation, Path(workdir), name_of(config.data.validation), origin)

@@ -5,6 +5,7 @@ field of the config. Exit status: 0; 2 for bad input, said in one line; 130 or 1
 SIGTERM ended it.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _exit)
+
     from absl import app, flags
 
     from fluxvit_jax import config
@@ -26,7 +30,6 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
     app.define_help_flags()
 
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         config.parse_flags(argv)
         if not options.workdir:
@@ -37,9 +40,6 @@ def main(argv: Sequence[str] = sys.argv) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def _run(mode: str, config, workdir: str) -> int:
@@ -52,8 +52,13 @@ def _run(mode: str, config, workdir: str) -> int:
     return train.train(config, workdir)
 
 
-def _terminate(number: int, _) -> None:
-    sys.exit(128 + number)
+def _exit(number: int, _) -> None:
+    """Ends the program where nothing needs saving; training has a handler of its own.
+
+    At once: an exception might be caught and forgotten by what is running.
+    """
+    os.write(sys.stderr.fileno(), b"interrupted\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ every device holds all parameters.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,3 +70,9 @@ def gather(items: list[Any]) -> list[Any]:
         for length, own in zip(lengths, texts, strict=True)
         for item in json.loads(own[:length].tobytes())
     ]
+
+
+def say(message: str) -> None:
+    """A line on stderr, by the first process only."""
+    if host_index() == 0:
+        print(message, file=sys.stderr, flush=True)

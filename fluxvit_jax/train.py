@@ -8,7 +8,6 @@ stopped, and leaves the same numbers behind as a run that was never stopped.
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -79,7 +78,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
         else:
             start, state, position = restored
             check_videos(position["videos"], source, workdir)
-            say(f"going on from step {start} of {length.total}")
+            parallel.say(f"going on from step {start} of {length.total}")
         # A run that was ended while it evaluated has still to do that.
         owed = (
             validation is not None
@@ -87,7 +86,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
             and not noted(workdir, start, VALIDATION)
         )
         if start == length.total and not owed:
-            say(f"the run in {workdir} is finished: all {length.total} steps are done")
+            parallel.say(f"the run in {workdir} is finished: all {length.total} steps are done")
             return 0
         write_config(workdir, config)
         metrics.rewind(start)
@@ -117,15 +116,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
                 return None
             scalars = evaluation.scalars()
             metrics.write(step, VALIDATION, scalars)
-            say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in scalars.items())}")
+            parallel.say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in scalars.items())}")
             return {"top1": scalars[f"top1_{config.eval.settings[0][0]}"]}
 
         with closing(batches), closing(progress):
             if owed:
                 validate(start)
+            saved = start
             pending, before = [], None  # measured by the latest steps, still on the devices
             for step in range(start + 1, length.total + 1):
-                if interruption.happened():
+                if interruption.happened() and saved == step - 1:
                     break
                 batch = next(batches)
                 bad_clips.note(step, batch["failure"])
@@ -158,9 +158,10 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
                     quality = validate(step) if evaluating else None
                     position = batches.state() | {"videos": len(source)}
                     checkpoints.save(step, state, position, config, quality)
+                    saved = step
         if interruption.happened():
             checkpoints.wait()
-            say("stopped; the same command goes on from here")
+            parallel.say(f"stopped at step {saved}; the same command goes on from there")
         return interruption.status
 
 
@@ -217,7 +218,7 @@ def make_train_step(
         }
         if "ema" in state:
             new["ema"] = optim.ema_update(state["ema"], new["params"], config.train.ema)
-        about = {"gradient_norm": optax.global_norm(gradients), "bad_clips": new["bad_clips"]}
+        about = {"gradient_norm": optax.tree.norm(gradients), "bad_clips": new["bad_clips"]}
         return new, measured | about
 
     everywhere = parallel.replicated(mesh)
@@ -272,7 +273,7 @@ def check_compilations(
     if compiled > allowed:
         raise RuntimeError(f"{steps} where config.train.compiled_steps is {allowed}")
     if announce:
-        say(f"{steps} for {len(grids)} grids, capacity P={capacity(grids)}")
+        parallel.say(f"{steps} for {len(grids)} grids, capacity P={capacity(grids)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -306,9 +307,9 @@ def initial_state(config: ConfigDict, optimizer: optax.GradientTransformation, m
     if source := config.train.init_from:
         loaded, grid = weights.load(source, model)
         params, notes = weights.fit(loaded, grid, model, params, source)
-        say(f"starting from {source}")
+        parallel.say(f"starting from {source}")
         for note in notes:
-            say(note)
+            parallel.say(note)
     everywhere = parallel.replicated(mesh)
     params = jax.device_put(jax.tree.map(np.asarray, params), everywhere)
     return jax.jit(_state_maker(config, optimizer), out_shardings=everywhere)(params)
@@ -435,17 +436,11 @@ class Interruption:
     def _note(self, number: int, _: Any) -> None:
         self.status = 128 + number
         self.__exit__()
-        say("stopping after this step; once more ends the program at once")
-
-
-def say(message: str) -> None:
-    """A line on stderr, by the first process only."""
-    if parallel.host_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        parallel.say("stopping after this step; once more ends the program at once")
 
 
 def _open_validation(config: ConfigDict) -> Source | None:
     if config.data.validation:
         return open_source(config.data.validation, config.data.root, config.model.classes)
-    say("no config.data.validation: the model is not evaluated on the way")
+    parallel.say("no config.data.validation: the model is not evaluated on the way")
     return None

@@ -13,6 +13,7 @@ Worker processes start anew and import `__main__`, so the program needs its `__m
 """
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import shutil
@@ -198,7 +199,12 @@ class Batches(Iterator[Arrays]):
 
     def close(self) -> None:
         """Ends the workers."""
-        self._items.close()
+        items, self._items = self._items, iter(())
+        if isinstance(items, grain.DatasetIterator):
+            items.close()
+        # Grain's iterator is part of a cycle, and with it the last items' shared memory.
+        del items
+        gc.collect()
 
     def __enter__(self) -> "Batches":
         return self

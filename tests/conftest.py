@@ -1,0 +1,41 @@
+"""What several test files share: one data set, one finished run, one cache of compiled programs."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from tests import tiny
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    """Folder of compiled programs: what one test or process has compiled, the next ones load."""
+    cache = tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return cache
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """The videos and lists of `tiny.write_data`."""
+    return tiny.write_data(tmp_path_factory.mktemp("tiny"))
+
+
+class Run(NamedTuple):
+    """A finished training run of the tiny recipe that nothing disturbed."""
+
+    workdir: Path
+    log: str  # what it wrote to stderr
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_data, compiled, tmp_path_factory) -> Run:
+    """Read only: other tests use it as well."""
+    workdir = tmp_path_factory.mktemp("run") / "finished"
+    process = tiny.start(tiny_data, workdir, compiled)
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    return Run(workdir, log)

@@ -1,0 +1,123 @@
+"""A data set of small real videos and a recipe for runs of seconds, for tests of whole runs.
+
+The recipe's argument is the folder of the data: `--config=tests/tiny.py:FOLDER`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config import default_config, validate
+from tests.data.videos import moving_texture, write_video
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 4
+TINTS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
+BAD = "bad.mp4"
+
+
+def write_data(folder: Path) -> Path:
+    """Videos of four tints, the class: train.csv lists 16, validation.csv 13 and one is no video.
+
+    train_bad.csv lists the 16 and `BAD`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(28):
+        texture = moving_texture(12 + i % 5, *((48, 64), (64, 48), (48, 48))[i % 3], seed=i)
+        frames = (texture * 0.4 + TINTS[i % CLASSES] * 0.6).astype(np.uint8)
+        write_video(folder / f"{i}.mp4", frames)
+        rows.append(f"{i}.mp4,{i % CLASSES}")
+    (folder / BAD).write_bytes((folder / "0.mp4").read_bytes()[:200])
+    lists = {
+        "train": rows[:16],
+        "train_bad": [*rows[:16], f"{BAD},1"],
+        "validation": [*rows[16:20], f"{BAD},2", *rows[20:]],
+    }
+    for name, lines in lists.items():
+        (folder / f"{name}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    return folder
+
+
+def get_config(folder: str) -> ConfigDict:
+    """20 steps of 8 clips on 40 grids; all that draws random numbers is on."""
+    config = default_config("Ti")
+    config.model.classes = CLASSES
+    config.model.dtype = "float32"
+    config.data.train = f"{folder}/train.csv"
+    config.data.validation = f"{folder}/validation.csv"
+    config.data.grids.frames = (2, 21, 1)
+    config.data.grids.resolutions = (28, 42, 14)
+    config.data.grids.tokens = (8, 189)
+    config.data.grid_group = 2
+    config.data.repeats = 2
+    config.data.workers = 0
+    config.data.augment.scale = (0.5, 1.0)
+    config.train.batch_size = 8
+    config.train.epochs = 5
+    config.train.warmup_epochs = 1.0
+    config.train.budgets = (24, 12)
+    config.train.label_smoothing = 0.1
+    config.train.mixup = 0.2
+    config.train.cutmix = 0.2
+    config.train.mixup_probability = 0.5
+    config.train.erase = 0.25
+    config.train.ema = 0.8
+    config.optim.learning_rate = 2e-3
+    config.optim.layer_decay = 0.9
+    config.eval.settings = ((24, 6, 42), (12, 4, 28))
+    config.eval.clips, config.eval.crops = 2, 1
+    config.eval.batch_size = 4
+    config.eval.every_epochs = 2
+    config.checkpoint.every_steps = 2
+    config.log.every_steps = 1
+    return config
+
+
+def make_config(folder: Path, **changes) -> ConfigDict:
+    """The config with fields changed: "train__epochs=3" is train.epochs."""
+    config = get_config(str(folder))
+    for name, value in changes.items():
+        config.update_from_flattened_dict({name.replace("__", "."): value})
+    validate(config)
+    return config
+
+
+def environment(cache: Path, devices: int = 1, quick: bool = False) -> dict[str, str]:
+    """Of a process on so many simulated devices. `cache`: keeps compiled programs.
+
+    quick: to compile; slower to run, and rounded otherwise.
+    """
+    own = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    options = [f"--xla_force_host_platform_device_count={devices}"] * (devices > 1)
+    options += ["--xla_backend_optimization_level=0"] * quick
+    own["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
+    return os.environ | own
+
+
+def start(folder: Path, workdir: Path, cache: Path, *options: str) -> subprocess.Popen:
+    """The program, as a process of its own, on this recipe."""
+    command = [sys.executable, "-m", "fluxvit_jax.main", f"--config={__file__}:{folder}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *options],
+        env=environment(cache),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
