@@ -4,7 +4,8 @@
 
 Two models of one size see the same number of clips: Flux-Multi, and one trained the ordinary way
 (a fixed grid, every token). What is finished is kept: started again, the demo goes on where it
-stopped. Needs the packages of the extra `demo`.
+stopped. `--train`, `--validation` and `--epochs` make it shorter. Needs the packages of the extra
+`demo`.
 """
 
 import argparse
@@ -26,29 +27,23 @@ DIMMED = 0.25  # brightness of patches that are not kept
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
-    out = parser.parse_args().out
+    options = parse()
+    out, clips = options.out, options.out / "clips"
     begin = time.monotonic()
-    clips = out / "clips"
-    run("fluxvit_jax.data.synthetic", f"--out={clips}")
-    for method in TITLES:
-        run(
-            "fluxvit_jax.main",
-            f"--config=configs/demo.py:{method}",
-            f"--workdir={out / method}",
-            *data_flags(clips),
-        )
-    for method in TITLES:
-        run(
-            "fluxvit_jax.main",
-            f"--config=configs/demo.py:{method}",
-            f"--workdir={out / method}",
-            "--mode=evaluate",
-            *data_flags(clips),
-        )
+    amounts = {"train": options.train, "validation": options.validation}
+    given = [f"--{split}={number}" for split, number in amounts.items() if number]
+    run("fluxvit_jax.data.synthetic", f"--out={clips}", *given)
+    shorter = [f"--config.train.epochs={options.epochs}"] if options.epochs else []
+    for mode in ("train", "evaluate"):
+        for method in TITLES:
+            run(
+                "fluxvit_jax.main",
+                f"--config=configs/demo.py:{method}",
+                f"--workdir={out / method}",
+                f"--mode={mode}",
+                *data_flags(clips),
+                *shorter,
+            )
     reports = {method: read_report(out / method) for method in TITLES}
     print(table(reports))
     draw(reports, out / "multi", clips, out / "demo.png")
@@ -57,15 +52,29 @@ def main() -> int:
     return 0
 
 
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder (default: demo)")
+    parser.add_argument("--train", type=int, help="clips to train on (default: the data set's)")
+    parser.add_argument("--validation", type=int, help="clips to evaluate on (the data set's)")
+    parser.add_argument("--epochs", type=int, help="of training (default: the recipe's)")
+    return parser.parse_args()
+
+
 def run(module: str, *arguments: str) -> None:
     """Runs a module as a user would; ends the demo with its status if it fails."""
     command = [sys.executable, "-m", module, *arguments]
     print("$ python", *command[1:], flush=True)
     begin = time.monotonic()
-    try:
-        status = subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        status = 130
+    status = None
+    with subprocess.Popen(command) as process:
+        while status is None:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:  # the module has it as well, saves its work and ends
+                continue
     if status:
         sys.exit(status)
     print(f"  {time.monotonic() - begin:.0f} s", flush=True)

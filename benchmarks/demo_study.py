@@ -22,11 +22,13 @@ ROWS = {
     "Fixed grid, no selection": "fixed",
     "Flux-Single": "single",
     "Flux-Multi, no alignment": "multi,align=0",
+    "Flux-Single, selector none": "single,selector=none",
     "Flux-Multi, selector random": "multi,selector=random",
     "Flux-Multi, selector tube": "multi,selector=tube",
     "Flux-Multi, selector dynamic L2": "multi,selector=dynamic_l2",
     "Flux-Multi (group-dynamic L2)": "multi",
 }
+UNSELECTED = ("fixed", "single,selector=none")
 # Grids (frames, pixels) tried at each budget. Without selection a grid must not exceed the budget.
 FLUX_GRIDS = [{b: (frames, 56) for b in BUDGETS} for frames in (8, 12, 16)]
 FIXED_GRIDS = [
@@ -63,7 +65,7 @@ def accuracy(recipe: str, seed: int, options: argparse.Namespace) -> dict[int, f
     if not finished.exists():
         run("fluxvit_jax.main", *common)
         best: dict[str, float] = {}
-        for grids in FIXED_GRIDS if recipe == "fixed" else FLUX_GRIDS:
+        for grids in FIXED_GRIDS if recipe in UNSELECTED else FLUX_GRIDS:
             settings = tuple((budget, *grid) for budget, grid in grids.items())
             run(
                 "fluxvit_jax.main", *common, "--mode=evaluate", f"--config.eval.settings={settings}"

@@ -26,7 +26,7 @@ def write_videos(
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         photo = cv2.resize(photos[i % len(photos)], None, fx=size[0] / 128, fy=size[0] / 128)
-        clip = render(MOTIONS[i % len(MOTIONS)], photo, rng, frames, size)
+        clip = render(MOTIONS[i % len(MOTIONS)], [photo] * 3, rng, frames, size)
         paths.append(folder / f"{i}.mp4")
         with av.open(paths[-1], "w") as file:
             stream = file.add_stream("libx264", rate=30)

@@ -45,7 +45,8 @@ def assert_same(one: evaluate.Evaluation, other: evaluate.Evaluation) -> None:
         assert (own["id"], own["label"]) == (their["id"], their["label"])
         assert own.get("failure") == their.get("failure")
         for budget, top in own.get("predictions", {}).items():
-            np.testing.assert_allclose(top, their["predictions"][budget], atol=2e-6)
+            # Processors sum in orders of their own for each shape, and the classifier is large here.
+            np.testing.assert_allclose(top, their["predictions"][budget], atol=1e-4)
 
 
 @pytest.fixture(scope="module")

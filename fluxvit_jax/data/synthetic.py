@@ -42,7 +42,7 @@ from tqdm import tqdm
 from fluxvit_jax.errors import UserError
 
 # Counts changes that alter the clips; a folder made with another number is not added to.
-RECIPE = 2
+RECIPE = 3
 
 # In alphabetical order, so that labels are the same read from the lists or from the class folders.
 # The camera pans and zooms (under pan_left the picture moves right); in rotate_clockwise the
@@ -96,7 +96,7 @@ SIZES = (
     *((150, 84), (160, 90)),
 )
 FRAME_RATES = (Fraction(12), Fraction(15), Fraction(24), Fraction(25), Fraction(30000, 1001))
-FRAMES = (24, 61)  # shortest, and one more than longest
+FRAMES = (20, 45)  # shortest, and one more than longest
 SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
@@ -162,14 +162,14 @@ def render(
     print_photo, object_photo, background_photo = (_recolour(photo, rng) for photo in photos)
     middle, short = np.array(size[::-1]) / 2, min(size)
     centre = middle + rng.uniform(-0.12, 0.12, 2) * short
-    offset = rng.uniform(0, 0.25) * short * _direction(rng.uniform(-np.pi, np.pi))
+    offset = rng.uniform(0.14, 0.28) * short * _direction(rng.uniform(-np.pi, np.pi))
 
     clip = np.repeat(_background(background_photo, rng, size)[None], frames, axis=0)
-    picture, tilt = _print(print_photo, rng), rng.uniform(-np.pi, np.pi)
+    picture, tilt = _print(print_photo, rng), math.radians(rng.uniform(-30, 30))
     rest = _placed(picture, rng.uniform(0.38, 0.52) * short / PRINT_SIDE, tilt, centre)
     _draw(clip, picture, rest, print_course, centre)
     picture = _object(object_photo, rng)
-    rest = _placed(picture, rng.uniform(0.16, 0.23) * short / OBJECT_SIDE, 0, centre + offset)
+    rest = _placed(picture, rng.uniform(0.22, 0.3) * short / OBJECT_SIDE, 0, centre + offset)
     _draw(clip, picture, rest, object_course, centre)
     return clip
 

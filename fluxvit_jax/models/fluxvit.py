@@ -110,8 +110,7 @@ class FluxViT(nnx.Module):
             rngs,
             lambda r: layers.AlignProjector(config.pool_width, dtype, r),
         )
-        for stacked in (self.blocks, self.pool, self.heads, self.align):
-            _scale_kernels(stacked, config.kernel_std / layers.KERNEL_STD)
+        _scale_kernels(self, config.kernel_std / layers.KERNEL_STD)
 
     def select(
         self,

@@ -279,7 +279,7 @@ def test_files_are_ordinary_h264_of_all_sorts(dataset):
                 assert audio.codec_context.name == "aac"
                 samples = sum(frame.samples for frame in file.decode(audio))
                 assert samples / audio.rate == pytest.approx(float(duration), abs=0.15)
-    assert 24 <= min(frames) < 36 and 48 < max(frames) <= 60
+    assert 20 <= min(frames) < 28 and 36 < max(frames) <= 44
     assert len(rates) >= 4 and 12 in rates
     assert {np.sign(height - width) for height, width in sizes} == {-1, 0, 1}
     assert 0 < sounds < TRAIN / 2

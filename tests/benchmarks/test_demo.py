@@ -1,0 +1,63 @@
+"""A short form of `make demo`, whole: files, training, a stop, evaluation, table and picture."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pytest
+
+from tests import tiny
+
+SHORT = ("--train=48", "--validation=24", "--epochs=2")
+STEPS = 6  # of 16 clips
+
+
+def start(out, compiled) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.demo", f"--out={out}", *SHORT],
+        env=tiny.environment(compiled),
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # with a process group of its own, as in a terminal
+    )
+
+
+def interrupt_while_training(out, compiled) -> None:
+    """Ctrl-C, once the clips are written and the first model has begun."""
+    process = start(out, compiled)
+    while not (out / "multi" / "config.json").exists() and process.poll() is None:
+        time.sleep(0.05)
+    subprocess.run(["kill", f"-{signal.SIGINT.value}", "--", f"-{process.pid}"], check=True)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed, printed
+
+
+@pytest.mark.slow
+def test_the_demo(compiled, tmp_path):
+    out = tmp_path / "demo"
+    interrupt_while_training(out, compiled)
+    process = start(out, compiled)
+    printed, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, printed
+
+    for method, settings in (("multi", [(128, 12), (64, 12), (32, 12)]), ("fixed", None)):
+        lines = tiny.read_lines(out / method / "metrics.jsonl")
+        assert lines[-1]["step"] == STEPS and lines[-1]["split"] == "validation"
+        report = json.loads((out / method / "evaluation" / "validation.json").read_text())
+        assert report["dataset"]["videos"] == 24 and not report["failures"]
+        cells = [(int(b), own["frames"]) for b, own in report["budgets"].items()]
+        assert cells == settings or method == "fixed" and [b for b, _ in cells] == [128, 64, 32]
+        for budget, own in report["budgets"].items():
+            assert f"{own['top1']:.1%} ({own['frames']} x {own['resolution']})" in printed, budget
+    picture = cv2.imread(str(out / "demo.png"))
+    assert picture is not None and min(picture.shape[:2]) > 500
+
+    process = start(out, compiled)
+    again, _ = process.communicate(timeout=600)
+    assert process.returncode == 0 and again.count(f"all {STEPS} steps are done") == 2, again
