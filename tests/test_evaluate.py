@@ -45,7 +45,7 @@ def assert_same(one: evaluate.Evaluation, other: evaluate.Evaluation) -> None:
         assert (own["id"], own["label"]) == (their["id"], their["label"])
         assert own.get("failure") == their.get("failure")
         for budget, top in own.get("predictions", {}).items():
-            # Processors sum in orders of their own for each shape, and the classifier is large here.
+            # Each shape is summed in an order of its own, and the classifier's weights are large.
             np.testing.assert_allclose(top, their["predictions"][budget], atol=1e-4)
 
 

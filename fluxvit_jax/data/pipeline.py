@@ -12,9 +12,11 @@ consecutive samples, and memory is bounded by `HELD_ITEMS` items a worker, howev
 Worker processes start anew and import `__main__`, so the program needs its `__main__` guard.
 """
 
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -174,12 +176,13 @@ class Batches(Iterator[Arrays]):
         if workers:
             _check_shared_memory((workers * HELD_ITEMS + per_batch) * item_bytes)
         self._items = _start(items, workers)
+        self._begun = False
 
     def __next__(self) -> Arrays:
         if self._error is not None:
             raise RuntimeError("reading the data has failed before") from self._error
         try:
-            items = [next(self._items) for _ in range(self._per_batch)]
+            items = [self._next_item() for _ in range(self._per_batch)]
         except StopIteration:
             self.close()
             raise
@@ -192,6 +195,13 @@ class Batches(Iterator[Arrays]):
         return {
             name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]
         }
+
+    def _next_item(self) -> Arrays:
+        if self._begun:
+            return next(self._items)
+        self._begun = True
+        with _stop_signals_blocked():  # Grain starts its workers now
+            return next(self._items)
 
     def state(self) -> dict[str, int]:
         """What resumes this iterator, as JSON: {"step": global batches delivered}."""
@@ -411,11 +421,24 @@ def _start(items: Sequence[Arrays], workers: int) -> grain.DatasetIterator:
 def _start_worker(index: int, count: int) -> None:
     """Runs first in each worker."""
     cv2.setNumThreads(0)  # the workers themselves are the parallelism
-    # Sent to all processes of a job, these are for the main one to act on: it ends the workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Should it be killed, the workers must not outlive it.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Keeps Ctrl-C and SIGTERM waiting, and from what is started meanwhile for good.
+
+    Sent to all processes of a job, they are for the main one to act on: it ends the workers. These
+    inherit the mask, so that no signal can hit them while they still import.
+    """
+    # Python starts this process beside the first worker, and unblocks the signals then.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _exit_with_parent() -> None:

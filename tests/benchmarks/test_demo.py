@@ -46,13 +46,12 @@ def test_the_demo(compiled, tmp_path):
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
 
-    for method, settings in (("multi", [(128, 12), (64, 12), (32, 12)]), ("fixed", None)):
+    for method in ("multi", "fixed"):
         lines = tiny.read_lines(out / method / "metrics.jsonl")
         assert lines[-1]["step"] == STEPS and lines[-1]["split"] == "validation"
         report = json.loads((out / method / "evaluation" / "validation.json").read_text())
         assert report["dataset"]["videos"] == 24 and not report["failures"]
-        cells = [(int(b), own["frames"]) for b, own in report["budgets"].items()]
-        assert cells == settings or method == "fixed" and [b for b, _ in cells] == [128, 64, 32]
+        assert list(report["budgets"]) == ["128", "64", "32"]
         for budget, own in report["budgets"].items():
             assert f"{own['top1']:.1%} ({own['frames']} x {own['resolution']})" in printed, budget
     picture = cv2.imread(str(out / "demo.png"))
