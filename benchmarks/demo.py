@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 TITLES = {"multi": "Flux-Multi", "fixed": "Fixed grid, no selection"}
 SHOWN = ("pan_right", "object_over_still", "rotate_clockwise")  # a clip of each is drawn
-DIMMED = 0.25  # brightness of patches that are not kept
+FADED = 0.2  # what is left of patches that are not kept; the rest is white
 
 
 def main() -> int:
@@ -112,7 +112,7 @@ def table(reports: dict[str, dict]) -> str:
 
 
 def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> None:
-    """Accuracy against tokens, and strips of frames in which the kept patches are bright."""
+    """Accuracy against tokens, and strips of frames in which only kept patches have colour."""
     budgets = [int(budget) for budget in reports["multi"]["budgets"]]
     figure = plt.figure(figsize=(12, 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1.5))
@@ -127,9 +127,11 @@ def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> No
     axes.grid(alpha=0.3)
     rows = below.subplots(len(SHOWN) * len(budgets), 1)
     strips = [strip for motion in SHOWN for strip in kept_strips(workdir, clips, motion, budgets)]
+    longest = max(strip.shape[1] for strip in strips)
     labels = [f"{motion}\n{budget} tokens" for motion in SHOWN for budget in budgets]
     for row, strip, label in zip(rows, strips, labels, strict=True):
-        row.imshow(strip)
+        white = [(0, 0), (0, longest - strip.shape[1]), (0, 0)]
+        row.imshow(np.pad(strip, white, constant_values=255))
         row.set_axis_off()
         row.text(-8, strip.shape[0] / 2, label, ha="right", va="center", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -170,9 +172,9 @@ def kept_strips(workdir: Path, clips: Path, motion: str, budgets: list[int]) -> 
             budget,
             GridLimits(*grid, grid.tokens),
         )
-        bright = np.full((grid.tokens, 1), DIMMED)
-        bright[np.asarray(kept.index[0])] = 1.0
-        shown = unpatchify((patches * bright).astype(np.uint8), grid)
+        share = np.full((grid.tokens, 1), FADED)
+        share[np.asarray(kept.index[0])] = 1.0
+        shown = unpatchify((share * patches + (1 - share) * 255).astype(np.uint8), grid)
         gap = np.full((shown.shape[1], 3, 3), 255, np.uint8)
         strips.append(np.concatenate([side for frame in shown for side in (frame, gap)], axis=1))
     return strips
