@@ -28,7 +28,7 @@ from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig
-from fluxvit_jax.models.selection import NOISY_SELECTORS, GridLimits
+from fluxvit_jax.models.selection import NOISY_SELECTORS
 
 FOLDER = "evaluation"
 PREDICTIONS = "predictions.jsonl"
@@ -146,21 +146,16 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
     video and view alone.
     """
     graph = fluxvit.structure(model)
-    grid, limits = setting.grid, GridLimits(*setting.grid, setting.grid.tokens)
 
     def add_view(params, total, patches, video, view):
         network = fluxvit.merge(graph, params)
         patches = fluxvit.normalise(patches, jnp.dtype(model.dtype))
-        grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
         keys = None
         if model.selector in NOISY_SELECTORS:
             view_key = jax.random.fold_in(jax.random.key(seed), view)
             keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
-        kept = network.select(patches, grids, setting.budget, limits, keys)
-        # One grid for all clips: the position table is resized once.
-        tokens = network.encode(fluxvit.take(patches, kept), grids[:1], kept, limits)
-        logits = network.classify(network.pool_tokens(tokens, kept, setting.head), setting.head)
-        return total + jax.nn.softmax(logits.astype(jnp.float32))
+        answer = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
+        return total + jax.nn.softmax(answer.logits)
 
     everywhere, cut = parallel.replicated(mesh), parallel.by_clip(mesh)
     return jax.jit(
@@ -308,7 +303,8 @@ def _weights(config: ConfigDict, workdir: Path) -> tuple[dict, str]:
     if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
         step = checkpoint.find_step(workdir)
         _check_same_network(checkpoint.restore_config(step), config, step)
-        params = checkpoint.restore_params(step)
+        # Converted weights are kept in the dtype of the file they come from.
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint.restore_params(step))
         checkpoint.check_fit(params, expected, step)
         return params, str(step.relative_to(step.parents[1]))
     path = config.train.init_from

@@ -5,34 +5,29 @@ which the classifier starts afresh, and the native grid, to which the position t
 Both are said; anything else is refused.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from fluxvit_jax import checkpoint
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.config import VARIANTS
-from fluxvit_jax.convert import names
-from fluxvit_jax.errors import UserError
+from fluxvit_jax.budgets import Grid
+from fluxvit_jax.convert import files, names
+from fluxvit_jax.convert.adapt import resize_positions
 from fluxvit_jax.models.fluxvit import FluxViTConfig
-from fluxvit_jax.models.positions import resize_table
 
 Tree = dict[str, Any]
+# What a file of weights without a config does not tell; then taken from the model that uses it.
+UNTOLD = ("heads", "pool_heads", "frames", "rows", "columns")
 
 
-def load(path: str, config: FluxViTConfig) -> tuple[Tree, Grid | None]:
-    """The parameters in `path` and the native grid of their position table, if that is known.
+def load(path: str, config: FluxViTConfig) -> tuple[Tree, Grid]:
+    """The parameters in `path` and the native grid of their position table.
 
     Args:
-        path: a workdir (its best step; the moving average where one was kept), the folder of one
-            of its steps, or a .safetensors file with the official names.
-        config: of the model that will use them; its heads split the file's attention weights.
+        path: of any form that `convert.files` reads: a workdir (its best step; the moving average
+            where one was kept) or one of its steps, a folder, .safetensors, .pth.
+        config: of the model that will use them.
 
     Returns:
         nested dict of float32 numpy arrays, and the grid.
@@ -40,26 +35,15 @@ def load(path: str, config: FluxViTConfig) -> tuple[Tree, Grid | None]:
     Raises:
         UserError: there are no such weights, or they are damaged or of another kind of model.
     """
-    source = Path(path)
-    if source.is_dir():
-        params = checkpoint.restore_params(path)
-        model = checkpoint.restore_config(path).get("model", {})
-        side = model.get("resolution", 0) // PATCH
-        grid = Grid(model["frames"], side, side) if side else None
-    elif source.suffix == ".safetensors":
-        params = _read_safetensors(source, config.heads)
-        grid = _released_grid(params)
-    elif not source.exists():
-        raise UserError(f"{path}: there are no weights: no such file or folder")
-    else:
-        raise UserError(
-            f"{path}: is neither a workdir nor .safetensors; other files must be converted first"
-        )
-    return jax.tree.map(lambda x: np.asarray(x, np.float32), params), grid
+    found = files.read(path, default={name: getattr(config, name) for name in UNTOLD})
+    model = found.config.model
+    params = names.from_official(found.state, model.heads)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    return params, Grid(model.frames, model.rows, model.columns)
 
 
 def fit(
-    params: Tree, grid: Grid | None, config: FluxViTConfig, fresh: Tree, source: str
+    params: Tree, grid: Grid, config: FluxViTConfig, fresh: Tree, source: str
 ) -> tuple[Tree, list[str]]:
     """The parameters for the model of `config`, and a line for each thing that was changed.
 
@@ -72,55 +56,16 @@ def fit(
         UserError: they don't fit, with the tensors that differ.
     """
     params, notes = dict(params), []
-    classes = _shape(params, "heads", "kernel")[-1:]
-    if classes and classes != (config.classes,):
+    classes = params["heads"]["bias"].shape[-1]
+    if classes != config.classes:
         params["heads"] = fresh["heads"]
         notes.append(
-            f"{source}: its classifier is for {classes[0]} classes; "
+            f"{source}: its classifier is for {classes} classes; "
             f"a new one for {config.classes} starts afresh"
         )
     native = Grid(config.frames, config.rows, config.columns)
-    places = _shape(params, "pos_embed")[:1]
-    if grid and grid != native and places == (1 + grid.tokens,):
-        params["pos_embed"] = _resized(params["pos_embed"], grid, native)
+    if grid != native:
+        params["pos_embed"] = resize_positions(params["pos_embed"], grid, native)
         notes.append(f"{source}: its position table is resized from {grid} to {native}")
     checkpoint.check_fit(params, fresh, source)
     return params, notes
-
-
-def _read_safetensors(path: Path, heads: int) -> Tree:
-    try:
-        state = safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as .safetensors: {error}") from error
-    try:
-        return names.from_official(state, heads)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _released_grid(params: Tree) -> Grid | None:
-    """The native grid of official weights, by their size."""
-    places, width = params["pos_embed"].shape
-    for variant in VARIANTS.values():
-        side = variant.resolution // PATCH
-        grid = Grid(variant.frames, side, side)
-        if (variant.width, grid.tokens) == (width, places - 1):
-            return grid
-    return None
-
-
-def _resized(table: np.ndarray, grid: Grid, native: Grid) -> np.ndarray:
-    """A position table [1 + places of grid, C] for `native`; the first row, of CLS, stays."""
-    places = table[1:].reshape(*grid, -1)
-    resized = resize_table(jnp.asarray(places), jnp.asarray(native, jnp.int32), native)
-    return np.concatenate([table[:1], np.asarray(resized).reshape(native.tokens, -1)])
-
-
-def _shape(params: Tree, *path: str) -> tuple[int, ...]:
-    """The shape of a tensor, () where it is missing."""
-    for name in path:
-        params = params.get(name, {}) if isinstance(params, dict) else {}
-    return getattr(params, "shape", ())

@@ -141,8 +141,8 @@ def from_official(state: Mapping[str, np.ndarray], heads: int) -> dict[str, Any]
         UserError: a tensor is missing, unexpected or of the wrong shape (all are counted, the
             first few named), or `heads` does not divide the width.
     """
+    check(state)
     counts = _stack_counts(state)
-    _check(state, counts)
     width = state["cls_token"].shape[-1]
     if heads < 1 or width % heads:
         raise UserError(f"the weights' width {width} cannot be split into {heads} attention heads")
@@ -154,6 +154,33 @@ def from_official(state: Mapping[str, np.ndarray], heads: int) -> dict[str, Any]
         stacked = leaf.branch in STACKED
         _insert(tree, leaf.path, np.stack(tensors) if stacked else tensors[0].copy())
     return tree
+
+
+def check(state: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless exactly the tensors of `LEAVES` are there, in shapes that agree."""
+    counts = _stack_counts(state)
+    shapes = {name: leaf.shape for leaf in LEAVES for name in _names(leaf, counts)}
+    present = [name for name in shapes if name in state]
+    sizes = _bind({name: (shapes[name], state[name].shape) for name in present})
+    wrong = []
+    for name in present:
+        expected = tuple(_size(symbol, sizes) for symbol in shapes[name])
+        if tuple(state[name].shape) != expected:
+            wrong.append(f"{name} {tuple(state[name].shape)} instead of {expected}")
+    _refuse({"missing": missing(state), "unexpected": unexpected(state), "wrong shape": wrong})
+
+
+def missing(state: Mapping[str, np.ndarray]) -> list[str]:
+    """The official names that a state lacks."""
+    counts = _stack_counts(state)
+    return [name for leaf in LEAVES for name in _names(leaf, counts) if name not in state]
+
+
+def unexpected(state: Mapping[str, np.ndarray]) -> list[str]:
+    """The names in a state that are none of a FluxViT's."""
+    counts = _stack_counts(state)
+    known = {name for leaf in LEAVES for name in _names(leaf, counts)}
+    return [name for name in state if name not in known]
 
 
 def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -178,7 +205,7 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
         except (ValueError, IndexError):
             wrong.append(f"{leaf.path} {tensor.shape}")
     _refuse({"wrong shape": wrong})
-    _check(state, _stack_counts(state))
+    check(state)
     return state
 
 
@@ -224,21 +251,6 @@ def _stack_counts(state: Mapping[str, np.ndarray]) -> dict[str, int]:
         "heads": budgets,
         "align": budgets - 1,
     }
-
-
-def _check(state: Mapping[str, np.ndarray], counts: Mapping[str, int]) -> None:
-    """UserError unless exactly the tensors of `LEAVES` are there, in shapes that agree."""
-    shapes = {name: leaf.shape for leaf in LEAVES for name in _names(leaf, counts)}
-    missing = [name for name in shapes if name not in state]
-    unexpected = [name for name in state if name not in shapes]
-    present = [name for name in shapes if name in state]
-    sizes = _bind({name: (shapes[name], state[name].shape) for name in present})
-    wrong = []
-    for name in present:
-        expected = tuple(_size(symbol, sizes) for symbol in shapes[name])
-        if tuple(state[name].shape) != expected:
-            wrong.append(f"{name} {tuple(state[name].shape)} instead of {expected}")
-    _refuse({"missing": missing, "unexpected": unexpected, "wrong shape": wrong})
 
 
 def _bind(shapes: Mapping[str, tuple[tuple, tuple]]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +226,39 @@ class FluxViT(nnx.Module):
         tokens = self.encode(take(patches, kept), grid, kept, limits)
         pooled = self.pool_tokens(tokens, kept, head)
         return self.classify(pooled, head), pooled
+
+    def on_grid(
+        self,
+        patches: jax.Array,
+        grid: tuple[int, int, int],
+        budget: int,
+        head: int,
+        key: jax.Array | None = None,
+    ) -> "Answer":
+        """The forward pass of clips that all lie on one grid, known when this is compiled.
+
+        patches: [B, T * H * W, 588], normalised; grid: frames, rows, columns; key: as in `select`.
+        """
+        limits = GridLimits(*grid, grid[0] * grid[1] * grid[2])
+        grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (patches.shape[0], 3))
+        kept = self.select(patches, grids, budget, limits, key)
+        # One grid for all clips: the position table is resized once.
+        tokens = self.encode(take(patches, kept), grids[:1], kept, limits)
+        pooled = self.pool_tokens(tokens, kept, head)
+        return Answer(self.classify(pooled, head), pooled, tokens, kept)
+
+
+class Answer(NamedTuple):
+    """What a forward pass finds.
+
+    logits: float32 [B, classes]; pooled: float32 [B, pool_width]; tokens: [B, 1 + N, C] after the
+    last block, CLS first; kept: the places of the others.
+    """
+
+    logits: jax.Array
+    pooled: jax.Array
+    tokens: jax.Array
+    kept: Selection
 
 
 def normalise(patches: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:

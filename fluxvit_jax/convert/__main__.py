@@ -1,0 +1,141 @@
+"""Converts the weights of a FluxViT: python -m fluxvit_jax.convert SOURCE TARGET
+
+SOURCE is a .pth file as the official code or DeepSpeed writes it, a .safetensors file, a folder
+with config.json and model.safetensors, or a workdir (its best step) of this program. TARGET is
+likewise a .pth file, a .safetensors file or a folder, by its name; --workdir makes it a workdir.
+All but workdirs hold the tensors under the official names, in SOURCE's dtype, bit for bit. A folder
+also holds the network in plain PyTorch, torch_fluxvit.py, and needs nothing of this program.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxvit_jax.budgets import PATCH, Grid
+from fluxvit_jax.convert import files
+from fluxvit_jax.convert.files import Pretrained
+from fluxvit_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m fluxvit_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="weights to read")
+    add("target", metavar="TARGET", help="file or folder to write")
+    add("--workdir", action="store_true", help="TARGET is a workdir, for --mode=evaluate")
+    add("--overwrite", action="store_true", help="TARGET may be there already")
+    add(
+        "--config",
+        metavar="FILE",
+        help="config.json with what the weights don't tell (heads, frames, rows, columns, "
+        "pool_heads), where they are of no released size, or with what is to be changed in it",
+    )
+    add(
+        "--allow-missing",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="tensors that may be missing and then start afresh, by official name or its "
+        "beginning: head, clip_projector.2; may be given again",
+    )
+    add(
+        "--allow-unexpected",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="likewise, tensors to leave out: text_encoder",
+    )
+    add("--classes", type=int, metavar="N", help="cut the classifiers to their first N classes")
+    add(
+        "--grid",
+        metavar="FRAMESxPIXELS",
+        help="resize the position table to another native grid: 16x224, or 16x224x336",
+    )
+    add("--dtype", choices=DTYPES, help="cast the tensors (default: SOURCE's dtype)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 2 for a UserError, 130 when interrupted."""
+    try:
+        _convert(_arguments(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; TARGET is as it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    grid = _grid(args.grid) if args.grid else None
+    if os.path.exists(args.target) and not args.overwrite:
+        raise UserError(f"{args.target} is there already; add --overwrite to replace it")
+    if Path(args.target).resolve() == Path(args.source).resolve():
+        raise UserError("SOURCE and TARGET are the same")
+    pretrained = files.read(
+        args.source,
+        files.read_config(args.config) if args.config else None,
+        allow_missing=args.allow_missing,
+        allow_unexpected=args.allow_unexpected,
+    )
+    for note in pretrained.notes:
+        print(note)
+    print(f"{args.source}: {describe(pretrained)}")
+    adapted = _adapt(pretrained, args.classes, grid, args.dtype)
+    write = files.write_workdir if args.workdir else files.write
+    write(adapted, args.target)
+    print(f"{args.target}: {describe(adapted)}")
+
+
+def _adapt(
+    pretrained: Pretrained, classes: int | None, grid: Grid | None, dtype: str | None
+) -> Pretrained:
+    from fluxvit_jax.convert import adapt  # late: plain conversion does without JAX's start
+
+    if classes is not None:
+        pretrained = adapt.cut_classes(pretrained, classes)
+    if grid is not None:
+        pretrained = adapt.resize_grid(pretrained, grid)
+    return adapt.cast(pretrained, dtype) if dtype else pretrained
+
+
+def _grid(text: str) -> Grid:
+    """16x224 or 16x224x336: frames, height and width in pixels."""
+    match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
+    frames, height, width = (int(n or match[2]) for n in match.groups()) if match else (0, 0, 0)
+    if not frames or not height or not width or height % PATCH or width % PATCH:
+        raise UserError(f"--grid={text}: not frames x pixels, multiples of {PATCH}, such as 16x224")
+    return Grid(frames, height // PATCH, width // PATCH)
+
+
+def describe(pretrained: Pretrained) -> str:
+    """What the weights are, in a line."""
+    model, state = pretrained.config.model, pretrained.state
+    dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
+    millions = sum(tensor.size for tensor in state.values()) / 1e6
+    return (
+        f"{len(state)} tensors, {millions:.1f} M parameters, {dtypes}; width {model.width}, depth "
+        f"{model.depth}, {model.classes} classes, native grid of {model.frames} frames x "
+        f"{model.rows * PATCH} x {model.columns * PATCH} px"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""`config.json` and `preprocessor_config.json`: what a folder of weights says of its network.
+
+The names in `config.json` are those of `FluxViTConfig`. Besides there are `head_budgets`, the
+tokens that each head was trained at, and `id2label`, the classes. `preprocessor_config.json` says
+how a video becomes patches, and on which grid each budget is best asked. A bare file of weights
+tells its widths, depth and classes; `describe` adds what the released sizes tell, and what is then
+still open must be given.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fluxvit_jax.budgets import PATCH
+from fluxvit_jax.config import CHOICES, VARIANTS, default_config, model_config
+from fluxvit_jax.data.annotations import class_names, read_class_names
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.fluxvit import MEAN, STD, FluxViTConfig
+
+MODEL_TYPE = "fluxvit"
+SIZES = ("width", "depth", "heads", "frames", "rows", "columns", "classes")
+POOL = ("budgets", "pool_width", "pool_heads")
+BEHAVIOUR = {
+    "gelu": "model.gelu",
+    "cls": "model.cls",
+    "selector": "model.selector.kind",
+    "rounding": "model.selector.rounding",
+}
+NUMBERS = (*SIZES, *POOL, "groups")
+# Written by others into files of this name; of no meaning here.
+FOREIGN = ("architectures", "dtype", "torch_dtype", "transformers_version", "label2id")
+HEAD_BUDGETS = (3072, 2048, 1024)  # of the released weights
+
+Setting = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainedConfig:
+    """A network with weights, and how to ask it.
+
+    head_budgets: tokens that each head was trained at, largest first.
+    settings: (budget, frames, resolution in pixels), the grid that each budget is asked on.
+    class_names: as many as classes, or none where they are not known.
+    """
+
+    model: FluxViTConfig
+    head_budgets: tuple[int, ...] = HEAD_BUDGETS
+    settings: tuple[Setting, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+
+def to_json(config: PretrainedConfig) -> dict[str, Any]:
+    """The content of `config.json`."""
+    own = {name: getattr(config.model, name) for name in (*NUMBERS, *BEHAVIOUR)}
+    labels = {str(i): name for i, name in enumerate(config.class_names)}
+    return {
+        "model_type": MODEL_TYPE,
+        **own,
+        "head_budgets": list(config.head_budgets),
+        **({"id2label": labels} if labels else {}),
+    }
+
+
+def preprocessor_json(config: PretrainedConfig) -> dict[str, Any]:
+    """The content of `preprocessor_config.json`."""
+    settings = [
+        {"tokens": budget, "frames": frames, "resolution": resolution}
+        for budget, frames, resolution in config.settings
+    ]
+    return {
+        "patch_size": PATCH,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "settings": settings,
+    }
+
+
+def of_recipe(config: ConfigDict) -> PretrainedConfig:
+    """What the config of a run says of the network it trains."""
+    names: tuple[str, ...] = ()
+    if Path(config.data.class_names).is_file():
+        names = read_class_names(config.data.class_names)
+    elif config.data.train and Path(config.data.train).is_dir():
+        names = class_names(config.data.train)
+    return PretrainedConfig(
+        model_config(config),
+        tuple(config.train.budgets),
+        tuple(tuple(setting) for setting in config.eval.settings),
+        names if len(names) == config.model.classes else (),
+    )
+
+
+def recipe_of(config: PretrainedConfig) -> ConfigDict:
+    """The config that a workdir of this network has; the inverse of `of_recipe`.
+
+    Raises UserError for a network that is none of `VARIANTS`, or with a native grid that is not
+    square: recipes know no others.
+    """
+    model = config.model
+    sizes = ("width", "depth", "heads", "pool_width", "pool_heads")
+    same = [
+        name
+        for name, variant in VARIANTS.items()
+        if all(getattr(variant, size) == getattr(model, size) for size in sizes)
+    ]
+    if not same:
+        raise UserError(f"no variant of a recipe has width {model.width} and depth {model.depth}")
+    if model.rows != model.columns:
+        raise UserError(f"a recipe's grid is square, not {model.rows} x {model.columns}")
+    recipe = default_config(same[0])
+    recipe.model.classes = model.classes
+    recipe.model.frames, recipe.model.resolution = model.frames, model.rows * PATCH
+    recipe.model.gelu, recipe.model.cls = model.gelu, model.cls
+    recipe.model.selector.kind = model.selector
+    recipe.model.selector.groups = model.groups
+    recipe.model.selector.rounding = model.rounding
+    recipe.train.budgets = config.head_budgets
+    recipe.eval.settings = config.settings
+    return recipe
+
+
+def describe(
+    state: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    source: str,
+    default: Mapping[str, Any] | None = None,
+) -> PretrainedConfig:
+    """The network that official weights belong to.
+
+    Args:
+        state: tensors under their official names; some may be missing.
+        given: a `config.json`, whole or in part; of what the weights tell it may only say the same.
+        preprocessor: a `preprocessor_config.json`, or nothing.
+        source: what the weights are called in errors.
+        default: fields of a `config.json` for what neither `given` nor the weights tell.
+
+    Raises:
+        UserError: `given` has an unknown or impossible field, contradicts the weights, or leaves
+            open what they do not tell.
+    """
+    _check(given, source)
+    told = _told_by_weights(state)
+    if wrong := [name for name in told if given.get(name, told[name]) != told[name]]:
+        listed = ", ".join(f"{name} is {told[name]}, not {given[name]}" for name in wrong)
+        raise UserError(f"{source}: its config.json contradicts its weights: {listed}")
+    said = {name: given[name] for name in (*NUMBERS, *BEHAVIOUR) if name in given}
+    fields = {**(default or {}), **_of_released_size(state, told), **told, **said}
+    if missing := [name for name in (*SIZES, "pool_heads") if name not in fields]:
+        raise UserError(
+            f"{source}: the weights do not tell {', '.join(missing)}; name a config.json that "
+            "does: --config=FILE, or config= in Python"
+        )
+    model = FluxViTConfig(**fields)
+    _check_division(model, source)
+    places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else model.native_tokens
+    if model.native_tokens != places:
+        raise UserError(
+            f"{source}: its position table has {places} places, not the {model.frames} x "
+            f"{model.rows} x {model.columns} of its config.json"
+        )
+    budgets = tuple(given.get("head_budgets", HEAD_BUDGETS))
+    return PretrainedConfig(
+        model,
+        budgets,
+        _settings(preprocessor, model, budgets, source),
+        _class_names(given.get("id2label", {}), model.classes, source),
+    )
+
+
+def _told_by_weights(state: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The sizes that shapes tell, as far as the tensors are there."""
+    ends = {
+        "width": "patch_embed.norm.weight",
+        "classes": "head.0.bias",
+        "pool_width": "fc_norm.weight",
+    }
+    told = {size: len(state[name]) for size, name in ends.items() if name in state}
+    counted = {"depth": ".norm1.weight", "budgets": ".norm1_q.weight"}
+    counts = {size: sum(n.endswith(end) for n in state) for size, end in counted.items()}
+    return told | {size: count for size, count in counts.items() if count}
+
+
+def _check_division(model: FluxViTConfig, source: str) -> None:
+    for heads in ("heads", "pool_heads"):
+        if model.width % getattr(model, heads):
+            raise UserError(
+                f"{source}: the width {model.width} does not divide into "
+                f"{getattr(model, heads)} {heads}"
+            )
+
+
+def _of_released_size(state: Mapping[str, np.ndarray], told: Mapping[str, int]) -> dict[str, int]:
+    """What the variant of the weights' width, depth and places adds; nothing without one."""
+    for variant in VARIANTS.values():
+        side = variant.resolution // PATCH
+        places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else None
+        size = (variant.width, variant.depth, variant.frames * side * side)
+        if size == (told.get("width"), told.get("depth"), places):
+            return {
+                "heads": variant.heads,
+                "frames": variant.frames,
+                "rows": side,
+                "columns": side,
+                "pool_heads": variant.pool_heads,
+            }
+    return {}
+
+
+def _check(given: Mapping[str, Any], source: str) -> None:
+    known = {"model_type", *NUMBERS, *BEHAVIOUR, "head_budgets", "id2label", *FOREIGN}
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"{source}: config.json has an unknown field {unknown[0]!r}")
+    if given.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+        raise UserError(f"{source}: it is a {given['model_type']}, not a {MODEL_TYPE}")
+    for name in NUMBERS:
+        value, least = given.get(name, 1), 0 if name == "groups" else 1
+        if type(value) is not int or value < least:
+            raise UserError(f"{source}: config.json says {name} {value!r}, no number from {least}")
+    for name, field in BEHAVIOUR.items():
+        if name in given and given[name] not in CHOICES[field]:
+            choices = ", ".join(CHOICES[field])
+            raise UserError(f"{source}: config.json says {name} {given[name]!r}, none of {choices}")
+    budgets = given.get("head_budgets", HEAD_BUDGETS)
+    right = isinstance(budgets, Sequence) and all(type(b) is int and b > 0 for b in budgets)
+    if not right or list(budgets) != sorted(set(budgets), reverse=True) or not budgets:
+        raise UserError(f"{source}: head_budgets {budgets!r} are no numbers, largest first")
+
+
+def _class_names(labels: Any, classes: int, source: str) -> tuple[str, ...]:
+    if not labels:
+        return ()
+    wanted = [str(i) for i in range(classes)]
+    if not isinstance(labels, Mapping) or sorted(labels) != sorted(wanted):
+        raise UserError(
+            f"{source}: id2label does not name the {classes} classes 0 to {classes - 1}"
+        )
+    return tuple(str(labels[i]) for i in wanted)
+
+
+def _settings(
+    preprocessor: Mapping[str, Any], model: FluxViTConfig, budgets: Sequence[int], source: str
+) -> tuple[Setting, ...]:
+    """Those of `preprocessor_config.json`; else the released recipe's, or the native grid."""
+    if "settings" in preprocessor:
+        try:
+            return tuple(
+                (int(one["tokens"]), int(one["frames"]), int(one["resolution"]))
+                for one in preprocessor["settings"]
+            )
+        except (TypeError, KeyError, ValueError):
+            raise UserError(
+                f"{source}: a setting in preprocessor_config.json is not "
+                '{"tokens": .., "frames": .., "resolution": ..}'
+            ) from None
+    if tuple(budgets) == HEAD_BUDGETS:
+        return tuple(default_config().eval.settings)
+    return tuple((budget, model.frames, model.rows * PATCH) for budget in budgets)
