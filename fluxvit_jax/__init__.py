@@ -7,15 +7,20 @@ out = model(video, tokens=1024)               # out.logits, out.pooled, out.toke
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fluxvit_jax.exported import load_exported
     from fluxvit_jax.pretrained import from_pretrained
 
-__all__ = ["from_pretrained"]
+__all__ = ["from_pretrained", "load_exported"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports late: data workers import this package and do without JAX."""
+    """Imports late: data workers do without JAX, and a server without all that training needs."""
     if name == "from_pretrained":
         from fluxvit_jax.pretrained import from_pretrained
 
         return from_pretrained
+    if name == "load_exported":
+        from fluxvit_jax.exported import load_exported
+
+        return load_exported
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -211,8 +211,9 @@ def define_flag(
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses a command line; the `flags_parser` that `absl.app.run` takes.
 
-    Afterwards the value of `define_flag`'s flag is a locked, validated config. Returns the name of
-    the program. Raises UserError for everything that is wrong with any flag.
+    Afterwards the value of `define_flag`'s flag is a locked, validated config, or None where no
+    recipe was named. Returns the name of the program. Raises UserError for everything that is
+    wrong with any flag.
     """
     recipe = _flag_argument(argv, "config")
     if recipe is not None:
@@ -226,10 +227,9 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: every option starts with --")
     config = flag_values["config"].value
-    if config is None:
-        raise UserError("no recipe given: add, for example, --config=configs/demo.py")
-    _follow_variant(config, flag_values["config"].override_values)
-    validate(config)
+    if config is not None:
+        _follow_variant(config, flag_values["config"].override_values)
+        validate(config)
     return [program]
 
 

@@ -1,8 +1,8 @@
 """The program: `python -m fluxvit_jax.main --config=configs/k400.py --workdir=DIR [--mode=MODE]`.
 
-Modes: train (goes on by itself with what the workdir holds), evaluate. `--config.a.b=VALUE` sets a
-field of the config. Exit status: 0; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or
-SIGTERM ended it.
+Modes: train (goes on by itself with what the workdir holds), evaluate, predict (one video or a
+folder), export (one folder for a server). `--config.a.b=VALUE` sets a field of the config. Exit
+status: 0; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
 import os
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 
 # All else is imported by `main`: the workers that read data import this module as well.
+
+OF_A_RUN = ("train", "evaluate")  # modes that need a recipe and a workdir
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:
@@ -25,16 +27,12 @@ def main(argv: Sequence[str] = sys.argv) -> int:
 
     options = flags.FLAGS
     config.define_flag(argv=list(argv))
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-    flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
-    flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
+    _define_flags(flags)
     app.define_help_flags()
 
     try:
         config.parse_flags(argv)
-        if not options.workdir:
-            raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
-        return _run(options.mode, options.config, options.workdir)
+        return _run(options)
     except UserError as error:
         if "--debug" in argv:
             raise
@@ -42,14 +40,61 @@ def main(argv: Sequence[str] = sys.argv) -> int:
         return 2
 
 
-def _run(mode: str, config, workdir: str) -> int:
-    if mode == "evaluate":
+def _define_flags(flags) -> None:
+    modes = [*OF_A_RUN, "predict", "export"]
+    flags.DEFINE_enum("mode", "train", modes, "What to do.")
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
+    flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
+    new = "predict, export: "
+    flags.DEFINE_string("checkpoint", None, f"{new}weights of any form; default: the workdir.")
+    flags.DEFINE_string("network", "", f"{new}config.json for what the weights do not tell.")
+    flags.DEFINE_list("tokens", [], f"{new}budgets, such as 1024,512; default: the checkpoint's.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], f"{new}of the computation.")
+    flags.DEFINE_string("out", None, f"{new}folder to write; default: WORKDIR/MODE, or MODE.")
+    flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
+    flags.DEFINE_integer("top", 5, "predict: so many classes are named.")
+    flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
+    flags.DEFINE_string("class_names", "", "predict: file of the classes' names, one a line.")
+
+
+def _run(options) -> int:
+    from fluxvit_jax.errors import UserError
+
+    if options.mode not in OF_A_RUN:
+        return _run_weights(options)
+    if options.config is None:
+        raise UserError("no recipe given: add, for example, --config=configs/demo.py")
+    if not options.workdir:
+        raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
+    if options.mode == "evaluate":
         from fluxvit_jax import evaluate
 
-        return evaluate.run(config, workdir)
+        return evaluate.run(options.config, options.workdir)
     from fluxvit_jax import train
 
-    return train.train(config, workdir)
+    return train.train(options.config, options.workdir)
+
+
+def _run_weights(options) -> int:
+    """The modes that need weights only, and take a recipe for its classes and settings."""
+    from fluxvit_jax import export, predict
+    from fluxvit_jax.errors import UserError
+
+    weights = options.checkpoint or options.workdir
+    if not weights:
+        raise UserError("no weights given: add --workdir=DIR or --checkpoint=FILE_OR_FOLDER")
+    if not all(text.isdecimal() and int(text) > 0 for text in options.tokens):
+        raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
+    tokens = tuple(map(int, options.tokens))
+    out = options.out or os.path.join(options.workdir or "", options.mode)
+    if options.mode == "export":
+        settings = options.config.eval.settings if options.config else ()
+        return export.run(weights, out, tokens, options.network, options.dtype, settings)
+    asked = predict.Options(
+        *(weights, options.video, out, tokens, options.top, options.features),
+        *(options.class_names, options.network, options.dtype),
+    )
+    return predict.run(asked, options.config)
 
 
 def _exit(number: int, _) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.budgets import PATCH
+from fluxvit_jax.budgets import PATCH, nearest_head
 from fluxvit_jax.config import CHOICES, VARIANTS, default_config, model_config
 from fluxvit_jax.data.annotations import class_names, read_class_names
 from fluxvit_jax.errors import UserError
@@ -51,6 +51,15 @@ class PretrainedConfig:
     head_budgets: tuple[int, ...] = HEAD_BUDGETS
     settings: tuple[Setting, ...] = ()
     class_names: tuple[str, ...] = ()
+
+    def asked(self, budgets: Sequence[int] = (), settings: Sequence[Setting] = ()) -> list[Setting]:
+        """The grid of each of `budgets`: that of the nearest in `settings`, by default its own.
+
+        Without budgets, all settings.
+        """
+        settings = settings or self.settings
+        known = [budget for budget, _, _ in settings]
+        return [(budget, *settings[nearest_head(budget, known)][1:]) for budget in budgets or known]
 
 
 def to_json(config: PretrainedConfig) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _read_folder(folder: Path, classes: int | None) -> list[Example]:
     examples = [
         Example(video.relative_to(folder).as_posix(), label, os.path.abspath(video))
         for label, name in enumerate(names)
-        for video in _videos_below(folder / name)
+        for video in videos_below(folder / name)
     ]
     if not examples:
         raise UserError(
@@ -201,7 +201,8 @@ def _read_folder(folder: Path, classes: int | None) -> list[Example]:
     return examples
 
 
-def _videos_below(folder: Path) -> list[Path]:
+def videos_below(folder: Path) -> list[Path]:
+    """All video files in a folder and its folders, by their suffix; hidden ones are left out."""
     return sorted(
         Path(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)

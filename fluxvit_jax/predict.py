@@ -1,0 +1,250 @@
+"""`--mode=predict`: what a network says of one video, or of all in a folder, at each token budget.
+
+A video is seen once at each budget: frames spread evenly over it, the middle square. One video is
+printed, drawn as a page and filmed; a folder becomes `predictions.csv`. Features, if asked for, are
+written beside as `.npz`.
+"""
+
+import csv
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fluxvit_jax.budgets import PATCH
+from fluxvit_jax.convert.config_json import Setting
+from fluxvit_jax.data import sampling
+from fluxvit_jax.data.annotations import read_class_names, videos_below
+from fluxvit_jax.data.augment import crop_view, resize_clip
+from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.page import Shown, write_film, write_page
+from fluxvit_jax.pretrained import PretrainedModel, from_pretrained
+
+CSV = "predictions.csv"
+FEATURES = ("pooled", "tokens")
+
+
+class Clip(NamedTuple):
+    """What the network sees of a video.
+
+    frames: uint8 [T, resolution, resolution, 3]; numbers: int [T], which frames of the video they
+    are; times: float [T], seconds, at the video's mean frame rate (0 where it names none).
+    """
+
+    frames: np.ndarray
+    numbers: np.ndarray
+    times: np.ndarray
+
+
+def read_clip(video: Video, frames: int, resolution: int) -> Clip:
+    """Evenly spread frames, the short side scaled to `resolution`, the middle square.
+
+    Raises DecodeError for a video that cannot be read.
+    """
+    numbers = sampling.test_frames(len(video), frames)
+    pixels = video.read(numbers)
+    size = sampling.resized_size(*pixels.shape[1:3], resolution)
+    corner = sampling.test_crops(*size, 1)[0]
+    pixels = crop_view(resize_clip(pixels, *size), resolution, *corner)
+    rate = video.frame_rate
+    return Clip(pixels, numbers, numbers / rate if rate else np.zeros(frames))
+
+
+def predict(
+    model: PretrainedModel, clip: Clip, budget: int, class_names: Sequence[str], top: int
+) -> Shown:
+    """The likeliest classes of a clip at a budget, the patches that were kept, and the time taken.
+
+    The time is that of one pass without compiling, in seconds.
+    """
+    kept = model.select(clip.frames, budget)[0]  # compiles the pass, too
+    begin = time.perf_counter()
+    out = model(clip.frames, budget)
+    logits = np.asarray(out.logits[0], np.float64)
+    seconds = time.perf_counter() - begin
+    odds = np.exp(logits - logits.max())
+    likeliest = np.argsort(-logits, kind="stable")[:top]
+    named = [(class_names[c], float(odds[c] / odds.sum())) for c in likeliest]
+    return Shown(budget, clip.frames, kept, clip.times, named, out.head, seconds)
+
+
+def features(model: PretrainedModel, clip: Clip, budget: int, kind: str) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` at a budget, their names ending in `_BUDGET`.
+
+    pooled: float32 [pool_width], the clip's vector. Of kind "tokens" also tokens: float32 [N, C],
+    the kept patches after the last block; thw: int32 [N, 3], frame, patch row and column of each;
+    frames: int [T], the numbers of the video's frames.
+    """
+    found = model.features(clip.frames, budget)
+    arrays = {"pooled": found.pooled[0]}
+    if kind == "tokens":
+        arrays |= {"tokens": found.tokens[0], "thw": found.places[0], "frames": clip.numbers}
+    return {f"{name}_{budget}": array for name, array in arrays.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# --mode=predict
+
+
+class Options(NamedTuple):
+    """The flags of this mode, as `main` reads them."""
+
+    weights: str  # of any form
+    video: str  # file or folder
+    out: str  # folder to write into
+    tokens: Sequence[int] = ()  # budgets; the checkpoint's own without any
+    top: int = 5
+    features: str | None = None
+    class_names: str = ""  # file; before the names in the config and the checkpoint
+    network: str = ""  # config.json for what the weights do not tell
+    dtype: str = "float32"
+
+
+def run(options: Options, config: ConfigDict | None = None) -> int:
+    """Predicts a video or a folder of them; returns the exit status, 0.
+
+    config: a recipe, if one was given: its class names and evaluation settings then hold.
+
+    Raises:
+        UserError: there are no such weights or videos, or the only video cannot be read.
+    """
+    source = Path(options.video)
+    if not options.video or not source.exists():
+        raise UserError(f"--video={options.video}: no such file or folder")
+    if options.top < 1 or any(budget < 2 for budget in options.tokens):
+        raise UserError("--top must be at least 1 and --tokens at least 2")
+    model = from_pretrained(options.weights, options.network or None, options.dtype)
+    names = _class_names(model, options, config)
+    settings = model.config.asked(options.tokens, config.eval.settings if config else ())
+    out = Path(options.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
+    if source.is_dir():
+        _predict_folder(model, source, settings, names, options, out)
+    else:
+        _predict_video(model, source, settings, names, options, out)
+    return 0
+
+
+def _predict_video(
+    model: PretrainedModel,
+    path: Path,
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    options: Options,
+    out: Path,
+) -> None:
+    try:
+        with Video(path) as video:
+            clips = [read_clip(video, *grid) for _, *grid in settings]
+    except DecodeError as error:
+        raise UserError(f"--video={error}") from error
+    shown = []
+    for setting, clip in zip(settings, clips, strict=True):
+        one = predict(model, clip, setting[0], names, options.top)
+        print(_heading(one), flush=True)
+        for name, probability in one.top:
+            print(f"  {probability:7.2%}  {name}", flush=True)
+        shown.append(one)
+    page, film = out / f"{path.stem}.html", out / f"{path.stem}.mp4"
+    write_page(page, path.name, shown)
+    write_film(film, shown)
+    print(f"written to {page} and {film}")
+    if options.features:
+        _write_features(model, settings, clips, options.features, out / f"{path.stem}.npz")
+
+
+def _predict_folder(
+    model: PretrainedModel,
+    folder: Path,
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    options: Options,
+    out: Path,
+) -> None:
+    videos = videos_below(folder)
+    if not videos:
+        raise UserError(f"--video={folder}: holds no videos")
+    top, failed = min(options.top, len(names)), 0
+    header = ["video", "tokens", "frames", "resolution", "head"]
+    header += [column for n in range(1, top + 1) for column in (f"class{n}", f"probability{n}")]
+    with (out / CSV).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*header, "failure"])
+        for path in tqdm(videos, desc="predicting", unit="video", disable=None):
+            name = path.relative_to(folder)
+            try:
+                rows = _rows(model, path, settings, names, options, out / name.with_suffix(".npz"))
+                writer.writerows([name.as_posix(), *row, ""] for row in rows)
+            except DecodeError as error:
+                failed += 1
+                tqdm.write(f"{name}: {error.reason}", file=sys.stderr)
+                writer.writerow([name.as_posix(), *[""] * (len(header) - 1), error.reason])
+            file.flush()  # what is done stays, should it be interrupted
+    bad = f"; {failed} could not be read" if failed else ""
+    print(f"{len(videos)} videos{bad}; written to {out / CSV}")
+
+
+def _rows(
+    model: PretrainedModel,
+    path: Path,
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    options: Options,
+    features_path: Path,
+) -> list[list[Any]]:
+    """The columns of a video after its name and before its failure, for each budget."""
+    with Video(path) as video:
+        clips = [read_clip(video, *grid) for _, *grid in settings]
+    rows = []
+    for setting, clip in zip(settings, clips, strict=True):
+        one = predict(model, clip, setting[0], names, options.top)
+        answers = [cell for name, odds in one.top for cell in (name, f"{odds:.6f}")]
+        rows.append([*setting, one.head, *answers])
+    if options.features:
+        _write_features(model, settings, clips, options.features, features_path)
+    return rows
+
+
+def _write_features(
+    model: PretrainedModel,
+    settings: Sequence[Setting],
+    clips: Sequence[Clip],
+    kind: str,
+    path: Path,
+) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for setting, clip in zip(settings, clips, strict=True):
+        arrays |= features(model, clip, setting[0], kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+
+
+def _class_names(
+    model: PretrainedModel, options: Options, config: ConfigDict | None
+) -> Sequence[str]:
+    """From the file named, the recipe, or the checkpoint; else "class 0" and so on."""
+    classes = model.config.model.classes
+    path = options.class_names or (config.data.class_names if config else "")
+    if not path:
+        return model.config.class_names or [f"class {i}" for i in range(classes)]
+    names = read_class_names(path)
+    if len(names) != classes:
+        raise UserError(f"{path}: has {len(names)} names for the network's {classes} classes")
+    return names
+
+
+def _heading(shown: Shown) -> str:
+    frames, rows, columns = shown.kept.shape
+    return (
+        f"{shown.kept.sum()} of {shown.kept.size} tokens ({frames} frames of {rows * PATCH} x "
+        f"{columns * PATCH} px, head {shown.head}): {1000 * shown.seconds:.1f} ms"
+    )
