@@ -23,7 +23,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.exported import MANIFEST, VERSION, WEIGHTS, sha256
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import MEAN, PATCH_VALUES, STD, FluxViTConfig
-from fluxvit_jax.models.selection import NOISY_SELECTORS
+from fluxvit_jax.models.selection import NOISY_SELECTORS, mask
 from fluxvit_jax.pretrained import PretrainedModel, from_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -79,11 +79,7 @@ def lower(
         pixels = fluxvit.normalise(patches, jnp.dtype(model.dtype))
         key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
         answer = network.on_grid(pixels, grid, budget, head, key)
-        index, valid = answer.kept
-        row = jnp.arange(index.shape[0])[:, None]
-        kept = jnp.zeros(patches.shape[:2], bool)
-        kept = kept.at[row, index].set(True if valid is None else valid)
-        return answer.logits, answer.pooled, kept
+        return answer.logits, answer.pooled, mask(answer.kept, grid.tokens)
 
     (b,) = jax.export.symbolic_shape("b")
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}

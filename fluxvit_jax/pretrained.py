@@ -16,7 +16,7 @@ from fluxvit_jax.budgets import PATCH, Grid, nearest_head
 from fluxvit_jax.convert import files, names
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data.patches import patchify
-from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models import fluxvit, selection
 from fluxvit_jax.models.fluxvit import Answer, FluxViTConfig
 from fluxvit_jax.models.selection import NOISY_SELECTORS
 
@@ -25,11 +25,13 @@ class Output(NamedTuple):
     """What the network says of B clips.
 
     logits: float32 [B, classes]; pooled: float32 [B, pool_width], the clips' vectors;
-    tokens_kept: patches that were looked at in each clip; head: which of the heads answered.
+    kept: bool [B, T, H, W], the patches that were looked at, and tokens_kept, how many they are in
+    each clip; head: which of the heads answered.
     """
 
     logits: jax.Array
     pooled: jax.Array
+    kept: jax.Array
     tokens_kept: int
     head: int
 
@@ -107,17 +109,16 @@ class PretrainedModel:
 
         Raises ValueError for a video, budget or head that cannot be.
         """
-        answer, _, head = self._run(video, tokens, head, rounding)
-        return Output(answer.logits, answer.pooled, len(_kept(answer)[0]), head)
+        answer, kept, head = self._run(video, tokens, head, rounding)
+        index, valid = answer.kept
+        count = index.shape[1] if valid is None else int(valid[0].sum())
+        return Output(answer.logits, answer.pooled, kept, count, head)
 
     def select(
         self, video: np.ndarray | jax.Array, tokens: int | None = None, rounding: str | None = None
     ) -> np.ndarray:
         """Which patches are kept: bool [B, T, H, W]."""
-        answer, grid, _ = self._run(video, tokens, None, rounding)
-        mask = np.zeros((len(answer.logits), grid.tokens), bool)
-        np.put_along_axis(mask, _kept(answer), True, axis=1)
-        return mask.reshape(-1, *grid)
+        return np.asarray(self(video, tokens, None, rounding).kept)
 
     def features(
         self,
@@ -127,14 +128,15 @@ class PretrainedModel:
         rounding: str | None = None,
     ) -> Features:
         """The kept tokens after the last block with their places, and the clips' vectors."""
-        answer, grid, _ = self._run(video, tokens, head, rounding)
-        kept = _kept(answer)
+        answer, mask, _ = self._run(video, tokens, head, rounding)
+        index, valid = (None if x is None else np.asarray(x) for x in answer.kept)
+        kept = index if valid is None else index[:, : valid[0].sum()]  # one grid: as many in each
         order = np.argsort(kept, axis=1)
         places = np.take_along_axis(kept, order, axis=1)
         tokens_after = np.asarray(answer.tokens.astype(jnp.float32))[:, 1:]
         return Features(
             np.take_along_axis(tokens_after, order[..., None], axis=1),
-            np.stack(np.unravel_index(places, grid), axis=-1).astype(np.int32),
+            np.stack(np.unravel_index(places, mask.shape[1:]), axis=-1).astype(np.int32),
             np.asarray(answer.pooled),
         )
 
@@ -152,7 +154,8 @@ class PretrainedModel:
         tokens: int | None,
         head: int | None,
         rounding: str | None,
-    ) -> tuple[Answer, Grid, int]:
+    ) -> tuple[Answer, jax.Array, int]:
+        """The answer, which patches were kept, bool [B, T, H, W], and the head."""
         patches, grid = as_patches(video)
         model = self.config.model
         if rounding not in (None, "exact", "official"):
@@ -169,7 +172,7 @@ class PretrainedModel:
             raise ValueError(f"there are heads 0 to {model.budgets - 1}, no head {head}")
         if rounding is not None:
             model = replace(model, rounding=rounding)
-        return _forward(self.params, patches, model, grid, budget, head), grid, head
+        return *_forward(self.params, patches, model, grid, budget, head), head
 
 
 def as_patches(video: np.ndarray | jax.Array) -> tuple[np.ndarray, Grid]:
@@ -197,16 +200,11 @@ def as_patches(video: np.ndarray | jax.Array) -> tuple[np.ndarray, Grid]:
 @functools.partial(jax.jit, static_argnames=("model", "grid", "budget", "head"))
 def _forward(
     params: dict, patches: jax.Array, model: FluxViTConfig, grid: Grid, budget: int, head: int
-) -> Answer:
+) -> tuple[Answer, jax.Array]:
     network = fluxvit.merge(fluxvit.structure(model), params)
     if patches.dtype == jnp.uint8:
         patches = fluxvit.normalise(patches)
     # Selectors that draw their scores draw the same ones in every call.
     key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
-    return network.on_grid(patches.astype(model.dtype), grid, budget, head, key)
-
-
-def _kept(answer: Answer) -> np.ndarray:
-    """The kept places of an answer: int [B, n], as many in each clip, for they share a grid."""
-    index, valid = answer.kept
-    return np.asarray(index) if valid is None else np.asarray(index)[:, : int(valid[0].sum())]
+    answer = network.on_grid(patches.astype(model.dtype), grid, budget, head, key)
+    return answer, selection.mask(answer.kept, grid.tokens).reshape(-1, *grid)

@@ -229,6 +229,17 @@ def select(
     return Selection(index, jnp.arange(N)[None] < kept[:, None])
 
 
+def mask(selection: Selection, places: int) -> jax.Array:
+    """Which of a clip's patch places are kept: bool [B, places]."""
+    index, valid = selection
+    row = jnp.arange(index.shape[0])[:, None]
+    return (
+        jnp.zeros((index.shape[0], places), bool)
+        .at[row, index]
+        .set(True if valid is None else valid)
+    )
+
+
 def truncate(
     selection: Selection, tokens: int, fewest_tokens: int, rounding: Rounding = "exact"
 ) -> Selection:

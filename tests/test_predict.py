@@ -1,0 +1,178 @@
+"""`--mode=predict` as a user runs it, on videos of all kinds, with weights of all forms."""
+
+import csv
+import json
+import re
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+
+import fluxvit_jax
+from fluxvit_jax.convert import files
+from fluxvit_jax.data.decode import Video
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.predict import Options, read_clip, run
+from tests import tiny
+from tests.data.videos import moving_texture, write_video
+from tests.test_main import error_line, outcome
+
+GRIDS = {24: (6, 42), 12: (4, 28)}  # of the tiny recipe: budget, frames, pixels
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """A folder with an odd-sized, a portrait, a 1-frame, a 3-second and a broken video."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_video(folder / "odd.mp4", moving_texture(11, 50, 74))
+    write_video(folder / "portrait.mp4", moving_texture(9, 96, 54))
+    write_video(folder / "one.mp4", moving_texture(1, 64, 64))
+    (folder / "below").mkdir()
+    write_video(folder / "below" / "long.mp4", moving_texture(90, 64, 64))
+    (folder / "broken.mp4").write_bytes((folder / "odd.mp4").read_bytes()[:300])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(finished, tmp_path_factory):
+    """The finished run as a folder that knows the names of its classes."""
+    folder = tmp_path_factory.mktemp("weights") / "folder"
+    pretrained = files.read(finished.workdir, {"id2label": dict(zip("0123", NAMES, strict=True))})
+    files.write(pretrained, folder)
+    return folder
+
+
+NAMES = ("red", "green", "blue", "<yellow>")
+
+
+def options(weights, video, out, **more) -> Options:
+    return Options(str(weights), str(video), str(out), **more)
+
+
+def test_the_command(finished, videos, tiny_data, compiled, tmp_path):
+    """A workdir, two budgets, the recipe's class names from a file: text, page, film."""
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    status, out, err = outcome(
+        tiny.start(
+            *(tiny_data, finished.workdir, compiled, "--mode=predict", "--tokens=24,12", "--top=2"),
+            *(f"--video={videos / 'odd.mp4'}", f"--class_names={tmp_path / 'names.txt'}"),
+            f"--out={tmp_path / 'out'}",
+        )
+    )
+    assert status == 0, err
+    lines = out.splitlines()
+    assert re.match(r"24 of 54 tokens \(6 frames of 42 x 42 px, head 0\): [\d.]+ ms", lines[0])
+    assert re.match(r"12 of 16 tokens \(4 frames of 28 x 28 px, head 1\): [\d.]+ ms", lines[3])
+    assert all(re.match(rf"  +[\d.]+%  ({'|'.join(NAMES)})$", lines[i]) for i in (1, 2, 4, 5))
+    page = (tmp_path / "out" / "odd.html").read_text()
+    assert page.count("<img") == 6 + 4
+    with Video(tmp_path / "out" / "odd.mp4") as film:
+        assert len(film) >= 10
+
+
+def test_it_answers_as_the_model_does(weights, videos, tmp_path, capsys):
+    for name in ("odd", "portrait", "one"):
+        assert run(options(weights, videos / f"{name}.mp4", tmp_path)) == 0
+        said = capsys.readouterr().out
+        model = fluxvit_jax.from_pretrained(weights)
+        with Video(videos / f"{name}.mp4") as video:
+            for budget, (frames, resolution) in GRIDS.items():
+                clip = read_clip(video, frames, resolution)
+                logits = np.asarray(model(clip.frames, budget).logits[0])
+                odds = np.exp(logits) / np.exp(logits).sum()
+                best = f"{odds.max():7.2%}  {NAMES[odds.argmax()]}"
+                assert best in said
+                assert clip.frames.shape == (frames, resolution, resolution, 3)
+    assert (tmp_path / "portrait.html").exists() and (tmp_path / "one.mp4").exists()
+
+
+def test_a_clip_is_the_middle_square_of_evenly_spread_frames(videos):
+    with Video(videos / "portrait.mp4") as video:
+        clip = read_clip(video, 4, 28)
+        source = video.read(clip.numbers)
+        assert len(video) == 9 and clip.numbers.tolist() == [1, 3, 5, 7]
+        np.testing.assert_allclose(clip.times, clip.numbers / video.frame_rate)
+    square = cv2.resize(source[2][21:75], (28, 28))  # the middle 54 of 96 rows
+    assert np.abs(clip.frames[2].astype(int) - square).mean() < 12
+
+
+def test_a_folder_becomes_a_table(weights, videos, tmp_path, capsys):
+    assert run(options(weights, videos, tmp_path, tokens=(24, 12), top=9)) == 0
+    said = capsys.readouterr()
+    assert "broken.mp4: " in said.err and "5 videos; 1 could not be read" in said.out
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    good = [row for row in rows if not row["failure"]]
+    (bad,) = [row for row in rows if row["failure"]]
+    assert bad["video"] == "broken.mp4" and bad["class1"] == ""
+    assert [row["video"] for row in good[::2]] == [
+        *("below/long.mp4", "odd.mp4", "one.mp4", "portrait.mp4"),
+    ]
+    for row in good:
+        assert (int(row["frames"]), int(row["resolution"])) == GRIDS[int(row["tokens"])]
+        odds = [float(row[f"probability{n}"]) for n in range(1, 5)]
+        assert odds == sorted(odds, reverse=True) and sum(odds) == pytest.approx(1, abs=1e-5)
+        assert {row[f"class{n}"] for n in range(1, 5)} == set(NAMES)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "tokens"])
+def test_features(weights, videos, tmp_path, kind):
+    assert run(options(weights, videos, tmp_path, features=kind)) == 0
+    model = fluxvit_jax.from_pretrained(weights)
+    with np.load(tmp_path / "below" / "long.npz") as arrays, Video(videos / "below/long.mp4") as v:
+        clip = read_clip(v, *GRIDS[12])
+        out = model(clip.frames, 12)
+        np.testing.assert_allclose(arrays["pooled_12"], out.pooled[0], rtol=1e-5, atol=1e-5)
+        if kind == "pooled":
+            assert sorted(arrays) == ["pooled_12", "pooled_24"]
+            return
+        assert arrays["tokens_24"].shape == (24, 64) and arrays["tokens_12"].dtype == np.float32
+        np.testing.assert_array_equal(arrays["thw_12"], np.argwhere(out.kept[0]))
+        np.testing.assert_array_equal(arrays["frames_12"], clip.numbers)
+    assert not (tmp_path / "broken.npz").exists()
+
+
+def test_a_bare_file_needs_its_network_named(finished, weights, videos, tmp_path, capsys):
+    """Official names in a file without a config; Ti is known by its size."""
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(weights / "model.safetensors", bare)
+    assert run(options(bare, videos / "odd.mp4", tmp_path, tokens=(24,))) == 0
+    first = capsys.readouterr().out
+    network = tmp_path / "config.json"
+    network.write_text(json.dumps({"head_budgets": [12], "id2label": {}}))
+    named = options(bare, videos / "odd.mp4", tmp_path, tokens=(24,), network=str(network))
+    assert run(named) == 0
+    assert "red" in first and "class 0" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(weights, videos, tiny_data, tmp_path):
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    for changes, message in [
+        ({"video": videos / "none.mp4"}, "no such file or folder"),
+        ({"video": ""}, "no such file or folder"),
+        ({"video": videos / "broken.mp4"}, "broken.mp4"),
+        ({"video": tmp_path}, "holds no videos"),
+        ({"weights": tmp_path / "none.pth"}, "there are no weights"),
+        ({"tokens": (1,)}, "--tokens at least 2"),
+        ({"top": 0}, "--top must be at least 1"),
+        ({"class_names": str(tmp_path / "two.txt")}, "has 2 names for the network's 4 classes"),
+    ]:
+        given = {"weights": weights, "video": videos / "odd.mp4", "out": tmp_path} | changes
+        with pytest.raises(UserError, match=message) as error:
+            run(options(**given))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode=predict", "--workdir="], "no weights given"),
+        (["--mode=predict", "--tokens=12,many"], "not numbers"),
+        (["--mode=export", "--tokens=-3"], "not numbers"),
+        (["--mode=predict", "--features=all"], "features.*pooled|tokens"),
+    ],
+)
+def test_wrong_flags_are_one_line(tiny_data, compiled, tmp_path, flags, message):
+    status, _, err = outcome(tiny.start(tiny_data, tmp_path / "run", compiled, *flags))
+    assert status == 2 and re.search(message, error_line(err)), err
