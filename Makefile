@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 # Last thing made of an environment, so one that was interrupted or is of another Python starts anew.
 READY := $(VENV)/ready-$(VERSION)
+TORCH := $(VENV)/torch-$(VERSION)
 
 .PHONY: help test demo clean
 
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
-test: $(READY)  ## make the environment, check style, run all tests
+test: $(TORCH)  ## make the environment, check style, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
@@ -36,4 +37,9 @@ $(READY): requirements.txt
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(TORCH): $(READY) requirements-torch.txt
+	@echo 'Adding PyTorch and ONNX to $(VENV), for the tests: some minutes, once.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	@touch $@

@@ -21,9 +21,13 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+import fluxvit_jax
+from fluxvit_jax.data.decode import Video
+from fluxvit_jax.page import fade
+from fluxvit_jax.predict import read_clip
+
 TITLES = {"multi": "Flux-Multi", "fixed": "Fixed grid, no selection"}
 SHOWN = ("pan_right", "object_over_still", "rotate_clockwise")  # a clip of each is drawn
-FADED = 0.2  # what is left of patches that are not kept; the rest is white
 
 
 def main() -> int:
@@ -140,42 +144,13 @@ def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> No
 
 def kept_strips(workdir: Path, clips: Path, motion: str, budgets: list[int]) -> list[np.ndarray]:
     """Frames of the first validation clip of a motion, side by side, once for each budget."""
-    import jax.numpy as jnp
-
-    from fluxvit_jax import checkpoint
-    from fluxvit_jax.budgets import Grid
-    from fluxvit_jax.config import from_dict, model_config
-    from fluxvit_jax.data import sampling
-    from fluxvit_jax.data.augment import crop_view, resize_clip
-    from fluxvit_jax.data.decode import Video
-    from fluxvit_jax.data.patches import patchify, unpatchify
-    from fluxvit_jax.models import fluxvit
-    from fluxvit_jax.models.selection import GridLimits
-
-    config = from_dict(json.loads((workdir / "config.json").read_text()))
-    model = fluxvit.merge(
-        fluxvit.structure(model_config(config)), checkpoint.restore_params(workdir)
-    )
+    model = fluxvit_jax.from_pretrained(workdir)
     strips = []
-    for (_, frames, resolution), budget in zip(config.eval.settings, budgets, strict=True):
+    for budget, frames, resolution in model.config.asked(budgets):
         with Video(sorted((clips / "validation" / motion).glob("*.mp4"))[0]) as video:
-            clip = video.read(sampling.test_frames(len(video), frames))
-        size = sampling.resized_size(*clip.shape[1:3], resolution)
-        clip = resize_clip(clip, *size)
-        clip = crop_view(clip, resolution, *sampling.test_crops(*size, 1)[0])
-        side = resolution // 14
-        grid = Grid(frames, side, side)
-        patches = patchify(clip)
-        kept = model.select(
-            fluxvit.normalise(jnp.asarray(patches[None])),
-            jnp.asarray([grid]),
-            budget,
-            GridLimits(*grid, grid.tokens),
-        )
-        share = np.full((grid.tokens, 1), FADED)
-        share[np.asarray(kept.index[0])] = 1.0
-        shown = unpatchify((share * patches + (1 - share) * 255).astype(np.uint8), grid)
-        gap = np.full((shown.shape[1], 3, 3), 255, np.uint8)
+            clip = read_clip(video, frames, resolution).frames
+        shown = fade(clip, model.select(clip, budget)[0])
+        gap = np.full((resolution, 3, 3), 255, np.uint8)
         strips.append(np.concatenate([side for frame in shown for side in (frame, gap)], axis=1))
     return strips
 

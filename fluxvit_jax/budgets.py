@@ -92,9 +92,8 @@ def kept_tokens(grid: Grid, budget: int, rounding: Literal["exact", "official"] 
         return grid.tokens
     if rounding == "exact":
         return budget
-    ratio = 1 - budget / grid.tokens
-    frame_tokens = grid.rows * grid.columns
-    return sum(int((1 - ratio) * (size * frame_tokens)) for size in group_sizes(grid.frames))
+    ratio, groups = 1 - budget / grid.tokens, len(group_sizes(grid.frames))
+    return groups * int((1 - ratio) * (grid.tokens // groups))
 
 
 def nearest_head(budget: int, head_budgets: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fluxvit_jax.budgets import PATCH, Grid, nearest_head
@@ -148,20 +149,20 @@ def run(
     tokens: Sequence[int] = (),
     network: str = "",
     dtype: str = "float32",
-    settings: Sequence[tuple[int, int, int]] = (),
+    config: ConfigDict | None = None,
 ) -> int:
     """Exports weights of any form; returns the exit status, 0.
 
     Args:
         tokens: budgets, each on the grid of the nearest setting; by default those of the settings.
         network: config.json for what the weights do not tell.
-        settings: (budget, frames, resolution); by default the checkpoint's.
+        config: a recipe, if one was given: its evaluation settings hold, not the checkpoint's.
 
     Raises UserError as `export` and `from_pretrained` do.
     """
     model = from_pretrained(weights, network or None, dtype)
-    chosen = model.config.asked(tokens, settings)
-    export(model, Path(out), chosen)
+    settings = model.config.asked(tokens, config.eval.settings if config else ())
+    export(model, Path(out), settings)
     size = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
-    print(f"{len(chosen)} budgets, {size:.1f} MB; written to {out}")
+    print(f"{len(settings)} budgets, {size:.1f} MB; written to {out}")
     return 0

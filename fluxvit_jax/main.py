@@ -10,9 +10,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from fluxvit_jax.errors import UserError
+
 # All else is imported by `main`: the workers that read data import this module as well.
 
 OF_A_RUN = ("train", "evaluate")  # modes that need a recipe and a workdir
+OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:
@@ -23,16 +26,14 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     from absl import app, flags
 
     from fluxvit_jax import config
-    from fluxvit_jax.errors import UserError
 
-    options = flags.FLAGS
     config.define_flag(argv=list(argv))
     _define_flags(flags)
     app.define_help_flags()
-
     try:
         config.parse_flags(argv)
-        return _run(options)
+        run = _run_weights if flags.FLAGS.mode in OF_WEIGHTS else _run
+        return run(flags.FLAGS)
     except UserError as error:
         if "--debug" in argv:
             raise
@@ -41,16 +42,15 @@ def main(argv: Sequence[str] = sys.argv) -> int:
 
 
 def _define_flags(flags) -> None:
-    modes = [*OF_A_RUN, "predict", "export"]
-    flags.DEFINE_enum("mode", "train", modes, "What to do.")
+    flags.DEFINE_enum("mode", "train", [*OF_A_RUN, *OF_WEIGHTS], "What to do.")
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
     flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
-    new = "predict, export: "
-    flags.DEFINE_string("checkpoint", None, f"{new}weights of any form; default: the workdir.")
-    flags.DEFINE_string("network", "", f"{new}config.json for what the weights do not tell.")
-    flags.DEFINE_list("tokens", [], f"{new}budgets, such as 1024,512; default: the checkpoint's.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], f"{new}of the computation.")
-    flags.DEFINE_string("out", None, f"{new}folder to write; default: WORKDIR/MODE, or MODE.")
+    own = "predict, export: "
+    flags.DEFINE_string("checkpoint", None, f"{own}weights of any form; default: the workdir.")
+    flags.DEFINE_string("network", "", f"{own}config.json for what the weights do not tell.")
+    flags.DEFINE_list("tokens", [], f"{own}budgets, such as 1024,512; default: the checkpoint's.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], f"{own}of the computation.")
+    flags.DEFINE_string("out", None, f"{own}folder to write; default: WORKDIR/MODE, or MODE.")
     flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
     flags.DEFINE_integer("top", 5, "predict: so many classes are named.")
     flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
@@ -58,43 +58,31 @@ def _define_flags(flags) -> None:
 
 
 def _run(options) -> int:
-    from fluxvit_jax.errors import UserError
-
-    if options.mode not in OF_A_RUN:
-        return _run_weights(options)
     if options.config is None:
         raise UserError("no recipe given: add, for example, --config=configs/demo.py")
     if not options.workdir:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
-    if options.mode == "evaluate":
-        from fluxvit_jax import evaluate
+    from fluxvit_jax import evaluate, train
 
-        return evaluate.run(options.config, options.workdir)
-    from fluxvit_jax import train
-
-    return train.train(options.config, options.workdir)
+    run = evaluate.run if options.mode == "evaluate" else train.train
+    return run(options.config, options.workdir)
 
 
 def _run_weights(options) -> int:
-    """The modes that need weights only, and take a recipe for its classes and settings."""
-    from fluxvit_jax import export, predict
-    from fluxvit_jax.errors import UserError
-
     weights = options.checkpoint or options.workdir
     if not weights:
         raise UserError("no weights given: add --workdir=DIR or --checkpoint=FILE_OR_FOLDER")
     if not all(text.isdecimal() and int(text) > 0 for text in options.tokens):
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
+    from fluxvit_jax import export, predict
+
     tokens = tuple(map(int, options.tokens))
     out = options.out or os.path.join(options.workdir or "", options.mode)
+    shared = (weights, out, tokens, options.network, options.dtype)
     if options.mode == "export":
-        settings = options.config.eval.settings if options.config else ()
-        return export.run(weights, out, tokens, options.network, options.dtype, settings)
-    asked = predict.Options(
-        *(weights, options.video, out, tokens, options.top, options.features),
-        *(options.class_names, options.network, options.dtype),
-    )
-    return predict.run(asked, options.config)
+        return export.run(*shared, options.config)
+    wanted = (options.video, options.top, options.features, options.class_names)
+    return predict.run(predict.Options(*shared, *wanted), options.config)
 
 
 def _exit(number: int, _) -> None:

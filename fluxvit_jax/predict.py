@@ -108,14 +108,14 @@ class Options(NamedTuple):
     """The flags of this mode, as `main` reads them."""
 
     weights: str  # of any form
-    video: str  # file or folder
     out: str  # folder to write into
-    tokens: Sequence[int] = ()  # budgets; the checkpoint's own without any
+    tokens: Sequence[int]  # budgets; the checkpoint's own without any
+    network: str  # config.json for what the weights do not tell
+    dtype: str
+    video: str  # file or folder
     top: int = 5
     features: str | None = None
     class_names: str = ""  # file; before the names in the config and the checkpoint
-    network: str = ""  # config.json for what the weights do not tell
-    dtype: str = "float32"
 
 
 def run(options: Options, config: ConfigDict | None = None) -> int:

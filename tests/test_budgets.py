@@ -8,6 +8,7 @@ import pytest
 from fluxvit_jax import budgets
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.selection import official_kept_table
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "optim_case.json").read_text())
 
@@ -34,6 +35,16 @@ def test_capacity_and_bounds():
     grids = official_grids(GOLDEN["sampler_official_script"])
     assert budgets.capacity(grids) == 6144
     assert budgets.bounds(grids) == Grid(24, 24, 24)
+
+
+def test_official_rounding_is_the_selectors():
+    """The one table that the device uses, for odd frames as well."""
+    for budget in (5, 64, 300):
+        table = official_kept_table(budget, 33 * 25)
+        for frames in range(1, 34):
+            grid = Grid(frames, 5, 5)
+            groups = len(budgets.group_sizes(frames))
+            assert budgets.kept_tokens(grid, budget, "official") == table[groups, grid.tokens]
 
 
 def test_official_rounding():

@@ -47,7 +47,8 @@ NAMES = ("red", "green", "blue", "<yellow>")
 
 
 def options(weights, video, out, **more) -> Options:
-    return Options(str(weights), str(video), str(out), **more)
+    given = {"tokens": (), "network": "", "dtype": "float32"} | more
+    return Options(str(weights), str(out), video=str(video), **given)
 
 
 def test_the_command(finished, videos, tiny_data, compiled, tmp_path):
