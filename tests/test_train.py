@@ -405,7 +405,8 @@ def test_official_safetensors(finished, tiny_data, tmp_path):
         ("missing.safetensors", None, "no such file"),
         ("missing", None, "no such file or folder"),
         ("broken.safetensors", b"\x08\0\0\0\0\0\0\0nothing!", "cannot be read as .safetensors"),
-        ("weights.pth", b"", "must be converted first"),
+        ("weights.pth", b"PK", "it is no zip archive"),
+        ("weights.ckpt", b"", "is neither .pth"),
     ],
 )
 def test_weights_that_cannot_be_read(tmp_path, tiny_data, name, content, message):

@@ -8,12 +8,13 @@ import pytest
 import safetensors.numpy
 
 import fluxvit_jax
-from fluxvit_jax import checkpoint
+from fluxvit_jax import checkpoint, evaluate
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.config import from_dict
 from fluxvit_jax.convert import adapt, config_json, files, names
 from fluxvit_jax.convert.__main__ import main
 from fluxvit_jax.errors import UserError
+from tests import tiny as tiny_recipe
 from tests.convert.test_names import MANIFEST, assert_identical
 from tests.models import golden
 
@@ -126,6 +127,20 @@ def test_a_workdir_that_was_trained(finished, tmp_path):
     assert config_json.to_json(read.config) == expected
     assert read.config.head_budgets == (24, 12)
     assert read.config.settings == ((24, 6, 42), (12, 4, 28))
+
+
+def test_a_converted_workdir_is_evaluated_as_the_first(finished, tiny_data, tmp_path):
+    """To a folder and back to a workdir: the same answers to all videos."""
+    config = tiny_recipe.make_config(tiny_data)
+    assert main([str(finished.workdir), str(tmp_path / "folder")]) == 0
+    assert main([str(tmp_path / "folder"), str(tmp_path / "run"), "--workdir"]) == 0
+    for workdir in (finished.workdir, tmp_path / "run"):
+        assert evaluate.run(config, workdir) == 0
+    first, second = (
+        (workdir / "evaluation" / "predictions.jsonl").read_text()
+        for workdir in (finished.workdir, tmp_path / "run")
+    )
+    assert first == second and first.count("\n") == 13
 
 
 def test_what_a_folder_says(tmp_path):
