@@ -9,7 +9,7 @@ import csv
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,112 +132,104 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     if options.top < 1 or any(budget < 2 for budget in options.tokens):
         raise UserError("--top must be at least 1 and --tokens at least 2")
     model = from_pretrained(options.weights, options.network or None, options.dtype)
-    names = _class_names(model, options, config)
-    settings = model.config.asked(options.tokens, config.eval.settings if config else ())
-    out = Path(options.out)
+    job = _Job(
+        model,
+        model.config.asked(options.tokens, config.eval.settings if config else ()),
+        _class_names(model, options, config),
+        options.top,
+        options.features,
+        Path(options.out),
+    )
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        job.out.mkdir(parents=True, exist_ok=True)
+        predict_all = _predict_folder if source.is_dir() else _predict_video
+        predict_all(job, source)
     except OSError as error:
-        raise UserError(f"--out={out}: cannot be written: {error.strerror}") from error
-    if source.is_dir():
-        _predict_folder(model, source, settings, names, options, out)
-    else:
-        _predict_video(model, source, settings, names, options, out)
+        raise UserError(f"--out={job.out}: cannot be written: {error}") from error
     return 0
 
 
-def _predict_video(
-    model: PretrainedModel,
-    path: Path,
-    settings: Sequence[Setting],
-    names: Sequence[str],
-    options: Options,
-    out: Path,
-) -> None:
-    try:
+class _Job(NamedTuple):
+    """What is asked of each video."""
+
+    model: PretrainedModel
+    settings: Sequence[Setting]
+    class_names: Sequence[str]
+    top: int
+    features: str | None
+    out: Path
+
+    def read(self, path: Path) -> list[Clip]:
+        """The clip of each setting. Raises DecodeError."""
         with Video(path) as video:
-            clips = [read_clip(video, *grid) for _, *grid in settings]
+            return [read_clip(video, *grid) for _, *grid in self.settings]
+
+    def answers(self, clips: Sequence[Clip], timed: int = 0) -> Iterator[Shown]:
+        """What `predict` finds at each setting."""
+        for (budget, *_), clip in zip(self.settings, clips, strict=True):
+            yield predict(self.model, clip, budget, self.class_names, self.top, timed)
+
+    def write_features(self, clips: Sequence[Clip], name: Path) -> None:
+        """`NAME.npz` in the folder to write into, if features are asked for."""
+        if not self.features:
+            return
+        arrays: dict[str, np.ndarray] = {}
+        for (budget, *_), clip in zip(self.settings, clips, strict=True):
+            arrays |= features(self.model, clip, budget, self.features)
+        path = self.out / f"{name}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **arrays)
+
+
+def _predict_video(job: _Job, path: Path) -> None:
+    try:
+        clips = job.read(path)
     except DecodeError as error:
         raise UserError(f"--video={error}") from error
     shown = []
-    for setting, clip in zip(settings, clips, strict=True):
-        one = predict(model, clip, setting[0], names, options.top, TIMED)
+    for one in job.answers(clips, TIMED):
         print(_heading(one), flush=True)
         for name, probability in one.top:
             print(f"  {probability:7.2%}  {name}", flush=True)
         shown.append(one)
-    page, film = out / f"{path.stem}.html", out / f"{path.stem}.mp4"
+    # Not the video's own name: it may lie in the folder that is written into.
+    page, film = job.out / f"{path.stem}.kept.html", job.out / f"{path.stem}.kept.mp4"
     write_page(page, path.name, shown)
     write_film(film, shown)
     print(f"written to {page} and {film}")
-    if options.features:
-        _write_features(model, settings, clips, options.features, out / f"{path.stem}.npz")
+    job.write_features(clips, Path(path.name))
 
 
-def _predict_folder(
-    model: PretrainedModel,
-    folder: Path,
-    settings: Sequence[Setting],
-    names: Sequence[str],
-    options: Options,
-    out: Path,
-) -> None:
+def _predict_folder(job: _Job, folder: Path) -> None:
     videos = videos_below(folder)
     if not videos:
         raise UserError(f"--video={folder}: holds no videos")
-    top, failed = min(options.top, len(names)), 0
+    top, failed = min(job.top, len(job.class_names)), 0
     header = ["video", "tokens", "frames", "resolution", "head"]
     header += [column for n in range(1, top + 1) for column in (f"class{n}", f"probability{n}")]
-    with (out / CSV).open("w", newline="") as file:
+    with (job.out / CSV).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*header, "failure"])
         for path in tqdm(videos, desc="predicting", unit="video", disable=None):
             name = path.relative_to(folder)
             try:
-                rows = _rows(model, path, settings, names, options, out / name.with_suffix(".npz"))
-                writer.writerows([name.as_posix(), *row, ""] for row in rows)
+                clips = job.read(path)
+                writer.writerows(_rows(job, name, clips))
+                job.write_features(clips, name)
             except DecodeError as error:
                 failed += 1
                 tqdm.write(f"{name}: {error.reason}", file=sys.stderr)
                 writer.writerow([name.as_posix(), *[""] * (len(header) - 1), error.reason])
             file.flush()  # what is done stays, should it be interrupted
     bad = f"; {failed} could not be read" if failed else ""
-    print(f"{len(videos)} videos{bad}; written to {out / CSV}")
+    print(f"{len(videos)} videos{bad}; written to {job.out / CSV}")
 
 
-def _rows(
-    model: PretrainedModel,
-    path: Path,
-    settings: Sequence[Setting],
-    names: Sequence[str],
-    options: Options,
-    features_path: Path,
-) -> list[list[Any]]:
-    """The columns of a video after its name and before its failure, for each budget."""
-    with Video(path) as video:
-        clips = [read_clip(video, *grid) for _, *grid in settings]
-    rows = []
-    for setting, clip in zip(settings, clips, strict=True):
-        one = predict(model, clip, setting[0], names, options.top)
-        answers = [cell for name, odds in one.top for cell in (name, f"{odds:.6f}")]
-        rows.append([*setting, one.head, *answers])
-    if options.features:
-        _write_features(model, settings, clips, options.features, features_path)
-    return rows
-
-
-def _write_features(
-    model: PretrainedModel,
-    settings: Sequence[Setting],
-    clips: Sequence[Clip],
-    kind: str,
-    path: Path,
-) -> None:
-    arrays: dict[str, np.ndarray] = {}
-    for setting, clip in zip(settings, clips, strict=True):
-        arrays |= features(model, clip, setting[0], kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+def _rows(job: _Job, name: Path, clips: Sequence[Clip]) -> Iterator[list[Any]]:
+    """The lines of a video in the table, one a budget."""
+    for setting, one in zip(job.settings, job.answers(clips), strict=True):
+        top = [cell for named, odds in one.top for cell in (named, f"{odds:.6f}")]
+        yield [name.as_posix(), *setting, one.head, *top, ""]
 
 
 def _class_names(

@@ -66,9 +66,9 @@ def test_the_command(finished, videos, tiny_data, compiled, tmp_path):
     assert re.match(r"24 of 54 tokens \(6 frames of 42 x 42 px, head 0\): [\d.]+ ms", lines[0])
     assert re.match(r"12 of 16 tokens \(4 frames of 28 x 28 px, head 1\): [\d.]+ ms", lines[3])
     assert all(re.match(rf"  +[\d.]+%  ({'|'.join(NAMES)})$", lines[i]) for i in (1, 2, 4, 5))
-    page = (tmp_path / "out" / "odd.html").read_text()
+    page = (tmp_path / "out" / "odd.kept.html").read_text()
     assert page.count("<img") == 6 + 4
-    with Video(tmp_path / "out" / "odd.mp4") as film:
+    with Video(tmp_path / "out" / "odd.kept.mp4") as film:
         assert len(film) >= 10
 
 
@@ -85,7 +85,7 @@ def test_it_answers_as_the_model_does(weights, videos, tmp_path, capsys):
                 best = f"{odds.max():7.2%}  {NAMES[odds.argmax()]}"
                 assert best in said
                 assert clip.frames.shape == (frames, resolution, resolution, 3)
-    assert (tmp_path / "portrait.html").exists() and (tmp_path / "one.mp4").exists()
+    assert (tmp_path / "portrait.kept.html").exists() and (tmp_path / "one.kept.mp4").exists()
 
 
 def test_a_clip_is_the_middle_square_of_evenly_spread_frames(videos):
@@ -121,7 +121,10 @@ def test_a_folder_becomes_a_table(weights, videos, tmp_path, capsys):
 def test_features(weights, videos, tmp_path, kind):
     assert run(options(weights, videos, tmp_path, features=kind)) == 0
     model = fluxvit_jax.from_pretrained(weights)
-    with np.load(tmp_path / "below" / "long.npz") as arrays, Video(videos / "below/long.mp4") as v:
+    with (
+        np.load(tmp_path / "below" / "long.mp4.npz") as arrays,
+        Video(videos / "below/long.mp4") as v,
+    ):
         clip = read_clip(v, *GRIDS[12])
         out = model(clip.frames, 12)
         np.testing.assert_allclose(arrays["pooled_12"], out.pooled[0], rtol=1e-5, atol=1e-5)
@@ -131,7 +134,7 @@ def test_features(weights, videos, tmp_path, kind):
         assert arrays["tokens_24"].shape == (24, 64) and arrays["tokens_12"].dtype == np.float32
         np.testing.assert_array_equal(arrays["thw_12"], np.argwhere(out.kept[0]))
         np.testing.assert_array_equal(arrays["frames_12"], clip.numbers)
-    assert not (tmp_path / "broken.npz").exists()
+    assert not (tmp_path / "broken.mp4.npz").exists()
 
 
 def test_a_bare_file_needs_its_network_named(finished, weights, videos, tmp_path, capsys):
