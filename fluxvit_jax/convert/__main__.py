@@ -17,18 +17,13 @@ from pathlib import Path
 from fluxvit_jax.budgets import PATCH, Grid
 from fluxvit_jax.convert import files
 from fluxvit_jax.convert.files import Pretrained
-from fluxvit_jax.errors import UserError
+from fluxvit_jax.errors import ArgumentParser, UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m fluxvit_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

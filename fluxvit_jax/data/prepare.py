@@ -53,7 +53,7 @@ from fluxvit_jax.data.annotations import (
     read_class_names,
 )
 from fluxvit_jax.data.decode import DecodeError, Video
-from fluxvit_jax.errors import UserError
+from fluxvit_jax.errors import ArgumentParser, UserError
 
 DATASET = "videos"  # its name for TFDS, and how shards begin
 WORK_FOLDER = ".prepare"
@@ -495,13 +495,8 @@ def _write_metadata(
 # The command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
-
-
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="python -m fluxvit_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
