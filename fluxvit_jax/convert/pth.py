@@ -297,7 +297,8 @@ def _known(module: str, name: str) -> _Name:
     known = _Name(f"{module}.{name}".replace("__builtin__.", "builtins."))
     if known not in CALLS and known not in DTYPES and known not in PLAIN_NAMES:
         raise _RefusedError(
-            f"it asks for {known}, which weights do not need; nothing of it was run"
+            f"it asks for {known}, which weights do not need, and nothing of it was run; if you "
+            "trust the file, load it with PyTorch and save its weights alone"
         )
     return known
 
