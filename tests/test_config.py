@@ -415,7 +415,6 @@ def test_a_program_gets_its_config_or_one_line(tmp_path):
         f"--config={K400} --wrokdir=x": "Unknown command line flag 'wrokdir'",
         f"--config={K400} --mode=trian": "flag --mode=trian",
         f"--config.train.epochs=3 --config={K400}": "before a value for --config was specified",
-        "--mode=train": "no recipe given",
     }
     running = {
         line: subprocess.Popen(

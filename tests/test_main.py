@@ -3,6 +3,8 @@
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,6 +46,13 @@ def test_mistakes_are_one_line(tiny_data, compiled, tmp_path, options, message):
     status, out, err = outcome(tiny.start(tiny_data, workdir, compiled, *options))
     assert status == 2 and re.search(message, error_line(err)), err
     assert not out and not workdir.exists()
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_run_needs_a_recipe(tmp_path, mode):
+    command = [sys.executable, "-m", "fluxvit_jax.main", f"--mode={mode}", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no recipe given" in error_line(done.stderr)
 
 
 def test_debug_shows_where(tiny_data, compiled, tmp_path):
