@@ -8,6 +8,7 @@ reads the folder.
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,38 +32,45 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, int, int]]) -> None:
-    """Writes the folder.
+    """Writes the folder, whole or not at all.
 
     settings: (budget, frames, resolution in pixels) of each program.
 
     Raises UserError: a setting that cannot be, or a folder that cannot be written or is not empty.
     """
     check_settings(model.config, settings)
-    params = flat(model.params)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; export into another folder")
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty; export into another folder")
-        np.savez(folder / WEIGHTS, **{name: np.asarray(array) for name, array in params.items()})
-        budgets = {}
-        for budget, frames, resolution in tqdm(
-            settings, desc="exporting", unit="budget", disable=None
-        ):
-            grid = Grid(frames, resolution // PATCH, resolution // PATCH)
-            head = nearest_head(budget, model.config.head_budgets)
-            program = f"{budget}.stablehlo"
-            (folder / program).write_bytes(lower(model.config.model, params, grid, budget, head))
-            budgets[str(budget)] = {
-                "program": program,
-                "frames": frames,
-                "resolution": resolution,
-                "head": head,
-                "sha256": sha256(folder / program),
-            }
-        manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        _write(model, unfinished, settings)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _write(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, int, int]]) -> None:
+    params = flat(model.params)
+    np.savez(folder / WEIGHTS, **{name: np.asarray(array) for name, array in params.items()})
+    budgets = {}
+    for budget, frames, resolution in tqdm(settings, "exporting", unit="budget", disable=None):
+        grid = Grid(frames, resolution // PATCH, resolution // PATCH)
+        head = nearest_head(budget, model.config.head_budgets)
+        program = folder / f"{budget}.stablehlo"
+        program.write_bytes(lower(model.config.model, params, grid, budget, head))
+        budgets[str(budget)] = {
+            "program": program.name,
+            "frames": frames,
+            "resolution": resolution,
+            "head": head,
+            "sha256": sha256(program),
+        }
+    manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
 def lower(

@@ -108,8 +108,12 @@ def test_what_cannot_be_is_refused(live, folder, tmp_path):
         model(photograph(4, 42, 42), 21)
     with pytest.raises(ValueError, match="a video is uint8"):
         model(photograph(4, 42, 42).astype(np.float32), 20)
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="is there already"):
         export(live, folder, SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        export(live, tmp_path / "file" / "folder", SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
     with pytest.raises(UserError, match="multiple of 14"):
         export(live, tmp_path / "other", ((20, 4, 40),))
 

@@ -301,7 +301,10 @@ def _configs(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         write_to(unfinished)
+        unfinished.chmod(mode)  # safetensors leaves a file that nobody else may read
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -99,6 +99,9 @@ def test_full_models_come_out_as_they_went_in(tmp_path, variant, dtype):
         read = files.read(tmp_path / form)
         assert_identical(read.state, state)
         assert read.config.model.heads == {"small": 6, "base": 12}[variant]
+    from fluxvit_jax.convert.torch_fluxvit import FluxViT
+
+    assert len(FluxViT.from_folder(tmp_path / "folder").state_dict()) == 246  # loaded strictly
     back = torch.load(tmp_path / "out.pth", weights_only=True)["model"]
     for name, array in state.items():
         bits = back[name].contiguous().view(torch.uint8).numpy()
@@ -152,6 +155,7 @@ def test_what_a_folder_says(tmp_path):
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
         *("config.json", "model.safetensors", "preprocessor_config.json", "torch_fluxvit.py"),
     ]
+    assert len({path.stat().st_mode for path in (tmp_path / "folder").iterdir()}) == 1
     written = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert written["model_type"] == "fluxvit" and written["width"] == 48 and written["depth"] == 3
     read = files.read(tmp_path / "folder").config

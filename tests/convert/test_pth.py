@@ -291,6 +291,7 @@ def test_damage_is_refused(tmp_path):
     refuse(tmp_path / "missing.pth", "no such file")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # damaged texts
 def test_random_damage_to_the_pickle_never_escapes(tmp_path):
     """Whatever is flipped, the file is read or refused: no other error, nothing run."""
     rng = np.random.default_rng(0)
