@@ -150,6 +150,26 @@ def test_a_bare_file_needs_its_network_named(finished, weights, videos, tmp_path
     assert "red" in first and "class 0" in capsys.readouterr().out
 
 
+def test_a_recipe_names_classes_and_grids(weights, videos, tiny_data, tmp_path, capsys):
+    """They go before those of the checkpoint, and a file named on the command line before both."""
+    (tmp_path / "recipe.txt").write_text("w\nx\ny\nz\n")
+    (tmp_path / "flag.txt").write_text("one\ntwo\nthree\nfour\n")
+    config = tiny.make_config(tiny_data, data__class_names=str(tmp_path / "recipe.txt"))
+    config.eval.settings = ((20, 5, 28),)
+    asked = options(weights, videos / "odd.mp4", tmp_path, top=4)
+    assert run(asked, config) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("20 of 20 tokens (5 frames of 28 x 28 px, head 0)")
+    assert set(re.findall(r"%  (\w+)\n", said)) == set("wxyz")
+    assert run(asked._replace(class_names=str(tmp_path / "flag.txt")), config) == 0
+    assert set(re.findall(r"%  (\w+)\n", capsys.readouterr().out)) == {
+        "one",
+        "two",
+        "three",
+        "four",
+    }
+
+
 def test_mistakes_are_one_line(weights, videos, tiny_data, tmp_path):
     (tmp_path / "two.txt").write_text("a\nb\n")
     for changes, message in [
