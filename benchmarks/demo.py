@@ -25,6 +25,7 @@ import fluxvit_jax
 from fluxvit_jax.data.decode import Video
 from fluxvit_jax.page import fade
 from fluxvit_jax.predict import read_clip
+from fluxvit_jax.pretrained import PretrainedModel
 
 TITLES = {"multi": "Flux-Multi", "fixed": "Fixed grid, no selection"}
 SHOWN = ("pan_right", "object_over_still", "rotate_clockwise")  # a clip of each is drawn
@@ -130,7 +131,8 @@ def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> No
     axes.legend()
     axes.grid(alpha=0.3)
     rows = below.subplots(len(SHOWN) * len(budgets), 1)
-    strips = [strip for motion in SHOWN for strip in kept_strips(workdir, clips, motion, budgets)]
+    model = fluxvit_jax.from_pretrained(workdir)
+    strips = [strip for motion in SHOWN for strip in kept_strips(model, clips, motion, budgets)]
     longest = max(strip.shape[1] for strip in strips)
     labels = [f"{motion}\n{budget} tokens" for motion in SHOWN for budget in budgets]
     for row, strip, label in zip(rows, strips, labels, strict=True):
@@ -142,9 +144,10 @@ def draw(reports: dict[str, dict], workdir: Path, clips: Path, path: Path) -> No
     plt.close(figure)
 
 
-def kept_strips(workdir: Path, clips: Path, motion: str, budgets: list[int]) -> list[np.ndarray]:
+def kept_strips(
+    model: PretrainedModel, clips: Path, motion: str, budgets: list[int]
+) -> list[np.ndarray]:
     """Frames of the first validation clip of a motion, side by side, once for each budget."""
-    model = fluxvit_jax.from_pretrained(workdir)
     strips = []
     for budget, frames, resolution in model.config.asked(budgets):
         with Video(sorted((clips / "validation" / motion).glob("*.mp4"))[0]) as video:

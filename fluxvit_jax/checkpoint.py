@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -240,6 +240,26 @@ def find_step(path: str | epath.Path) -> epath.Path:
     raise UserError(f"checkpoint {candidates[0]} is damaged: {faults[candidates[0]]}")
 
 
+class Trained(NamedTuple):
+    """What `restore` finds: the folder of the step, its parameters and its configuration."""
+
+    step: epath.Path
+    params: dict[str, Any]
+    config: dict[str, Any]
+
+
+def restore(path: str | epath.Path) -> Trained:
+    """The parameters (their moving average where the run kept one) and what they were trained with.
+
+    All checksums are compared, once. `path` is as for `find_step`; tuples of the config are lists.
+
+    Raises:
+        UserError: no checkpoint there, or none that is intact.
+    """
+    step = find_step(path)
+    return Trained(step, _read_params(step), _read_json(step / "config"))
+
+
 def restore_params(path: str | epath.Path, average: bool = True) -> dict[str, Any]:
     """The parameters of a checkpoint, as numpy arrays in a nested dict.
 
@@ -253,7 +273,10 @@ def restore_params(path: str | epath.Path, average: bool = True) -> dict[str, An
     Raises:
         UserError: no checkpoint there, or none that is intact.
     """
-    step = find_step(path)
+    return _read_params(find_step(path), average)
+
+
+def _read_params(step: epath.Path, average: bool = True) -> dict[str, Any]:
     stored = _stored(step)
     name = "ema" if average and "ema" in stored else "params"
     wanted = {name: stored[name]}
@@ -264,15 +287,6 @@ def restore_params(path: str | epath.Path, average: bool = True) -> dict[str, An
             args=ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True),
         )
     return restored[name]
-
-
-def restore_config(path: str | epath.Path) -> dict[str, Any]:
-    """The configuration that a checkpoint was trained with, tuples as lists.
-
-    Raises:
-        UserError: as `find_step`.
-    """
-    return _read_json(find_step(path) / "config")
 
 
 def check_fit(found: Tree, expected: Tree, source: str | epath.Path) -> None:

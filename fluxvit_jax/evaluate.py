@@ -301,10 +301,10 @@ def _weights(config: ConfigDict, workdir: Path) -> tuple[dict, str]:
     model = model_config(config)
     expected = jax.eval_shape(lambda: fluxvit.initialise(model, jax.random.key(0)))
     if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
-        step = checkpoint.find_step(workdir)
-        _check_same_network(checkpoint.restore_config(step), config, step)
+        step, params, trained = checkpoint.restore(workdir)
+        _check_same_network(trained, config, step)
         # Converted weights are kept in the dtype of the file they come from.
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint.restore_params(step))
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         checkpoint.check_fit(params, expected, step)
         return params, str(step.relative_to(step.parents[1]))
     path = config.train.init_from

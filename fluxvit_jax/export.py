@@ -6,7 +6,6 @@ reads the folder.
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fluxvit_jax.budgets import PATCH, Grid, nearest_head
+from fluxvit_jax.convert import names
 from fluxvit_jax.convert.config_json import PretrainedConfig, to_json
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.exported import MANIFEST, VERSION, WEIGHTS, sha256
-from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import MEAN, PATCH_VALUES, STD, FluxViTConfig
-from fluxvit_jax.models.selection import NOISY_SELECTORS, mask
-from fluxvit_jax.pretrained import PretrainedModel, from_pretrained
+from fluxvit_jax.pretrained import PretrainedModel, forward, from_pretrained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -54,7 +52,7 @@ def export(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, i
 
 
 def _write(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, int, int]]) -> None:
-    params = flat(model.params)
+    params = dict(names.flatten(model.params))
     np.savez(folder / WEIGHTS, **{name: np.asarray(array) for name, array in params.items()})
     budgets = {}
     for budget, frames, resolution in tqdm(settings, "exporting", unit="budget", disable=None):
@@ -83,17 +81,17 @@ def lower(
     [b, P]. The weights are arguments, so none of them is in it.
     """
 
-    def forward(params: dict[str, jax.Array], patches: jax.Array):
-        network = fluxvit.merge(fluxvit.structure(model), nested(params))
-        pixels = fluxvit.normalise(patches, jnp.dtype(model.dtype))
-        key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
-        answer = network.on_grid(pixels, grid, budget, head, key)
-        return answer.logits, answer.pooled, mask(answer.kept, grid.tokens)
+    def run_flat(flat: dict[str, jax.Array], patches: jax.Array):
+        tree: dict[str, Any] = {}
+        for path, array in flat.items():
+            names.insert(tree, path, array)
+        answer, kept = forward(tree, patches, model, grid, budget, head)
+        return answer.logits, answer.pooled, kept
 
     (b,) = jax.export.symbolic_shape("b")
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in params.items()}
     patches = jax.ShapeDtypeStruct((b, grid.tokens, PATCH_VALUES), jnp.uint8)
-    exported = jax.export.export(jax.jit(forward), platforms=PLATFORMS)(shapes, patches)
+    exported = jax.export.export(jax.jit(run_flat), platforms=PLATFORMS)(shapes, patches)
     return bytes(exported.serialize())
 
 
@@ -131,24 +129,6 @@ def check_settings(config: PretrainedConfig, settings: Sequence[tuple[int, int, 
             and frames * (resolution // PATCH) ** 2 > budget - inside
         ):
             raise UserError(f"{what}: the network selects nothing, so they do not fit the budget")
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"blocks.attn.proj.kernel": array, ...} of a nested dict."""
-    found = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        found |= flat(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return found
-
-
-def nested(params: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`."""
-    tree: dict[str, Any] = {}
-    for path, value in params.items():
-        *branches, last = path.split(".")
-        functools.reduce(lambda node, name: node.setdefault(name, {}), branches, tree)[last] = value
-    return tree
 
 
 def run(

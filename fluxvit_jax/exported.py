@@ -12,7 +12,7 @@ import numpy as np
 
 from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.data.patches import patchify
-from fluxvit_jax.data.sampling import test_frames
+from fluxvit_jax.data.sampling import resized_size, test_crops, test_frames
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
@@ -123,12 +123,10 @@ def fit(video: np.ndarray, T: int, resolution: int) -> np.ndarray:
 
 def middle_square(video: np.ndarray, resolution: int) -> np.ndarray:
     """uint8 [B, T, resolution, resolution, 3]: the short side scaled bilinearly, then cut."""
-    height, width = video.shape[2:4]
-    short = min(height, width)
-    height, width = int(resolution * height / short), int(resolution * width / short)
+    height, width = resized_size(*video.shape[2:4], resolution)
     shape = (*video.shape[:2], height, width, 3)
     resized = jax.image.resize(video.astype(np.float32), shape, "linear", antialias=False)
-    y, x = (height - resolution) // 2, (width - resolution) // 2
+    y, x = test_crops(height, width, 1)[0]
     square = resized[:, :, y : y + resolution, x : x + resolution]
     return np.asarray(square.round().clip(0, 255)).astype(np.uint8)
 

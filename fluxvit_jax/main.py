@@ -62,9 +62,10 @@ def _run(options) -> int:
         raise UserError("no recipe given: add, for example, --config=configs/demo.py")
     if not options.workdir:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
-    from fluxvit_jax import evaluate, train
-
-    run = evaluate.run if options.mode == "evaluate" else train.train
+    if options.mode == "evaluate":
+        from fluxvit_jax.evaluate import run
+    else:
+        from fluxvit_jax.train import train as run
     return run(options.config, options.workdir)
 
 

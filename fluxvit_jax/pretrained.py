@@ -72,10 +72,8 @@ def from_pretrained(
     if isinstance(config, str | os.PathLike):
         config = files.read_config(config)
     found = files.read(path, config)
-    params = names.from_official(found.state, found.config.model.heads)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     model = replace(found.config.model, dtype=dtype)
-    return PretrainedModel(params, replace(found.config, model=model))
+    return PretrainedModel(found.params(np.float32), replace(found.config, model=model))
 
 
 class PretrainedModel:
@@ -172,7 +170,7 @@ class PretrainedModel:
             raise ValueError(f"there are heads 0 to {model.budgets - 1}, no head {head}")
         if rounding is not None:
             model = replace(model, rounding=rounding)
-        return *_forward(self.params, patches, model, grid, budget, head), head
+        return *_compiled(self.params, patches, model, grid, budget, head), head
 
 
 def as_patches(video: np.ndarray | jax.Array) -> tuple[np.ndarray, Grid]:
@@ -197,14 +195,25 @@ def as_patches(video: np.ndarray | jax.Array) -> tuple[np.ndarray, Grid]:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "grid", "budget", "head"))
-def _forward(
+def forward(
     params: dict, patches: jax.Array, model: FluxViTConfig, grid: Grid, budget: int, head: int
 ) -> tuple[Answer, jax.Array]:
+    """The answer to clips on one grid, and which of their patches were kept, bool [B, P].
+
+    patches: [B, P, 588], uint8 or normalised.
+    """
     network = fluxvit.merge(fluxvit.structure(model), params)
     if patches.dtype == jnp.uint8:
         patches = fluxvit.normalise(patches)
     # Selectors that draw their scores draw the same ones in every call.
     key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
     answer = network.on_grid(patches.astype(model.dtype), grid, budget, head, key)
-    return answer, selection.mask(answer.kept, grid.tokens).reshape(-1, *grid)
+    return answer, selection.mask(answer.kept, grid.tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "grid", "budget", "head"))
+def _compiled(
+    params: dict, patches: jax.Array, model: FluxViTConfig, grid: Grid, budget: int, head: int
+) -> tuple[Answer, jax.Array]:
+    answer, kept = forward(params, patches, model, grid, budget, head)
+    return answer, kept.reshape(-1, *grid)

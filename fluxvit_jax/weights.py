@@ -7,12 +7,11 @@ Both are said; anything else is refused.
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from fluxvit_jax import checkpoint
 from fluxvit_jax.budgets import Grid
-from fluxvit_jax.convert import files, names
+from fluxvit_jax.convert import files
 from fluxvit_jax.convert.adapt import resize_positions
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 
@@ -37,9 +36,7 @@ def load(path: str, config: FluxViTConfig) -> tuple[Tree, Grid]:
     """
     found = files.read(path, default={name: getattr(config, name) for name in UNTOLD})
     model = found.config.model
-    params = names.from_official(found.state, model.heads)
-    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
-    return params, Grid(model.frames, model.rows, model.columns)
+    return found.params(np.float32), Grid(model.frames, model.rows, model.columns)
 
 
 def fit(

@@ -80,7 +80,7 @@ def test_round_trip_while_the_state_is_donated(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))
     as_json = json.loads(json.dumps(config.to_dict()))
-    assert checkpoint.restore_config(tmp_path) == as_json
+    assert checkpoint.restore(tmp_path).config == as_json
 
 
 def test_due():

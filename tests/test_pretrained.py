@@ -7,21 +7,9 @@ import fluxvit_jax
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.pretrained import as_patches
 from tests.models import golden
+from tests.models.test_fluxvit_golden import GOOD_CASES
 
-CASES = golden.manifest("tiny_cases")["cases"]
-VIDEOS = golden.manifest("tiny_cases")["videos"]
-QUIRKS = {name for name, video in VIDEOS.items() if "QUIRK" in video["note"]}
-# All cases pass in tests/models; here every third one, since each is compiled for itself.
-GOOD_CASES = [case for case in CASES if case["video"] not in QUIRKS][::3]
-CONFIG = {
-    "heads": 3,
-    "pool_heads": 4,
-    "frames": 8,
-    "rows": 4,
-    "columns": 4,
-    "gelu": "erf",
-    "head_budgets": [64, 32, 16],
-}
+CONFIG = golden.UNTOLD | {"head_budgets": [64, 32, 16]}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,8 @@ def photograph(T: int, height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (T, height, width, 3), np.uint8)
 
 
-@pytest.mark.parametrize("case", GOOD_CASES, ids=lambda c: c["id"])
+# All cases pass in tests/models; here every third one, since each is compiled for itself.
+@pytest.mark.parametrize("case", GOOD_CASES[::3], ids=lambda c: c["id"])
 def test_golden_numbers(model, case):
     arrays, head = golden.arrays("tiny_cases"), case["kwargs"]["output_head"]
     out = model(video_of(case["video"]), case["budget"], head, "official")
@@ -52,7 +41,7 @@ def test_golden_numbers(model, case):
 
 
 def test_select_keeps_the_golden_patches(model):
-    case = next(c for c in CASES if c["id"] == "c25")
+    case = next(c for c in GOOD_CASES if c["id"] == "c25")
     kept = model.select(video_of(case["video"]), case["budget"], "official")
     dropped = golden.arrays("tiny_cases")[case["outputs"]["mask"]]
     np.testing.assert_array_equal(kept.reshape(dropped.shape), ~dropped)

@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.convert import files
+from fluxvit_jax.convert import adapt, files
 from fluxvit_jax.convert.files import Pretrained
 from fluxvit_jax.errors import ArgumentParser, UserError
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -61,7 +59,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FRAMESxPIXELS",
         help="resize the position table to another native grid: 16x224, or 16x224x336",
     )
-    add("--dtype", choices=DTYPES, help="cast the tensors (default: SOURCE's dtype)")
+    add("--dtype", choices=tuple(adapt.DTYPES), help="cast the tensors (default: SOURCE's dtype)")
     return parser.parse_args(argv)
 
 
@@ -102,8 +100,6 @@ def _convert(args: argparse.Namespace) -> None:
 def _adapt(
     pretrained: Pretrained, classes: int | None, grid: Grid | None, dtype: str | None
 ) -> Pretrained:
-    from fluxvit_jax.convert import adapt  # late: plain conversion does without JAX's start
-
     if classes is not None:
         pretrained = adapt.cut_classes(pretrained, classes)
     if grid is not None:

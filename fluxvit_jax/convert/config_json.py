@@ -159,7 +159,8 @@ def describe(
         listed = ", ".join(f"{name} is {told[name]}, not {given[name]}" for name in wrong)
         raise UserError(f"{source}: its config.json contradicts its weights: {listed}")
     said = {name: given[name] for name in (*NUMBERS, *BEHAVIOUR) if name in given}
-    fields = {**(default or {}), **_of_released_size(state, told), **told, **said}
+    places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else None
+    fields = {**(default or {}), **_of_released_size(told, places), **told, **said}
     if missing := [name for name in (*SIZES, "pool_heads") if name not in fields]:
         raise UserError(
             f"{source}: the weights do not tell {', '.join(missing)}; name a config.json that "
@@ -167,8 +168,7 @@ def describe(
         )
     model = FluxViTConfig(**fields)
     _check_division(model, source)
-    places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else model.native_tokens
-    if model.native_tokens != places:
+    if places not in (None, model.native_tokens):
         raise UserError(
             f"{source}: its position table has {places} places, not the {model.frames} x "
             f"{model.rows} x {model.columns} of its config.json"
@@ -204,11 +204,10 @@ def _check_division(model: FluxViTConfig, source: str) -> None:
             )
 
 
-def _of_released_size(state: Mapping[str, np.ndarray], told: Mapping[str, int]) -> dict[str, int]:
+def _of_released_size(told: Mapping[str, int], places: int | None) -> dict[str, int]:
     """What the variant of the weights' width, depth and places adds; nothing without one."""
     for variant in VARIANTS.values():
         side = variant.resolution // PATCH
-        places = state["pos_embed"].shape[1] - 1 if "pos_embed" in state else None
         size = (variant.width, variant.depth, variant.frames * side * side)
         if size == (told.get("width"), told.get("depth"), places):
             return {

@@ -17,15 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fluxvit_jax.config import from_dict
 from fluxvit_jax.convert import config_json, names
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.convert.pth import read_pth
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.models import fluxvit
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -48,6 +51,11 @@ class Pretrained(NamedTuple):
     state: dict[str, np.ndarray]
     config: PretrainedConfig
     notes: tuple[str, ...] = ()
+
+    def params(self, dtype: np.dtype | type | None = None) -> dict[str, Any]:
+        """Our nested parameter tree, in another dtype if one is given."""
+        tree = names.from_official(self.state, self.config.model.heads)
+        return jax.tree.map(lambda x: np.asarray(x, dtype), tree)
 
 
 class _Found(NamedTuple):
@@ -123,8 +131,7 @@ def _find(source: Path) -> _Found:
         return _find_workdir(source)
     if not source.exists():
         raise UserError(f"{source}: there are no weights: no such file or folder")
-    reader = _reader(source)
-    tensors, texts = reader(source)
+    tensors, texts = _reader(source)(source)
     try:
         embedded = json.loads(texts.get(EMBEDDED, "{}"))
         config, preprocessor = embedded.get("config", {}), embedded.get("preprocessor", {})
@@ -144,11 +151,10 @@ def _find_folder(folder: Path) -> _Found:
 
 def _find_workdir(workdir: Path) -> _Found:
     from fluxvit_jax import checkpoint  # late: Orbax takes seconds to import
-    from fluxvit_jax.config import from_dict
 
-    step = checkpoint.find_step(workdir)
-    described = config_json.of_recipe(from_dict(checkpoint.restore_config(step)))
-    state = names.to_official(checkpoint.restore_params(step))
+    trained = checkpoint.restore(workdir)
+    described = config_json.of_recipe(from_dict(trained.config))
+    state = names.to_official(trained.params)
     return _Found(state, config_json.to_json(described), config_json.preprocessor_json(described))
 
 
@@ -194,10 +200,6 @@ def _allowed(name: str, allowed: Sequence[str]) -> bool:
 
 def _fresh(config: PretrainedConfig) -> dict[str, np.ndarray]:
     """The tensors of a network that was never trained, under their official names."""
-    import jax
-
-    from fluxvit_jax.models import fluxvit
-
     params = fluxvit.initialise(config.model, jax.random.key(0))
     return names.to_official(jax.tree.map(np.asarray, params))
 
@@ -250,9 +252,8 @@ def write_workdir(pretrained: Pretrained, workdir: str | os.PathLike) -> None:
             (workdir / CLASS_NAMES).write_text("\n".join(pretrained.config.class_names) + "\n")
     except OSError as error:
         raise UserError(f"{workdir}: cannot be written: {error.strerror or error}") from error
-    params = names.from_official(pretrained.state, pretrained.config.model.heads)
     with checkpoint.Checkpoints(workdir, keep=1, every=1) as checkpoints:
-        checkpoints.save(0, {"params": params, "step": np.int32(0)}, {}, recipe)
+        checkpoints.save(0, {"params": pretrained.params(), "step": np.int32(0)}, {}, recipe)
     write_config(workdir, recipe)
 
 

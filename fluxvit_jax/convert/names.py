@@ -152,7 +152,7 @@ def from_official(state: Mapping[str, np.ndarray], heads: int) -> dict[str, Any]
             leaf.layout.to_ours(np.asarray(state[name]), heads) for name in _names(leaf, counts)
         ]
         stacked = leaf.branch in STACKED
-        _insert(tree, leaf.path, np.stack(tensors) if stacked else tensors[0].copy())
+        insert(tree, leaf.path, np.stack(tensors) if stacked else tensors[0].copy())
     return tree
 
 
@@ -189,7 +189,7 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Raises:
         UserError: as `from_official`.
     """
-    ours = dict(_flatten(params))
+    ours = dict(flatten(params))
     _refuse(
         {"missing": [x.path for x in LEAVES if x.path not in ours], "unexpected": _unknown(ours)}
     )
@@ -209,15 +209,17 @@ def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return state
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("blocks.attn.proj.kernel", array) and so on, of a nested parameter tree."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _insert(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+def insert(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Puts one item of `flatten` into a tree, making the branches that it needs."""
     *branches, last = path.split(".")
     for branch in branches:
         tree = tree.setdefault(branch, {})

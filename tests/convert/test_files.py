@@ -18,15 +18,7 @@ from tests import tiny as tiny_recipe
 from tests.convert.test_names import MANIFEST, assert_identical
 from tests.models import golden
 
-CONFIG = {
-    "heads": 3,
-    "pool_heads": 4,
-    "frames": 8,
-    "rows": 4,
-    "columns": 4,
-    "gelu": "erf",
-    "rounding": "official",
-}
+CONFIG = golden.UNTOLD | {"rounding": "official"}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TINY_PTH = golden.GOLDEN / "tiny_state.pth"
 
@@ -125,7 +117,7 @@ def test_a_workdir_that_was_trained(finished, tmp_path):
     params = names.from_official(read.state, read.config.model.heads)
     trained = checkpoint.restore_params(finished.workdir)
     assert_identical(names.to_official(params), names.to_official(trained))
-    recipe = from_dict(checkpoint.restore_config(finished.workdir))
+    recipe = from_dict(checkpoint.restore(finished.workdir).config)
     expected = config_json.to_json(config_json.of_recipe(recipe))
     assert config_json.to_json(read.config) == expected
     assert read.config.head_budgets == (24, 12)

@@ -15,6 +15,15 @@ from fluxvit_jax.models.selection import GridLimits
 GOLDEN = Path(__file__).parents[1] / "golden"
 PATCH = 14
 
+# What the weights of TINY do not tell, as fields of a config.json.
+UNTOLD = {
+    "heads": 3,
+    "pool_heads": 4,
+    "frames": 8,
+    "rows": 4,
+    "columns": 4,
+    "gelu": "erf",
+}
 TINY = fluxvit.FluxViTConfig(
     width=48, depth=3, heads=3, frames=8, rows=4, columns=4, classes=10, pool_width=64,
     pool_heads=4, gelu="erf", cls="outside", rounding="official",
