@@ -22,10 +22,20 @@ class Grid(NamedTuple):
     rows: int
     columns: int
 
+    @classmethod
+    def square(cls, frames: int, resolution: int) -> "Grid":
+        """The grid of square frames of `resolution` pixels a side, a multiple of the patch size."""
+        return cls(frames, resolution // PATCH, resolution // PATCH)
+
     @property
     def tokens(self) -> int:
         """Tokens of the grid, T * H * W."""
         return self.frames * self.rows * self.columns
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a frame from top to bottom; of a square grid, along each side."""
+        return self.rows * PATCH
 
 
 def square_grids(
@@ -47,7 +57,7 @@ def square_grids(
             )
     if any(t < 1 for t in frames):
         raise UserError(f"a clip needs at least 1 frame, but grids of {min(frames)} are asked for")
-    grids = [Grid(t, r // PATCH, r // PATCH) for t in frames for r in resolutions]
+    grids = [Grid.square(t, r) for t in frames for r in resolutions]
     admissible = tuple(grid for grid in grids if min_tokens <= grid.tokens <= max_tokens)
     if not admissible:
         counts = [grid.tokens for grid in grids]

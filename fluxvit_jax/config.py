@@ -7,6 +7,7 @@ Everything wrong with a config is one `UserError` of one line.
 """
 
 import difflib
+import math
 import re
 import runpy
 import sys
@@ -98,6 +99,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.data.grids.resolutions = (112, 336, 28)  # start, last, step; pixels
     config.data.grids.tokens = (2048, 6144)  # fewest, most
     config.data.grid_group = 8  # clips that share a grid
+    config.data.held_out = 0.0  # share of the training list left out, for a search to choose on
     config.data.repeats = 1  # augmented clips of one decoded video
     config.data.workers = 2
     config.data.max_bad_fraction = 0.05  # of unreadable clips before training stops
@@ -142,10 +144,22 @@ def default_config(variant: str = "B") -> ConfigDict:
         (1024, 12, 168),
         (512, 8, 168),
     )
+    config.eval.plan = ""  # report of a search: the cells it chose take the place of `settings`
     config.eval.clips = 4
     config.eval.crops = 3
     config.eval.batch_size = 16  # videos over all devices
     config.eval.every_epochs = 1
+
+    config.search = ConfigDict()
+    config.search.budgets = (3072, 2048, 1024, 512)
+    config.search.frames = (4, 32, 2)  # start, last, step
+    config.search.resolutions = (112, 336, 28)  # start, last, step; pixels
+    config.search.heads = "nearest"  # to the budget | "all"
+    config.search.merging = False  # try token merging beside selection
+    config.search.choose = ""  # list to choose on; "": what data.held_out left out of data.train
+    config.search.videos = 2000  # most to choose on; 0: all
+    config.search.strategy = "full"  # | "halving": drop the worse half of cells again and again
+    config.search.timed_batch = 8  # clips at once, in the second of a cell's timings
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
@@ -336,6 +350,8 @@ CHOICES = {
     ),
     "model.selector.rounding": ("exact", "official"),
     "data.augment.crop": ("random_resized", "multi_scale"),
+    "search.heads": ("nearest", "all"),
+    "search.strategy": ("full", "halving"),
 }
 # Tuples of a fixed form: what their elements are, and how many (None: one or more).
 TUPLES = {
@@ -346,6 +362,9 @@ TUPLES = {
     "data.augment.ratio": (float, 2),
     "train.budgets": (int, None),
     "eval.settings": (tuple, None),
+    "search.budgets": (int, None),
+    "search.frames": (int, 3),
+    "search.resolutions": (int, 3),
 }
 POSITIVE = (
     "model.frames",
@@ -369,6 +388,10 @@ POSITIVE = (
     "eval.crops",
     "eval.batch_size",
     "eval.every_epochs",
+    "search.budgets",
+    "search.frames",
+    "search.resolutions",
+    "search.timed_batch",
     "checkpoint.every_steps",
     "checkpoint.keep",
     "log.every_steps",
@@ -385,6 +408,7 @@ NOT_NEGATIVE = (
     "optim.warmup_learning_rate",
     "optim.weight_decay",
     "optim.clip_norm",
+    "search.videos",
 )
 SHARES = (  # 0 to 1
     "data.max_bad_fraction",
@@ -396,6 +420,7 @@ SHARES = (  # 0 to 1
 )
 SHARES_BELOW_ONE = (
     "model.drop_path",
+    "data.held_out",
     "train.label_smoothing",
     "train.ema",
     "optim.b1",
@@ -437,19 +462,36 @@ def validate_for_training(config: ConfigDict) -> None:
 
 def admissible_grids(config: ConfigDict) -> tuple[Grid, ...]:
     """The grids that training draws from. Raises UserError if there are none."""
-    sides = {}
-    for name in ("frames", "resolutions"):
-        first, last, step = config.data.grids[name]
-        if first > last:
-            raise UserError(
-                f"config.data.grids.{name}: ({first}, {last}, {step}) is (first, last, step) and "
-                "the first is above the last"
-            )
-        sides[name] = range(first, last + 1, step)
+    sides = [_span(config, f"data.grids.{name}") for name in ("frames", "resolutions")]
     try:
-        return square_grids(sides["frames"], sides["resolutions"], *config.data.grids.tokens)
+        return square_grids(*sides, *config.data.grids.tokens)
     except UserError as error:
         raise UserError(f"config.data.grids: {error}") from error
+
+
+def evaluation_grids(config: ConfigDict) -> tuple[Grid, ...]:
+    """The grid of each of `eval.settings`."""
+    return tuple(Grid.square(*size) for _, *size in config.eval.settings)
+
+
+def search_grids(config: ConfigDict) -> tuple[Grid, ...]:
+    """The lattice of frames x resolution that a search tries. Raises UserError if it is empty."""
+    sides = [_span(config, f"search.{name}") for name in ("frames", "resolutions")]
+    try:
+        return square_grids(*sides, 1, math.inf)
+    except UserError as error:
+        raise UserError(f"config.search: {error}") from error
+
+
+def _span(config: ConfigDict, name: str) -> range:
+    """The numbers of a field (first, last, step)."""
+    first, last, step = flatten(config)[name]
+    if first > last:
+        raise UserError(
+            f"config.{name}: ({first}, {last}, {step}) is (first, last, step) and the first is "
+            "above the last"
+        )
+    return range(first, last + 1, step)
 
 
 # May differ between the runs that share a workdir; all else makes another model of it.
@@ -457,6 +499,7 @@ MAY_CHANGE = (
     "log",  # what is printed, and how often
     "checkpoint",  # when it is saved, not what
     "eval",  # how the model is measured
+    "search",  # how its budgets are chosen
     "data.validation",  # measured on
     "data.class_names",  # only shown
     "data.root",  # videos moved to another disk are the same videos

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import checkpoint, parallel, weights
+from fluxvit_jax import checkpoint, parallel, planner, weights
 from fluxvit_jax.budgets import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.config import flatten, model_config
 from fluxvit_jax.data.annotations import Source, open_source
@@ -37,7 +37,7 @@ DIGITS = 6  # of the probabilities that are kept
 
 
 class Setting(NamedTuple):
-    """One of `eval.settings`: a budget, the grid that it chooses its tokens from, and the head."""
+    """How a network is asked: a budget, the grid that it chooses its tokens from, and the head."""
 
     budget: int
     grid: Grid
@@ -76,12 +76,8 @@ class Evaluation(NamedTuple):
 def settings_of(config: ConfigDict) -> list[Setting]:
     """`eval.settings`, each with the head that was trained at the nearest budget."""
     return [
-        Setting(
-            budget,
-            Grid(frames, resolution // PATCH, resolution // PATCH),
-            nearest_head(budget, config.train.budgets),
-        )
-        for budget, frames, resolution in config.eval.settings
+        Setting(budget, Grid.square(*size), nearest_head(budget, config.train.budgets))
+        for budget, *size in config.eval.settings
     ]
 
 
@@ -91,12 +87,14 @@ def evaluate(
     source: Source,
     mesh: Mesh | None = None,
     stop: Callable[[], bool] = lambda: False,
+    settings: Sequence[Setting] = (),
 ) -> Evaluation | None:
-    """Accuracy of `params` on the videos of `source` at all `eval.settings`.
+    """Accuracy of `params` on the videos of `source`.
 
     Args:
         params: the network's parameters, on the devices or as numpy arrays.
         mesh: the devices; all of them by default.
+        settings: of different budgets; by default those of `eval.settings`.
         stop: asked after each batch; once it says True, evaluation ends and None is returned.
 
     Raises:
@@ -106,17 +104,22 @@ def evaluate(
         raise UserError("config.data.validation: there are no videos to evaluate on")
     mesh = mesh or parallel.data_mesh()
     params = jax.device_put(params, parallel.replicated(mesh))
-    settings = settings_of(config)
+    settings = settings or settings_of(config)
     programs = [predictor(model_config(config), setting, config.seed, mesh) for setting in settings]
     batches = evaluation_batches(
-        config, source, host_index=parallel.host_index(), host_count=parallel.host_count()
+        config,
+        source,
+        [setting.grid for setting in settings],
+        host_index=parallel.host_index(),
+        host_count=parallel.host_count(),
     )
     found = []
-    with batches, _progress_bar(len(source)) as bar:
+    with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
         for batch in batches:
             likeliest = [
-                _likeliest(_probabilities(program, params, batch, f"patches{k}", mesh))
+                top
                 for k, program in enumerate(programs)
+                for top in classify([program], params, batch["video"], batch[f"patches{k}"], mesh)
             ]
             own = [
                 {
@@ -163,23 +166,34 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
     )
 
 
-def _probabilities(
-    program: Callable, params: dict, batch: dict, name: str, mesh: Mesh
-) -> np.ndarray:
-    """Mean over the views of a host's batch [b, V, P, 588]: float32 [b, classes]."""
-    patches, video = batch[name], batch["video"].astype(np.int32)
+def classify(
+    programs: Sequence[Callable],
+    params: dict,
+    video: np.ndarray,
+    patches: np.ndarray,
+    mesh: Mesh,
+) -> list[list[list[tuple[int, float]]]]:
+    """The likeliest classes by the mean over a host's views, for each program and video.
+
+    programs: of settings of one grid, from `predictor`; video: int [b], numbers of the videos;
+    patches: uint8 [b, V, P, 588]. Returns, likeliest first, (class, probability) of `TOP` classes.
+    """
     b, views = patches.shape[:2]
     extra = -b % len(mesh.local_devices)  # rows that fill the devices; nobody looks at them
     pad = functools.partial(_pad, extra=extra)
     classes = params["heads"]["bias"].shape[-1]
-    start = {"total": np.zeros((b + extra, classes), np.float32), "video": pad(video)}
-    placed = parallel.put(start, mesh)
-    total = before = placed["total"]
+    start = {"total": np.zeros((b, classes), np.float32), "video": video.astype(np.int32)}
+    placed = parallel.put({name: pad(array) for name, array in start.items()}, mesh)
+    totals = before = [placed["total"]] * len(programs)
     for view in range(views):
         part = parallel.put({"patches": pad(patches[:, view])}, mesh)["patches"]
-        before.block_until_ready()  # two views on the devices, not all of them
-        before, total = total, program(params, total, part, placed["video"], np.int32(view))
-    return parallel.local_rows(total, mesh)[:b] / views
+        jax.block_until_ready(before)  # two views on the devices, not all of them
+        before = totals
+        totals = [
+            program(params, total, part, placed["video"], np.int32(view))
+            for program, total in zip(programs, totals, strict=True)
+        ]
+    return [_likeliest(parallel.local_rows(total, mesh)[:b] / views) for total in totals]
 
 
 def _pad(array: np.ndarray, extra: int) -> np.ndarray:
@@ -196,34 +210,38 @@ def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
     ]
 
 
-def _progress_bar(videos: int) -> tqdm:
+def progress_bar(total: float, **options: Any) -> tqdm:
+    """Shown by the first host: renewed in a terminal, elsewhere a line every half minute."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        total=videos,
-        desc="evaluating",
-        unit="video",
+        total=total,
         leave=False,
         disable=parallel.host_index() != 0,
         mininterval=0.2 if terminal else 30,
         delay=0 if terminal else 30,
+        **options,
     )
+
+
+def tokens_kept(model: FluxViTConfig, grid: Grid, budget: int) -> int:
+    """Tokens that a budget keeps of a grid, CLS among them where it takes one of the places."""
+    inside = model.cls == "inside"
+    return kept_tokens(grid, budget - inside, model.rounding) + inside
 
 
 def _report(
     config: ConfigDict, source: Source, settings: Sequence[Setting], found: Sequence[dict]
 ) -> dict[str, Any]:
     read = [video for video in found if not video["failure"]]
-    inside = config.model.cls == "inside"  # CLS takes one of the places
-    budgets = {}
+    model, budgets = model_config(config), {}
     for k, (budget, grid, head) in enumerate(settings):
         classes = [[c for c, _ in video["top"][k]] for video in read]
         labels = [video["label"] for video in read]
         pairs = list(zip(labels, classes, strict=True))
-        kept = kept_tokens(grid, budget - inside, config.model.selector.rounding) + inside
         budgets[str(budget)] = {
             "frames": grid.frames,
             "resolution": grid.rows * PATCH,
-            "tokens": kept,
+            "tokens": tokens_kept(model, grid, budget),
             "head": head,
             "top1": sum(label == top[0] for label, top in pairs) / len(found),
             "top5": sum(label in top for label, top in pairs) / len(found),
@@ -259,16 +277,19 @@ def run(config: ConfigDict, workdir: str) -> int:
     """Evaluates the best checkpoint of a workdir on `data.validation`; prints a table.
 
     Writes `evaluation/<name of the data>.json` and `evaluation/predictions.jsonl`. A workdir
-    without checkpoints takes the weights of `train.init_from`.
+    without checkpoints takes the weights of `train.init_from`. With `eval.plan`, at the cells that
+    the search chose: Token Optimization, the "+TO" of the paper.
 
-    Returns the exit status, 0. Raises UserError: no data, no checkpoint, one of another model.
+    Returns the exit status, 0. Raises UserError: no data, no checkpoint, one of another model, a
+    plan of other weights.
     """
     if not config.data.validation:
         raise UserError("no data to evaluate on: add --config.data.validation=LIST")
     source = open_source(config.data.validation, config.data.root, config.model.classes)
-    params, origin = _weights(config, Path(workdir))
+    params, origin, _ = load_weights(config, Path(workdir))
+    settings = _planned(config, params) if config.eval.plan else ()
     parallel.say(f"evaluating {origin} on {len(source)} videos")
-    evaluation = evaluate(params, config, source)
+    evaluation = evaluate(params, config, source, settings=settings)
     if parallel.host_index() == 0:
         path = write(evaluation, Path(workdir), name_of(config.data.validation), origin)
         print(evaluation.table())
@@ -296,8 +317,35 @@ def name_of(data: str) -> str:
     return (path.stem if path.is_file() else path.name).replace(":", "-") or "data"
 
 
-def _weights(config: ConfigDict, workdir: Path) -> tuple[dict, str]:
-    """The parameters to evaluate and where they are from."""
+def _planned(config: ConfigDict, params: dict) -> list[Setting]:
+    """The cell of selection that the report `eval.plan` chose for each budget."""
+    report = planner.read_report(config.eval.plan)
+    planner.check_weights(report, params, config.eval.plan)
+    cells = [report["cells"][own["select"]] for own in report["chosen"].values() if own["select"]]
+    if not cells:
+        raise UserError(f"{config.eval.plan}: has chosen no cells yet; let --mode=search finish")
+    return [
+        Setting(cell["budget"], Grid.square(cell["frames"], cell["resolution"]), cell["head"])
+        for cell in cells
+    ]
+
+
+class Weights(NamedTuple):
+    """Parameters, as numpy arrays, where they are from, and the config they were trained with.
+
+    trained: of a run's checkpoint, as a nested dict; None for other weights.
+    """
+
+    params: dict
+    origin: str
+    trained: dict | None
+
+
+def load_weights(config: ConfigDict, workdir: Path) -> Weights:
+    """The best checkpoint of a workdir; without any, the weights of `train.init_from`.
+
+    Raises UserError: there are none, or they are of another network.
+    """
     model = model_config(config)
     expected = jax.eval_shape(lambda: fluxvit.initialise(model, jax.random.key(0)))
     if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
@@ -306,11 +354,11 @@ def _weights(config: ConfigDict, workdir: Path) -> tuple[dict, str]:
         # Converted weights are kept in the dtype of the file they come from.
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
         checkpoint.check_fit(params, expected, step)
-        return params, str(step.relative_to(step.parents[1]))
+        return Weights(params, str(step.relative_to(step.parents[1])), trained)
     path = config.train.init_from
     params, _ = weights.load(path, model)
     checkpoint.check_fit(params, expected, path)
-    return params, path
+    return Weights(params, path, None)
 
 
 def _check_same_network(trained: dict, config: ConfigDict, step: Any) -> None:

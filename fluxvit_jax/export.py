@@ -2,7 +2,8 @@
 
 It holds the weights once, a StableHLO program for each budget, and a manifest. A program takes the
 weights and a batch of any size; it is lowered for CPU, CUDA and TPU. `fluxvit_jax.load_exported`
-reads the folder.
+reads the folder. Weights that were searched are exported on the grids that the search chose, and
+the manifest says how accurate they are, so that a server can be asked by time as well.
 """
 
 import dataclasses
@@ -18,9 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax import planner
 from fluxvit_jax.budgets import PATCH, Grid, nearest_head
 from fluxvit_jax.convert import names
-from fluxvit_jax.convert.config_json import PretrainedConfig, to_json
+from fluxvit_jax.convert.config_json import PretrainedConfig, Setting, to_json
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.exported import MANIFEST, VERSION, WEIGHTS, sha256
 from fluxvit_jax.models.fluxvit import MEAN, PATCH_VALUES, STD, FluxViTConfig
@@ -29,10 +31,17 @@ from fluxvit_jax.pretrained import PretrainedModel, forward, from_pretrained
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, int, int]]) -> None:
+def export(
+    model: PretrainedModel,
+    folder: Path,
+    settings: Sequence[Setting],
+    report: planner.Report | None = None,
+) -> None:
     """Writes the folder, whole or not at all.
 
     settings: (budget, frames, resolution in pixels) of each program.
+    report: of a search of these weights: it names the heads of the cells that it chose, where
+        otherwise the one trained at the nearest budget answers, and fills the manifest's "plan".
 
     Raises UserError: a setting that cannot be, or a folder that cannot be written or is not empty.
     """
@@ -43,7 +52,7 @@ def export(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, i
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write(model, unfinished, settings)
+        _write(model, unfinished, settings, report)
         if folder.exists():
             folder.rmdir()
         unfinished.rename(folder)
@@ -51,13 +60,19 @@ def export(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, i
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _write(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, int, int]]) -> None:
+def _write(
+    model: PretrainedModel,
+    folder: Path,
+    settings: Sequence[Setting],
+    report: planner.Report | None,
+) -> None:
     params = dict(names.flatten(model.params))
     np.savez(folder / WEIGHTS, **{name: np.asarray(array) for name, array in params.items()})
-    budgets = {}
+    budgets, heads = {}, {_setting(cell): cell["head"] for cell in _chosen(report)}
     for budget, frames, resolution in tqdm(settings, "exporting", unit="budget", disable=None):
         grid = Grid(frames, resolution // PATCH, resolution // PATCH)
-        head = nearest_head(budget, model.config.head_budgets)
+        nearest = nearest_head(budget, model.config.head_budgets)
+        head = heads.get((budget, frames, resolution), nearest)
         program = folder / f"{budget}.stablehlo"
         program.write_bytes(lower(model.config.model, params, grid, budget, head))
         budgets[str(budget)] = {
@@ -68,6 +83,8 @@ def _write(model: PretrainedModel, folder: Path, settings: Sequence[tuple[int, i
             "sha256": sha256(program),
         }
     manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
+    if report:
+        manifest["plan"] = describe_plan(budgets, report)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -117,7 +134,48 @@ def describe(
     }
 
 
-def check_settings(config: PretrainedConfig, settings: Sequence[tuple[int, int, int]]) -> None:
+def describe_plan(budgets: dict[str, dict[str, Any]], report: planner.Report) -> dict[str, Any]:
+    """The manifest's "plan": how accurate the programs are by a search, and how fast.
+
+    {"checkpoint", "choose": what it chose on, "programs": {budget: {"cell", "top1",
+    "top1_interval", "behind", "gflops"}}, "devices": {name: {budget: timings}}}; names and units
+    as in the report. A program that is none of the report's cells is left out.
+    """
+    programs = {}
+    for budget, own in budgets.items():
+        asked = (int(budget), own["frames"], own["resolution"], own["head"])
+        if name := planner.find_cell(report, *asked):
+            cell = report["cells"][name]
+            programs[budget] = {
+                "cell": name,
+                "top1": cell["choose"]["top1"],
+                "top1_interval": cell["choose"].get("top1_interval"),
+                "behind": cell.get("behind"),
+                "gflops": cell["gflops"],
+            }
+    devices = {}
+    for device, table in report["devices"].items():
+        cells = {budget: table["cells"].get(own["cell"]) for budget, own in programs.items()}
+        devices[device] = {budget: timings for budget, timings in cells.items() if timings}
+    return {
+        "checkpoint": report.get("checkpoint"),
+        "choose": report.get("choose"),
+        "programs": programs,
+        "devices": devices,
+    }
+
+
+def _chosen(report: planner.Report | None) -> list[dict[str, Any]]:
+    """The cell of selection that a search chose for each budget, as far as it did."""
+    chosen = report["chosen"].values() if report else ()
+    return [report["cells"][own["select"]] for own in chosen if own.get("select")]
+
+
+def _setting(cell: dict[str, Any]) -> Setting:
+    return cell["budget"], cell["frames"], cell["resolution"]
+
+
+def check_settings(config: PretrainedConfig, settings: Sequence[Setting]) -> None:
     """Raises UserError for a budget, number of frames or resolution that cannot be."""
     inside = config.model.cls == "inside"
     for budget, frames, resolution in settings:
@@ -136,21 +194,54 @@ def run(
     out: str,
     tokens: Sequence[int] = (),
     network: str = "",
-    dtype: str = "float32",
+    dtype: str | None = None,
     config: ConfigDict | None = None,
+    searched: str | None = None,
 ) -> int:
     """Exports weights of any form; returns the exit status, 0.
 
     Args:
-        tokens: budgets, each on the grid of the nearest setting; by default those of the settings.
+        tokens: budgets, each on the grid of the nearest setting; by default the cells of selection
+            that a search of these weights chose, and without one those of the settings.
         network: config.json for what the weights do not tell.
+        dtype: of the computation; by default that of the search, and without one float32.
         config: a recipe, if one was given: its evaluation settings hold, not the checkpoint's.
+        searched: workdir of the search; where it has none, that of the weights.
 
-    Raises UserError as `export` and `from_pretrained` do.
+    Raises UserError as `export` and `from_pretrained` do, or if the search's report is damaged.
     """
-    model = from_pretrained(weights, network or None, dtype)
+    model = from_pretrained(weights, network or None, dtype or "float32")
     settings = model.config.asked(tokens, config.eval.settings if config else ())
-    export(model, Path(out), settings)
+    file = planner.find_report(searched, weights)
+    if report := _report_of(model, file):
+        model = _in_dtype(model, dtype, report)
+        if not tokens and (cells := _chosen(report)):
+            settings = [_setting(cell) for cell in cells]
+            print(f"exporting the cells that {file} chose")
+    export(model, Path(out), settings, report)
     size = sum(path.stat().st_size for path in Path(out).iterdir()) / 1e6
     print(f"{len(settings)} budgets, {size:.1f} MB; written to {out}")
     return 0
+
+
+def _report_of(model: PretrainedModel, file: Path | None) -> planner.Report | None:
+    """The report of a search, if there is one and it is about these weights."""
+    if file is None:
+        return None
+    report = planner.read_report(file)
+    if report.get("fingerprint") != planner.fingerprint(model.params):
+        print(f"{file} is of other weights and left aside")
+        return None
+    return report
+
+
+def _in_dtype(model: PretrainedModel, dtype: str | None, report: planner.Report) -> PretrainedModel:
+    """The network in the dtype that was asked for, by default in that of its search.
+
+    Timings are taken out of the report if they are of another dtype: servers then time themselves.
+    """
+    searched = planner.as_searched(model, report)
+    if dtype in (None, searched.config.model.dtype):
+        return searched
+    report["devices"] = {}
+    return model

@@ -1,8 +1,12 @@
 """Runs what `--mode=export` wrote. Of all that this package needs, it needs JAX and NumPy only."""
 
+import contextlib
 import hashlib
 import json
 import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +14,17 @@ import jax
 import jax.export
 import numpy as np
 
+from fluxvit_jax import planner
 from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.data.sampling import resized_size, test_crops, test_frames
+from fluxvit_jax.devices import device_name
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
+LATENCY = "latency.json"  # {device: {budget: milliseconds}}, written by servers that may
 VERSION = 1  # of the folder's layout
+TIMED = 10  # calls of a program, after a first one
 
 
 class ExportedOutput(NamedTuple):
@@ -47,8 +55,11 @@ class ExportedModel:
         with np.load(path) as arrays:
             self._params = {name: jax.device_put(array) for name, array in arrays.items()}
         self._programs: dict[int, Any] = {}
+        self._milliseconds: dict[str, float] = {}
 
-    def __call__(self, video: np.ndarray, tokens: int | None = None) -> ExportedOutput:
+    def __call__(
+        self, video: np.ndarray, tokens: int | None = None, milliseconds: float | None = None
+    ) -> ExportedOutput:
         """Class scores and vectors of clips at a token budget.
 
         Args:
@@ -56,21 +67,99 @@ class ExportedModel:
                 the budget's grid, frames are taken evenly, the short side is scaled and the middle
                 square cut out.
             tokens: one of `budgets`; the largest by default.
+            milliseconds: instead of `tokens`: the budget is then that of `budget_within`.
 
         Raises ValueError for a video or budget that cannot be.
         """
+        if tokens is not None and milliseconds is not None:
+            raise ValueError("tokens and milliseconds both choose a program; give one of them")
+        if milliseconds is not None:
+            tokens = self.budget_within(milliseconds)
         budget = self.budgets[0] if tokens is None else tokens
         if budget not in self.budgets:
             raise ValueError(f"there is no program for {budget} tokens, but for {self.budgets}")
         own = self.manifest["budgets"][str(budget)]
         clips = fit(video, own["frames"], own["resolution"])
         patches = np.stack([patchify(clip) for clip in clips])
-        if budget not in self._programs:
-            program = self._checked(own["program"], own["sha256"]).read_bytes()
-            self._programs[budget] = jax.jit(jax.export.deserialize(bytearray(program)).call)
-        logits, pooled, kept = self._programs[budget](self._params, patches)
+        logits, pooled, kept = self._program(budget)(self._params, patches)
         side = own["resolution"] // PATCH
         return ExportedOutput(logits, pooled, kept.reshape(-1, own["frames"], side, side))
+
+    def budget_within(self, milliseconds: float) -> int:
+        """The budget whose program is the most accurate of those that answer in time.
+
+        By the accuracy that a search measured, and the median time of one clip alone on this
+        device, the network only. Where the manifest has no timings of the device, each program is
+        timed, once: what is found is kept in this object, and in the folder where that is allowed.
+
+        Raises ValueError: the manifest knows no accuracies, or no program is fast enough.
+        """
+        programs = self.manifest.get("plan", {}).get("programs")
+        if not programs:
+            raise ValueError(
+                f"{self._folder}: how accurate its programs are is not known; run --mode=search "
+                "and export again, or choose by tokens"
+            )
+        times = self._times(programs)
+        best = planner.best_within(programs, times, milliseconds)
+        if best is None:
+            cheapest = min(times, key=times.get)
+            raise ValueError(
+                f"no program answers within {milliseconds:.4g} ms; the fastest, that of {cheapest} "
+                f"tokens, takes {times[cheapest]:.4g} ms"
+            )
+        return int(best)
+
+    def _times(self, budgets: Iterable[str]) -> dict[str, float]:
+        """Milliseconds of one clip at each budget on this device, measured if not known."""
+        device = device_name()
+        exported = self.manifest["plan"]["devices"].get(device, {})
+        known = {budget: timings["milliseconds"] for budget, timings in exported.items()}
+        for times in (self._milliseconds, known, self._read_latency().get(device, {})):
+            if all(budget in times for budget in budgets):
+                self._milliseconds = {budget: times[budget] for budget in budgets}
+                return self._milliseconds
+        self._milliseconds = {budget: self._time(int(budget)) for budget in budgets}
+        self._keep_latency(device)
+        return self._milliseconds
+
+    def _time(self, budget: int) -> float:
+        """Milliseconds of a program's call on one clip: the median of those after the first."""
+        own = self.manifest["budgets"][str(budget)]
+        shape = (own["frames"], own["resolution"], own["resolution"], 3)
+        # Random by seed: patches that are equal would all score alike.
+        clip = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        patches, program, taken = jax.device_put(patchify(clip)[None]), self._program(budget), []
+        for _ in range(1 + TIMED):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(self._params, patches))
+            taken.append(time.perf_counter() - begin)
+        return 1000 * statistics.median(taken[1:])
+
+    def _read_latency(self) -> dict[str, dict[str, float]]:
+        """What servers have measured before; nothing where the file is missing or damaged."""
+        try:
+            found = json.loads((self._folder / LATENCY).read_text())
+            return {
+                device: {budget: float(one) for budget, one in times.items()}
+                for device, times in found.items()
+            }
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def _keep_latency(self, device: str) -> None:
+        known = {**self._read_latency(), device: self._milliseconds}
+        # A folder that only others may write serves as well; then each process measures.
+        with contextlib.suppress(OSError):
+            planner.write_whole(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")
+
+    def _program(self, budget: int) -> Callable:
+        """The program of a budget, loaded once. Raises ValueError if it is damaged."""
+        if budget not in self._programs:
+            own = self.manifest["budgets"][str(budget)]
+            program = self._checked(own["program"], own["sha256"]).read_bytes()
+            self._programs[budget] = jax.jit(jax.export.deserialize(bytearray(program)).call)
+        return self._programs[budget]
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self._folder / MANIFEST
@@ -100,6 +189,7 @@ def load_exported(folder: str | os.PathLike) -> ExportedModel:
 
     >>> model = fluxvit_jax.load_exported("exported")
     >>> out = model(video, tokens=1024)
+    >>> out = model(video, milliseconds=8)  # of weights that were searched
 
     Raises ValueError if a file is missing, damaged, or of a later version.
     """

@@ -1,8 +1,9 @@
 """The program: `python -m fluxvit_jax.main --config=configs/k400.py --workdir=DIR [--mode=MODE]`.
 
-Modes: train (goes on by itself with what the workdir holds), evaluate, predict (one video or a
-folder), export (one folder for a server). `--config.a.b=VALUE` sets a field of the config. Exit
-status: 0; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or SIGTERM ended it.
+Modes: train (goes on by itself with what the workdir holds), evaluate, search (the best grid for
+each budget), predict (one video or a folder), export (one folder for a server).
+`--config.a.b=VALUE` sets a field of the config. Exit status: 0; 2 for bad input, said in one line;
+130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
 import os
@@ -14,7 +15,7 @@ from fluxvit_jax.errors import UserError
 
 # All else is imported by `main`: the workers that read data import this module as well.
 
-OF_A_RUN = ("train", "evaluate")  # modes that need a recipe and a workdir
+OF_A_RUN = ("train", "evaluate", "search")  # modes that need a recipe and a workdir
 OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
 
 
@@ -49,12 +50,13 @@ def _define_flags(flags) -> None:
     flags.DEFINE_string("checkpoint", None, f"{own}weights of any form; default: the workdir.")
     flags.DEFINE_string("network", "", f"{own}config.json for what the weights do not tell.")
     flags.DEFINE_list("tokens", [], f"{own}budgets, such as 1024,512; default: the checkpoint's.")
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], f"{own}of the computation.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], f"{own}of the computation.")
     flags.DEFINE_string("out", None, f"{own}folder to write; default: WORKDIR/MODE, or MODE.")
     flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
     flags.DEFINE_integer("top", 5, "predict: so many classes are named.")
     flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
     flags.DEFINE_string("class_names", "", "predict: file of the classes' names, one a line.")
+    flags.DEFINE_float("milliseconds", None, "predict: as accurate as a search found in this time.")
 
 
 def _run(options) -> int:
@@ -64,6 +66,8 @@ def _run(options) -> int:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
     if options.mode == "evaluate":
         from fluxvit_jax.evaluate import run
+    elif options.mode == "search":
+        from fluxvit_jax.search import run
     else:
         from fluxvit_jax.train import train as run
     return run(options.config, options.workdir)
@@ -77,20 +81,16 @@ def _run_weights(options) -> int:
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
     from fluxvit_jax import export, predict
 
-    tokens = tuple(map(int, options.tokens))
     out = options.out or os.path.join(options.workdir or "", options.mode)
-    shared = (weights, out, tokens, options.network, options.dtype)
+    shared = (weights, out, tuple(map(int, options.tokens)), options.network, options.dtype)
     if options.mode == "export":
-        return export.run(*shared, options.config)
-    wanted = (options.video, options.top, options.features, options.class_names)
-    return predict.run(predict.Options(*shared, *wanted), options.config)
+        return export.run(*shared, options.config, options.workdir)
+    own = (options[name].value for name in predict.Options._fields[len(shared) :])
+    return predict.run(predict.Options(*shared, *own), options.config)
 
 
 def _exit(number: int, _) -> None:
-    """Ends the program where nothing needs saving; training has a handler of its own.
-
-    At once: an exception might be caught and forgotten by what is running.
-    """
+    """Ends the program at once, where an exception might be caught; training has its own way."""
     os.write(sys.stderr.fileno(), b"interrupted\n")
     os._exit(128 + number)
 

@@ -33,18 +33,30 @@ PANEL = 224  # pixels, the least width of a budget: its texts fit in
 TEXT, BARS, MARGIN = 28, 36, 12  # pixels
 GROUND, INK, QUIET, ACCENT = (22, 24, 29), (232, 234, 237), (84, 90, 101), (122, 166, 255)
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ground: #f4f5f7; --card: #fff; --ink: #1b1f24; --quiet: #626b76; --line: #e3e6ea;
-  --accent: #3569d4;
+# Of the pages, by the names that their styles call them.
+LIGHT = {
+    **{"ground": "#f4f5f7", "card": "#ffffff", "ink": "#1b1f24"},
+    **{"quiet": "#626b76", "line": "#e3e6ea", "accent": "#3569d4"},
 }
-@media (prefers-color-scheme: dark) {
-  :root {
-    --ground: #121417; --card: #1b1e23; --ink: #e8eaed; --quiet: #9aa3ae; --line: #30353c;
-    --accent: #7aa6ff;
-  }
+DARK = {
+    **{"ground": "#121417", "card": "#1b1e23", "ink": "#e8eaed"},
+    **{"quiet": "#9aa3ae", "line": "#30353c", "accent": "#7aa6ff"},
 }
+
+
+def colours(light: dict[str, str], dark: dict[str, str]) -> str:
+    """CSS that has colours by their names, such as `var(--ink)`, as the reader likes the page."""
+    light_ones, dark_ones = (
+        " ".join(f"--{name}: {colour};" for name, colour in own.items()) for own in (light, dark)
+    )
+    return f"""
+:root {{ color-scheme: light dark; {light_ones} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {dark_ones} }} }}
+"""
+
+
+# What every page begins with, after its colours.
+BASE = """
 * { box-sizing: border-box; margin: 0; padding: 0; }
 body {
   background: var(--ground); color: var(--ink); padding: clamp(0.75rem, 2.5vw, 2rem);
@@ -52,6 +64,12 @@ body {
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums;
 }
 h1 { font-size: clamp(1.125rem, 4vw, 1.5rem); line-height: 1.25; }
+"""
+
+STYLE = (
+    colours(LIGHT, DARK)
+    + BASE
+    + """
 h2, .time { font-size: 1.25rem; font-weight: 700; }
 ol { list-style: none; }
 .legend { color: var(--quiet); font-size: 0.875rem; max-width: 48rem; margin: 0.35rem 0 1.25rem; }
@@ -82,6 +100,7 @@ ol { list-style: none; }
 img { display: block; width: 100%; height: auto; border-radius: 0.25rem; margin-bottom: 0.25rem; }
 .tiny { image-rendering: pixelated; }
 """
+)
 
 
 class Shown(NamedTuple):

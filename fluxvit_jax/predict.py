@@ -2,7 +2,8 @@
 
 A video is seen once at each budget: frames spread evenly over it, the middle square. One video is
 printed, drawn as a page and filmed; a folder becomes `predictions.csv`. Features, if asked for, are
-written beside as `.npz`.
+written beside as `.npz`. Instead of budgets a limit on the time may be given; what a search has
+found within it is then run.
 """
 
 import csv
@@ -17,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax import devices, planner
 from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.convert.config_json import Setting
 from fluxvit_jax.data import sampling
@@ -64,36 +66,40 @@ def predict(
     class_names: Sequence[str],
     top: int,
     timed: int = 0,
+    head: int | None = None,
 ) -> Shown:
     """The likeliest classes of a clip at a budget, and the patches that were kept.
 
+    head: by default the one that was trained at the nearest budget.
     timed: so many passes are run once more, without compiling, for their median time; without any
         the time is 0.
     """
-    out = model(clip.frames, budget)
+    out = model(clip.frames, budget, head)
     logits = np.asarray(out.logits[0], np.float64)
     odds = np.exp(logits - logits.max())
     likeliest = np.argsort(-logits, kind="stable")[:top]
     named = [(class_names[c], float(odds[c] / odds.sum())) for c in likeliest]
-    times = [_seconds(model, clip, budget) for _ in range(timed)]
+    times = [_seconds(model, clip, budget, head) for _ in range(timed)]
     seconds = statistics.median(times) if times else 0.0
     return Shown(budget, clip.frames, np.asarray(out.kept[0]), clip.times, named, out.head, seconds)
 
 
-def _seconds(model: PretrainedModel, clip: Clip, budget: int) -> float:
+def _seconds(model: PretrainedModel, clip: Clip, budget: int, head: int | None) -> float:
     begin = time.perf_counter()
-    model(clip.frames, budget).logits.block_until_ready()
+    model(clip.frames, budget, head).logits.block_until_ready()
     return time.perf_counter() - begin
 
 
-def features(model: PretrainedModel, clip: Clip, budget: int, kind: str) -> dict[str, np.ndarray]:
+def features(
+    model: PretrainedModel, clip: Clip, budget: int, kind: str, head: int | None = None
+) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` at a budget, their names ending in `_BUDGET`.
 
     pooled: float32 [pool_width], the clip's vector. Of kind "tokens" also tokens: float32 [N, C],
     the kept patches after the last block; thw: int32 [N, 3], frame, patch row and column of each;
     frames: int [T], the numbers of the video's frames.
     """
-    found = model.features(clip.frames, budget)
+    found = model.features(clip.frames, budget, head)
     arrays = {"pooled": found.pooled[0]}
     if kind == "tokens":
         arrays |= {"tokens": found.tokens[0], "thw": found.places[0], "frames": clip.numbers}
@@ -105,17 +111,19 @@ def features(model: PretrainedModel, clip: Clip, budget: int, kind: str) -> dict
 
 
 class Options(NamedTuple):
-    """The flags of this mode, as `main` reads them."""
+    """The flags of this mode, as `main` reads them: from `video` on they bear these names."""
 
     weights: str  # of any form
     out: str  # folder to write into
     tokens: Sequence[int]  # budgets; the checkpoint's own without any
     network: str  # config.json for what the weights do not tell
-    dtype: str
+    dtype: str | None  # by default float32, or with `milliseconds` what the search measured in
     video: str  # file or folder
     top: int = 5
     features: str | None = None
     class_names: str = ""  # file; before the names in the config and the checkpoint
+    milliseconds: float | None = None  # of one clip; instead of `tokens`
+    workdir: str | None = None  # whose search then plans, before that of the weights
 
 
 def run(options: Options, config: ConfigDict | None = None) -> int:
@@ -124,17 +132,26 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     config: a recipe, if one was given: its class names and evaluation settings then hold.
 
     Raises:
-        UserError: there are no such weights or videos, or the only video cannot be read.
+        UserError: there are no such weights or videos, or the only video cannot be read; there is
+            no report of a search of these weights, or it has nothing within the limit.
     """
     source = Path(options.video)
     if not options.video or not source.exists():
         raise UserError(f"--video={options.video}: no such file or folder")
     if options.top < 1 or any(budget < 2 for budget in options.tokens):
         raise UserError("--top must be at least 1 and --tokens at least 2")
-    model = from_pretrained(options.weights, options.network or None, options.dtype)
+    if options.tokens and options.milliseconds is not None:
+        raise UserError("--tokens and --milliseconds both choose a budget; give one of them")
+    dtype = options.dtype or "float32"
+    model = from_pretrained(options.weights, options.network or None, dtype)
+    settings = model.config.asked(options.tokens, config.eval.settings if config else ())
+    head = None
+    if options.milliseconds is not None:
+        model, settings, head = _planned(model, options)
     job = _Job(
         model,
-        model.config.asked(options.tokens, config.eval.settings if config else ()),
+        settings,
+        head,
         _class_names(model, options, config),
         options.top,
         options.features,
@@ -154,6 +171,7 @@ class _Job(NamedTuple):
 
     model: PretrainedModel
     settings: Sequence[Setting]
+    head: int | None  # of all settings; by default that of the nearest budget
     class_names: Sequence[str]
     top: int
     features: str | None
@@ -167,7 +185,7 @@ class _Job(NamedTuple):
     def answers(self, clips: Sequence[Clip], timed: int = 0) -> Iterator[Shown]:
         """What `predict` finds at each setting."""
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
-            yield predict(self.model, clip, budget, self.class_names, self.top, timed)
+            yield predict(self.model, clip, budget, self.class_names, self.top, timed, self.head)
 
     def write_features(self, clips: Sequence[Clip], name: Path) -> None:
         """`NAME.npz` in the folder to write into, if features are asked for."""
@@ -175,10 +193,30 @@ class _Job(NamedTuple):
             return
         arrays: dict[str, np.ndarray] = {}
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
-            arrays |= features(self.model, clip, budget, self.features)
+            arrays |= features(self.model, clip, budget, self.features, self.head)
         path = self.out / f"{name}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)
+
+
+def _planned(
+    model: PretrainedModel, options: Options
+) -> tuple[PretrainedModel, list[Setting], int]:
+    """What the search of these weights found best within a time: network, setting and head.
+
+    The network computes as it did when it was timed, unless another dtype is asked for. Cells that
+    merge tokens are left out: no patches of theirs are dropped, so there is nothing to show.
+    """
+    source = planner.find_report(options.workdir, options.weights) or options.weights
+    report, device = planner.read_report(source), devices.device_name()
+    planner.check_weights(report, model.params, source)
+    if device not in report["devices"]:
+        report = planner.measure_device(source, model)
+    best = planner.plan(report, milliseconds=options.milliseconds, device=device, merging=False)
+    print(best, flush=True)
+    if options.dtype is None:
+        model = planner.as_searched(model, report)
+    return model, [(best.budget, best.frames, best.resolution)], best.head
 
 
 def _predict_video(job: _Job, path: Path) -> None:

@@ -24,7 +24,7 @@ from fluxvit_jax import optim, parallel, weights
 from fluxvit_jax.budgets import Grid, bounds, capacity
 from fluxvit_jax.checkpoint import Checkpoints
 from fluxvit_jax.config import admissible_grids, model_config, validate_for_training
-from fluxvit_jax.data.annotations import Source, open_source
+from fluxvit_jax.data.annotations import Source, open_source, training_part
 from fluxvit_jax.data.pipeline import train_batches
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import evaluate
@@ -55,7 +55,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
     validate_for_training(config)
     workdir = Path(workdir)
     check_workdir(workdir, config)
-    source = open_source(config.data.train, config.data.root, config.model.classes)
+    source = training_part(
+        open_source(config.data.train, config.data.root, config.model.classes), config.data.held_out
+    )
     validation = _open_validation(config)
     mesh = parallel.data_mesh()
     check_batch_size(config, mesh.size)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fluxvit_jax import evaluate, parallel
-from fluxvit_jax.config import model_config
+from fluxvit_jax.config import evaluation_grids, model_config
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decode import Video
 from fluxvit_jax.data.pipeline import evaluation_batches
@@ -95,7 +95,7 @@ def test_softmax_then_mean_over_the_views(evaluation, tiny_data):
     """Against the network called plainly, a view at a time."""
     config = tiny.make_config(tiny_data, eval__batch_size=1)
     params = random_params(config)
-    with evaluation_batches(config, make_source(tiny_data)) as batches:
+    with evaluation_batches(config, make_source(tiny_data), evaluation_grids(config)) as batches:
         views = next(batches)["patches0"][0]  # [V, P, 588]
     model = fluxvit.merge(fluxvit.structure(model_config(config)), params)
     limits, grid = GridLimits(6, 3, 3, 54), np.array([[6, 3, 3]], np.int32)

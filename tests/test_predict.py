@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 import fluxvit_jax
+from fluxvit_jax import devices
 from fluxvit_jax.convert import files
 from fluxvit_jax.data.decode import Video
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.planner import read_report
 from fluxvit_jax.predict import Options, read_clip, run
 from tests import tiny
 from tests.data.videos import moving_texture, write_video
 from tests.test_main import error_line, outcome
+from tests.test_planner import BEST, CHEAPEST, MERGING, SECOND, TWIN, change, tiny_search
 
 GRIDS = {24: (6, 42), 12: (4, 28)}  # of the tiny recipe: budget, frames, pixels
 
@@ -200,3 +203,83 @@ def test_mistakes_are_one_line(weights, videos, tiny_data, tmp_path):
 def test_wrong_flags_are_one_line(tiny_data, compiled, tmp_path, flags, message):
     status, _, err = outcome(tiny.start(tiny_data, tmp_path / "run", compiled, *flags))
     assert status == 2 and re.search(message, error_line(err)), err
+
+
+# ---------------------------------------------------------------------------------------------
+# --milliseconds
+
+
+@pytest.fixture(scope="module")
+def searched(finished, tmp_path_factory):
+    """The finished run with a report of a search that has timings of this device."""
+    times = {BEST: 9.0, SECOND: 4.0, CHEAPEST: 2.0, MERGING: 1.0}
+    return tiny_search(finished, tmp_path_factory.mktemp("searched") / "run", times)
+
+
+def test_the_command_plans_by_time(searched, videos, tiny_data, compiled, tmp_path):
+    """It says what it has chosen, then what that answers: the cell's grid, budget and head."""
+    flags = ["--mode=predict", "--milliseconds=5", f"--video={videos / 'odd.mp4'}"]
+    status, out, err = outcome(
+        tiny.start(tiny_data, searched, compiled, *flags, f"--out={tmp_path}", "--top=1")
+    )
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == str(fluxvit_jax.plan(searched, milliseconds=5))
+    assert lines[0].startswith(f"{SECOND} keeps 12 of 54 tokens (6 frames of 42 px, head 1): 4 ms")
+    assert lines[1].startswith("12 of 54 tokens (6 frames of 42 x 42 px, head 1): ")
+    assert (tmp_path / "odd.kept.html").read_text().count("<img") == 6
+
+
+def test_the_planned_head_answers(searched, videos, tmp_path, capsys):
+    """Also where it is not the one that was trained at the nearest budget."""
+    folder = shutil.copytree(searched, tmp_path / "run")
+    cells = read_report(folder)["cells"]
+    cells[TWIN]["choose"]["top1"] = 0.75
+    timings = {devices.device_name(): {"batch": 1, "cells": {TWIN: {"milliseconds": 3.0}}}}
+    change(folder, cells=cells, devices=timings)
+    asked = options(folder, videos / "odd.mp4", tmp_path, milliseconds=5, features="pooled")
+    assert run(asked) == 0
+    said, model = capsys.readouterr().out, fluxvit_jax.from_pretrained(folder)
+    assert said.startswith(TWIN) and "(6 frames of 42 x 42 px, head 0)" in said
+    with Video(videos / "odd.mp4") as video, np.load(tmp_path / "odd.mp4.npz") as arrays:
+        clip = read_clip(video, 6, 42)
+        out, nearest = model(clip.frames, 12, head=0), model(clip.frames, 12)
+        np.testing.assert_allclose(arrays["pooled_12"], out.pooled[0], rtol=1e-5, atol=1e-5)
+        assert np.abs(arrays["pooled_12"] - nearest.pooled[0]).max() > 1e-3
+    logits = np.asarray(out.logits[0])
+    assert f"{(np.exp(logits) / np.exp(logits).sum()).max():7.2%}" in said
+
+
+def test_cells_that_merge_are_not_predicted(searched, videos, tmp_path, capsys):
+    assert fluxvit_jax.plan(searched, milliseconds=3).cell == MERGING
+    asked = options(searched, videos, tmp_path, milliseconds=3)
+    assert run(asked) == 0
+    assert capsys.readouterr().out.startswith(CHEAPEST)
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if not row["failure"]]
+    grids = {(row["tokens"], row["frames"], row["resolution"], row["head"]) for row in rows}
+    assert grids == {("12", "3", "28", "1")}
+
+
+def test_a_search_elsewhere_of_the_same_weights_plans(searched, weights, videos, tmp_path, capsys):
+    """A folder of weights has no search of its own; the workdir that was named has."""
+    asked = options(weights, videos / "one.mp4", tmp_path, milliseconds=5)
+    with pytest.raises(UserError, match="folder: no report of a search is there"):
+        run(asked)
+    assert run(asked._replace(workdir=str(searched), dtype=None)) == 0
+    assert capsys.readouterr().out.startswith(SECOND)
+
+
+def test_mistakes_of_plans_are_one_line(searched, videos, tmp_path):
+    other = shutil.copytree(searched, tmp_path / "run")
+    change(other, fingerprint="1" * 64)
+    for changes, message in [
+        ({"milliseconds": 5, "tokens": (12,)}, "--tokens and --milliseconds both choose a budget"),
+        ({"milliseconds": 1.5}, f"no cell is within 1.5 ms .* {CHEAPEST}, takes 2 ms"),
+        ({"milliseconds": -1}, "a limit is a number above 0"),
+        ({"milliseconds": 5, "weights": other}, "its report is of other weights"),
+    ]:
+        given = {"weights": searched, "video": videos / "odd.mp4", "out": tmp_path} | changes
+        with pytest.raises(UserError, match=message) as error:
+            run(options(**given))
+        assert "\n" not in str(error.value)

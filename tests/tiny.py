@@ -74,6 +74,10 @@ def get_config(folder: str) -> ConfigDict:
     config.eval.clips, config.eval.crops = 2, 1
     config.eval.batch_size = 4
     config.eval.every_epochs = 2
+    config.search.budgets = (24, 12)
+    config.search.frames = (4, 8, 2)
+    config.search.resolutions = (28, 42, 14)
+    config.search.timed_batch = 2
     config.checkpoint.every_steps = 2
     config.log.every_steps = 1
     return config

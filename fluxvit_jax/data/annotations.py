@@ -14,9 +14,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from etils import epath
 
+from fluxvit_jax.data.sampling import stream_rng
 from fluxvit_jax.errors import UserError
+
+HELD_OUT_STREAM = 3  # which videos a list gives up; beside the streams of `sampling`, `pipeline`
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -182,6 +186,68 @@ class PreparedSource:
         except RuntimeError as error:  # what array_record raises for a damaged shard
             raise UserError(f"{self.folder}: record {index} cannot be read: {error}") from error
         return Record(os.fsdecode(record["id"]), int(record["label"]), record["video"])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """Videos of another source, those of `numbers` in that order."""
+
+    source: Source
+    numbers: np.ndarray  # int [n]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return self.source.class_names
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the source and of what was taken from it."""
+        numbers = self.numbers.astype("<i8").tobytes()
+        return hashlib.sha256(self.source.fingerprint.encode() + numbers).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.numbers[index])]
+
+    def first(self, videos: int) -> "Subset":
+        """Its first videos."""
+        return Subset(self.source, self.numbers[:videos])
+
+
+def training_part(source: Source, held_out: float) -> Source:
+    """What training uses of a source when it leaves out a share of `held_out`, 0 to 1."""
+    if not held_out:
+        return source
+    return Subset(source, np.sort(_shuffled(source)[_held(source, held_out) :]))
+
+
+def held_out_part(source: Source, held_out: float) -> Subset:
+    """What training leaves out, in random order: the rest of `training_part`."""
+    return Subset(source, _shuffled(source)[: _held(source, held_out)])
+
+
+def shuffled(source: Source) -> Subset:
+    """All videos of a source in a random order, the same each time."""
+    return held_out_part(source, 1.0)
+
+
+def _held(source: Source, share: float) -> int:
+    return round(share * len(source))
+
+
+def _shuffled(source: Source) -> np.ndarray:
+    """Its numbers in an order that depends on how many there are, not on any config's seed."""
+    return stream_rng(0, 0, HELD_OUT_STREAM).permutation(len(source))
+
+
+def video_ids(source: Source) -> list[str] | None:
+    """The ids of all videos; None where only reading every video would tell (prepared folders)."""
+    if isinstance(source, Subset):
+        ids = video_ids(source.source)
+        return None if ids is None else [ids[number] for number in source.numbers]
+    return [example.id for example in source.examples] if isinstance(source, FileSource) else None
 
 
 def _read_folder(folder: Path, classes: int | None) -> list[Example]:

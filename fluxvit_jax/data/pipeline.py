@@ -22,6 +22,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import cv2
@@ -33,17 +34,11 @@ from ml_collections import ConfigDict
 from fluxvit_jax.budgets import PATCH, Grid, capacity
 from fluxvit_jax.config import admissible_grids
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip, crop_view, resize_clip
+from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.decode import DecodeError, Video
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
-from fluxvit_jax.data.sampling import (
-    grid_of_group,
-    resized_size,
-    stream_rng,
-    test_crops,
-    test_frames,
-    train_frames,
-)
+from fluxvit_jax.data.sampling import grid_of_group, stream_rng, train_frames
+from fluxvit_jax.data.views import cut_views, read_frames
 from fluxvit_jax.errors import UserError
 
 # What takes the place of a bad video; beside the streams of `sampling`.
@@ -119,9 +114,14 @@ def train_batches(
 
 
 def evaluation_batches(
-    config: ConfigDict, source: Source, *, host_index: int = 0, host_count: int = 1
+    config: ConfigDict,
+    source: Source,
+    grids: Sequence[Grid],
+    *,
+    host_index: int = 0,
+    host_count: int = 1,
 ) -> "Batches":
-    """This host's share of the videos to evaluate, each once; all settings and views of one decode.
+    """This host's share of the videos to evaluate, each once; all grids and views of one decode.
 
     A batch is a dict of b = eval.batch_size / host_count videos (rounded up, so that any size will
     do), with V = clips * crops views of each, clip by clip:
@@ -129,8 +129,7 @@ def evaluation_batches(
       id: str [b], its id in the source.
       label: int32 [b].
       failure: str [b], why a video could not be read; its patches are zeros then. Else "".
-      patches0, patches1, ...: uint8 [b, V, P, 588] for each of eval.settings, P being the tokens of
-        its grid.
+      patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, P being its tokens.
 
     All hosts yield as many batches, the last of them filled up with -1.
 
@@ -138,10 +137,7 @@ def evaluation_batches(
     """
     videos = EvaluationVideos(
         source=source,
-        grids=tuple(
-            Grid(frames, resolution // PATCH, resolution // PATCH)
-            for _, frames, resolution in config.eval.settings
-        ),
+        grids=tuple(grids),
         clips=config.eval.clips,
         crops=config.eval.crops,
     )
@@ -314,7 +310,7 @@ class EvaluationVideos(Sequence[Arrays]):
     """
 
     source: Source
-    grids: tuple[Grid, ...]  # of each setting
+    grids: tuple[Grid, ...]
     clips: int
     crops: int
     open_video: Callable[..., Any] = Video
@@ -344,36 +340,15 @@ class EvaluationVideos(Sequence[Arrays]):
         return item | {f"patches{k}": patches[None] for k, patches in enumerate(views)}
 
     def _views(self, video: Video) -> list[np.ndarray]:
-        """Patches uint8 [V, P, 588] of each setting."""
-        settings = [self._frames_of_setting(len(video), grid) for grid in self.grids]
-        wanted = np.unique(np.concatenate([frames for frames, _ in settings]))
-        height, width = video.read(wanted[:1]).shape[1:3]
-        fits = len(wanted) * height * width * 3 <= MAX_DECODED_BYTES
-        pictures = video.read(wanted) if fits else None
-        views = []
-        for grid, (frames, places) in zip(self.grids, settings, strict=True):
-            size = grid.rows * PATCH
-            own = pictures[np.searchsorted(wanted, frames)] if fits else video.read(frames, size)
-            own = resize_clip(own, *resized_size(height, width, size))
-            views.append(
-                np.stack(
-                    [
-                        patchify(crop_view(own[clip], size, y, x))
-                        for clip in places
-                        for y, x in test_crops(*own.shape[1:3], self.crops)
-                    ]
-                )
+        """Patches uint8 [V, P, 588] on each grid."""
+        read = partial(read_frames, video, clips=self.clips, most_bytes=MAX_DECODED_BYTES)
+        frames = read(self.grids)
+        return [
+            cut_views(
+                frames or read([grid], short_side=grid.rows * PATCH), grid, self.clips, self.crops
             )
-        return views
-
-    def _frames_of_setting(self, num_video_frames: int, grid: Grid) -> tuple[np.ndarray, ...]:
-        """The frames [n] that a setting needs, rising, and the places [clips, T] of each clip's."""
-        clips = [
-            test_frames(num_video_frames, grid.frames, clip, self.clips)
-            for clip in range(self.clips)
+            for grid in self.grids
         ]
-        frames, places = np.unique(np.concatenate(clips), return_inverse=True)
-        return frames, places.reshape(self.clips, grid.frames)
 
 
 @dataclasses.dataclass(repr=False)

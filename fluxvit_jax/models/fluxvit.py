@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxvit_jax.models import layers, positions, selection
+from fluxvit_jax.models import layers, merging, positions, selection
 from fluxvit_jax.models.selection import GridLimits, Selection
 
 PATCH_VALUES = 14 * 14 * 3  # a patch of one frame, order h, w, c
@@ -30,6 +30,8 @@ class FluxViTConfig:
     scan: one compiled block looped over the depth; False unrolls (faster steps, slower compiles).
     remat: what the backward pass recomputes: "none"; "names", all but the outputs of attention,
         fc1 and MLP; "full", whole blocks.
+    merge_blocks: above 0, `on_grid` selects no patches but merges tokens in so many of the first
+        blocks, until the budget is left: see `fluxvit_jax.models.merging`.
     """
 
     width: int
@@ -54,6 +56,7 @@ class FluxViTConfig:
     dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
+    merge_blocks: int = 0
 
     @property
     def native_tokens(self) -> int:
@@ -76,7 +79,7 @@ class FluxViT(nnx.Module):
     """The network. Parameters leave as a plain tree (`split`); `merge` makes a model of one again.
 
     A forward pass is `select`, then `encode` of the kept patches, `pool_tokens` and `classify`;
-    `__call__` does all four.
+    `__call__` does all four. `on_grid` can have `merge_tokens` in place of the first two.
     """
 
     def __init__(self, config: FluxViTConfig, rngs: nnx.Rngs):
@@ -155,14 +158,44 @@ class FluxViT(nnx.Module):
         patches: [B, N, 588], the kept ones; grid: int32 [G, 3] where G divides B, one grid for
         each run of B / G clips; key: drop path, training only.
         """
-        x = self.patch_embed(patches)
-        x = x + self.position(grid, kept.index, limits).astype(x.dtype)
-        cls = self.cls_token[...] + self.pos_embed[...][0]
-        x = jnp.concatenate(
-            [jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, x.shape[-1])), x], 1
-        )
+        x = self.embed(patches, grid, kept.index, limits)
         valid = with_cls(kept.valid)
         return self._run_blocks(x, None if valid is None else valid[:, None, None], key)
+
+    def merge_tokens(
+        self, patches: jax.Array, grid: jax.Array, budget: int, limits: GridLimits
+    ) -> tuple[jax.Array, jax.Array]:
+        """The tokens after the last block where blocks merge them: [B, 1 + N, C], CLS first.
+
+        patches: [B, P, 588], all of them real; grid: as in `encode`.
+        Beside them their sizes, how many patches each stands for: float32 [B, 1 + N].
+
+        Raises ValueError where the merging blocks are more than there are, or too few.
+        """
+        config = self.config
+        if config.merge_blocks > config.depth:
+            raise ValueError(f"{config.merge_blocks} of {config.depth} blocks cannot merge")
+        B, P, _ = patches.shape
+        x = self.embed(patches, grid, _all_places(B, P), limits)
+        size = jnp.ones(x.shape[:2], jnp.float32)
+        left = merging.schedule(P, self.patch_budget(budget), config.merge_blocks)
+        for number, keep in enumerate(left):
+            block = _unstack(self.blocks, number)
+            x, keys = block.attend(x, size=size)
+            x, size = merging.merge(x, jnp.mean(keys, axis=2, dtype=jnp.float32), size, keep)
+            x = block.transform(x)
+        return self._run_blocks(x, None, None, size, first=config.merge_blocks), size
+
+    def embed(
+        self, patches: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
+    ) -> jax.Array:
+        """Patches at places `index`, [B, N], as tokens with positions: [B, 1 + N, C], CLS first."""
+        x = self.patch_embed(patches)
+        x = x + self.position(grid, index, limits).astype(x.dtype)
+        cls = self.cls_token[...] + self.pos_embed[...][0]
+        return jnp.concatenate(
+            [jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, x.shape[-1])), x], 1
+        )
 
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
         """Position embeddings of kept places. grid: int32 [G, 3]; index: [B, N] -> [B, N, C]."""
@@ -179,7 +212,15 @@ class FluxViT(nnx.Module):
         chosen = jnp.take_along_axis(tables, place[..., None], axis=1, mode="clip")
         return chosen.reshape(*index.shape, config.width)
 
-    def _run_blocks(self, x: jax.Array, mask: jax.Array | None, key: jax.Array | None):
+    def _run_blocks(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        key: jax.Array | None,
+        size: jax.Array | None = None,
+        first: int = 0,
+    ) -> jax.Array:
+        """Block `first` and all that follow. x: [B, N, C]; the others as in `layers.Block`."""
         config = self.config
         graph, stacked = nnx.split(self.blocks)
         rates = jnp.linspace(0, config.drop_path, config.depth)
@@ -187,18 +228,23 @@ class FluxViT(nnx.Module):
 
         def body(x, layer):
             state, rate, layer_key = layer
-            return nnx.merge(graph, state)(x, mask, rate, layer_key), None
+            return nnx.merge(graph, state)(x, mask, rate, layer_key, size), None
 
         if config.remat != "none":
             policies = jax.checkpoint_policies
             policy = policies.save_only_these_names(*REMAT_NAMES)
             body = jax.checkpoint(body, policy=policy if config.remat == "names" else None)
-        unroll = 1 if config.scan else config.depth
-        return jax.lax.scan(body, x, (stacked, rates, keys), unroll=unroll)[0]
+        layers_left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
+        return jax.lax.scan(body, x, layers_left, unroll=not config.scan)[0]
 
-    def pool_tokens(self, tokens: jax.Array, kept: Selection, head: int) -> jax.Array:
-        """The clip vector of one head: [B, 1 + N, C] -> float32 [B, pool_width]."""
-        return _unstack(self.pool, head)(tokens, with_cls(kept.valid))
+    def pool_tokens(
+        self, tokens: jax.Array, kept: Selection, head: int, size: jax.Array | None = None
+    ) -> jax.Array:
+        """The clip vector of one head: [B, 1 + N, C] -> float32 [B, pool_width].
+
+        size: of merged tokens, float32 [B, 1 + N].
+        """
+        return _unstack(self.pool, head)(tokens, with_cls(kept.valid), size)
 
     def classify(self, pooled: jax.Array, head: int) -> jax.Array:
         """Class scores of one head: [B, pool_width] -> float32 [B, classes]."""
@@ -238,13 +284,19 @@ class FluxViT(nnx.Module):
         """The forward pass of clips that all lie on one grid, known when this is compiled.
 
         patches: [B, T * H * W, 588], normalised; grid: frames, rows, columns; key: as in `select`.
+
+        Raises ValueError where `merge_blocks` cannot reach the budget.
         """
         limits = GridLimits(*grid, grid[0] * grid[1] * grid[2])
         grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (patches.shape[0], 3))
-        kept = self.select(patches, grids, budget, limits, key)
         # One grid for all clips: the position table is resized once.
-        tokens = self.encode(take(patches, kept), grids[:1], kept, limits)
-        pooled = self.pool_tokens(tokens, kept, head)
+        if self.config.merge_blocks and self.patch_budget(budget) < limits.fewest_tokens:
+            kept = Selection(_all_places(*patches.shape[:2]), None)
+            tokens, size = self.merge_tokens(patches, grids[:1], budget, limits)
+        else:
+            kept, size = self.select(patches, grids, budget, limits, key), None
+            tokens = self.encode(take(patches, kept), grids[:1], kept, limits)
+        pooled = self.pool_tokens(tokens, kept, head, size)
         return Answer(self.classify(pooled, head), pooled, tokens, kept)
 
 
@@ -252,7 +304,8 @@ class Answer(NamedTuple):
     """What a forward pass finds.
 
     logits: float32 [B, classes]; pooled: float32 [B, pool_width]; tokens: [B, 1 + N, C] after the
-    last block, CLS first; kept: the places of the others.
+    last block, CLS first; kept: the places of the others. Where tokens are merged, N of them have
+    come of all patches, and these are what is kept.
     """
 
     logits: jax.Array
@@ -304,6 +357,11 @@ def structure(config: FluxViTConfig) -> nnx.GraphDef:
 
     jax.eval_shape(make)
     return graph
+
+
+def _all_places(clips: int, places: int) -> jax.Array:
+    """Every patch of every clip, in the order t, h, w: int32 [B, P]."""
+    return jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (clips, places))
 
 
 def _stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:

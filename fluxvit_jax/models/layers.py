@@ -71,7 +71,8 @@ class FusedQKV(nnx.Module):
 class Attention(nnx.Module):
     """Self-attention with RMS-normalised q and k and the local position term (LPE) on v.
 
-    q and k are normalised over the whole width before the heads are split.
+    q and k are normalised over the whole width before the heads are split. Beside its output it
+    returns the keys, by which tokens are compared where they are merged.
     """
 
     def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -82,14 +83,29 @@ class Attention(nnx.Module):
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.heads = heads
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """x: [B, N, C]; mask: bool [B, 1, 1, N], True for keys that take part -> [B, N, C]."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None, size: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """x: [B, N, C] -> [B, N, C] and the keys [B, N, heads, C / heads].
+
+        mask: bool [B, 1, 1, N], True for keys that take part; size: as in `size_bias`.
+        """
         q, k, v = self.qkv(x)
         heads = partial(jnp.reshape, shape=(*x.shape[:2], self.heads, -1))
+        keys = heads(self.k_norm(k))
         attended = jax.nn.dot_product_attention(
-            heads(self.q_norm(q)), heads(self.k_norm(k)), heads(v), mask=mask
+            heads(self.q_norm(q)), keys, heads(v), size_bias(size), mask
         )
-        return self.proj(attended.reshape(v.shape) + self.lpe(v))
+        return self.proj(attended.reshape(v.shape) + self.lpe(v)), keys
+
+
+def size_bias(size: jax.Array | None) -> jax.Array | None:
+    """Proportional attention (ToMe): a token that stands for n patches is attended to as n are.
+
+    size: float32 [B, N], or None where each token is one patch.
+    Returns what is added to the attention logits, float32 [B, 1, 1, N].
+    """
+    return None if size is None else jnp.log(size)[:, None, None]
 
 
 class MLP(nnx.Module):
@@ -106,7 +122,11 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block with LayerScale and drop path."""
+    """A pre-norm transformer block with LayerScale and drop path: `attend`, then `transform`.
+
+    x: [B, N, C]; mask: bool [B, 1, 1, N] or None; size: as in `size_bias`; drop path at `rate`
+    where a key is given.
+    """
 
     def __init__(
         self,
@@ -125,14 +145,36 @@ class Block(nnx.Module):
         self.ls2 = LayerScale(width, layer_scale)
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, rate: jax.Array, key: jax.Array | None
+        self,
+        x: jax.Array,
+        mask: jax.Array | None,
+        rate: jax.Array,
+        key: jax.Array | None,
+        size: jax.Array | None = None,
     ) -> jax.Array:
-        """x: [B, N, C]; mask: bool [B, 1, 1, N] or None; drop path at `rate` where key is given."""
         keys = (None, None) if key is None else jax.random.split(key)
-        attended = checkpoint_name(self.attn(self.norm1(x), mask), "attention")
-        x = x + drop_path(self.ls1(attended), rate, keys[0])
+        x, _ = self.attend(x, mask, size, rate, keys[0])
+        return self.transform(x, rate, keys[1])
+
+    def attend(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        size: jax.Array | None = None,
+        rate: jax.Array | float = 0.0,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The first half: x after attention, and the keys [B, N, heads, C / heads]."""
+        attended, keys = self.attn(self.norm1(x), mask, size)
+        attended = checkpoint_name(attended, "attention")
+        return x + drop_path(self.ls1(attended), rate, key), keys
+
+    def transform(
+        self, x: jax.Array, rate: jax.Array | float = 0.0, key: jax.Array | None = None
+    ) -> jax.Array:
+        """The second half: x after the MLP."""
         hidden = checkpoint_name(self.mlp(self.norm2(x)), "mlp")
-        return x + drop_path(self.ls2(hidden), rate, keys[1])
+        return x + drop_path(self.ls2(hidden), rate, key)
 
 
 def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -156,14 +198,19 @@ class AttentionPool(nnx.Module):
         self.proj = Linear(width, out, dtype=dtype, rngs=rngs)
         self.heads = heads
 
-    def __call__(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
-        """x: [B, N, C]; valid: bool [B, N] or None. Returns float32 [B, out]."""
+    def __call__(
+        self, x: jax.Array, valid: jax.Array | None, size: jax.Array | None = None
+    ) -> jax.Array:
+        """x: [B, N, C]; valid: bool [B, N] or None; size: as in `size_bias`, and each token has
+        its share in the mean. Returns float32 [B, out].
+        """
         where = None if valid is None else valid[..., None]
-        mean = jnp.mean(x, axis=1, keepdims=True, where=where, dtype=jnp.float32)
+        share = 1 if size is None else (size / jnp.mean(size, axis=1, keepdims=True))[..., None]
+        mean = jnp.mean(x * share, axis=1, keepdims=True, where=where, dtype=jnp.float32)
         q, k, v = self.q(self.norm_q(mean)), self.k(self.norm_k(x)), self.v(self.norm_v(x))
         heads = partial(jnp.reshape, shape=(x.shape[0], -1, self.heads, x.shape[-1] // self.heads))
         mask = None if valid is None else valid[:, None, None]
-        pooled = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), mask=mask)
+        pooled = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), size_bias(size), mask)
         return self.proj(pooled.reshape(q.shape)[:, 0]).astype(jnp.float32)
 
 

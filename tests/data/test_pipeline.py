@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.budgets import Grid
-from fluxvit_jax.config import default_config
+from fluxvit_jax.config import default_config, evaluation_grids
 from fluxvit_jax.data import pipeline, sampling
 from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
 from fluxvit_jax.data.augment import augment_clip
@@ -345,13 +345,17 @@ def test_bad_sizes_are_named(folder):
 # --- Evaluation -----------------------------------------------------------------------------------
 
 
+def evaluate_on(config, source, **host):
+    return evaluation_batches(config, source, evaluation_grids(config), **host)
+
+
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 def test_every_video_is_evaluated_once(folder, hosts, batch_size):
     config, source = make_config(), make_source(folder, bad=True)
     config.eval.batch_size = batch_size
     shares = [
-        take(evaluation_batches(config, source, host_index=host, host_count=hosts), None)
+        take(evaluate_on(config, source, host_index=host, host_count=hosts), None)
         for host in range(hosts)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -375,8 +379,8 @@ def test_evaluation_is_the_same_by_workers_and_from_a_prepared_folder(folder, tm
     (tmp_path / "list.csv").write_text("\n".join(rows))
     prepare(tmp_path / "list.csv", tmp_path / "prepared", root=folder)
     prepared = open_source(tmp_path / "prepared")
-    expected = take(evaluation_batches(make_config(), source), None)
-    assert_equal(take(evaluation_batches(make_config(workers=2), prepared), None), expected)
+    expected = take(evaluate_on(make_config(), source), None)
+    assert_equal(take(evaluate_on(make_config(workers=2), prepared), None), expected)
 
 
 @pytest.mark.parametrize("memory", [pipeline.MAX_DECODED_BYTES, 0])
@@ -385,7 +389,7 @@ def test_views_are_those_of_the_plain_way(folder, memory, monkeypatch):
     monkeypatch.setattr(pipeline, "MAX_DECODED_BYTES", memory)
     config, source = make_config(), make_source(folder)
     config.eval.settings = ((16, 4, 42), (16, 3, 70))
-    batches = take(evaluation_batches(config, source), None)
+    batches = take(evaluate_on(config, source), None)
     for k, (_, T, size) in enumerate(config.eval.settings):
         patches = np.concatenate([batch[f"patches{k}"] for batch in batches])
         for i in range(VIDEOS):

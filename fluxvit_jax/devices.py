@@ -1,0 +1,23 @@
+"""What device this is, for timings to be kept under. A server imports it: it needs JAX only."""
+
+import platform
+from pathlib import Path
+
+import jax
+
+
+def device_name(device: jax.Device | None = None) -> str:
+    """What timings belong to: "NVIDIA H100 80GB HBM3", or "<processor> (cpu)".
+
+    device: the first that JAX has by default.
+    """
+    device = device or jax.devices()[0]
+    return device.device_kind if device.platform != "cpu" else f"{_processor()} (cpu)"
+
+
+def _processor(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as Linux lists it; elsewhere, or on ARM, what Python knows of it."""
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    names = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    # Makers pad these names with spaces.
+    return " ".join(names[0].split()) if names else platform.processor() or platform.machine()
