@@ -14,7 +14,6 @@ multiply-accumulate, and three times as many for a step; recomputation does not 
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -30,10 +29,11 @@ from tqdm import tqdm
 from fluxvit_jax import parallel
 from fluxvit_jax.budgets import PATCH, Grid
 from fluxvit_jax.config import admissible_grids, default_config, model_config, validate
+from fluxvit_jax.costs import gflops
 from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.devices import device_name
 from fluxvit_jax.evaluate import Setting, predictor
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.optim import make_optimizer
 from fluxvit_jax.train import abstract_params, initial_state, make_objective, make_train_step
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rounds": options.rounds,
         "results": results,
     }
-    print(f"\n{report['devices']} x {report['device']} ({report['processor']})")
+    print(f"\n{report['devices']} x {report['device']}, {report['cores']} cores")
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 
@@ -121,8 +121,8 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
         jax.block_until_ready(measured)
 
     model = model_config(config)
-    flops = sum(6 * multiply_accumulates(model, budget) for budget in config.train.budgets)
-    return Contender(run, flops / 1e9, step._cache_size)
+    flops = sum(6 * gflops(model, grids[0], budget).kept for budget in config.train.budgets)
+    return Contender(run, flops, step._cache_size)
 
 
 def evaluation(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Contender]:
@@ -157,8 +157,8 @@ def view_of(
         placed = (clips[name] for name in ("total", "patches", "video"))
         jax.block_until_ready(program(params, *placed, np.int32(0)))
 
-    flops = 2 * multiply_accumulates(model, min(setting.budget, setting.grid.tokens))
-    return Contender(run, flops / 1e9, program._cache_size)
+    flops = 2 * gflops(model, setting.grid, setting.budget).kept
+    return Contender(run, flops, program._cache_size)
 
 
 def make_config(
@@ -186,19 +186,6 @@ def dtype() -> str:
 def random_patches(batch: int, grid: Grid) -> np.ndarray:
     shape = (batch, grid.tokens, PATCH_VALUES)
     return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def multiply_accumulates(model: FluxViTConfig, tokens: int) -> int:
-    """Those of the matrix products of a forward pass with `tokens` patches kept, for one clip.
-
-    As the paper counts them (S at 3072 tokens: 154 G): the patches that are not kept, which are
-    embedded to be scored, are left out.
-    """
-    C, N = model.width, tokens + (model.cls == "outside")
-    embedding = PATCH_VALUES * C * (N - 1)
-    block = 12 * C**2 * N + 2 * C * N**2  # qkv, proj and MLP; attention
-    pool = 2 * C**2 * N + 2 * C * N + C**2 + C * model.pool_width
-    return embedding + model.depth * block + pool + model.pool_width * model.classes
 
 
 def measure(
@@ -242,14 +229,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 def machine() -> dict[str, str | int]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = models[0] if models else platform.processor() or platform.machine()
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": device_name(),
         "devices": jax.device_count(),
-        "processor": f"{processor}, {os.cpu_count()} cores",
+        "cores": os.cpu_count(),
         "jax": jax.__version__,
     }
 

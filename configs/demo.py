@@ -74,6 +74,9 @@ def get_config(argument: str = "multi") -> ConfigDict:
     config.eval.clips, config.eval.crops = 2, 1
     config.eval.batch_size = 48
     config.eval.every_epochs = 13
+    config.search.budgets = BUDGETS
+    config.search.frames = (4, 12, 2)
+    config.search.resolutions = (28, 84, 14)
     config.checkpoint.every_steps = 500
     config.log.every_steps = 50
 

@@ -14,7 +14,7 @@ import jax
 import jax.export
 import numpy as np
 
-from fluxvit_jax import planner
+from fluxvit_jax import atomic, planner
 from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.data.sampling import resized_size, test_crops, test_frames
@@ -151,7 +151,7 @@ class ExportedModel:
         known = {**self._read_latency(), device: self._milliseconds}
         # A folder that only others may write serves as well; then each process measures.
         with contextlib.suppress(OSError):
-            planner.write_whole(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")
+            atomic.write(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")
 
     def _program(self, budget: int) -> Callable:
         """The program of a budget, loaded once. Raises ValueError if it is damaged."""

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import Any, TextIO
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from fluxvit_jax import atomic
 
 FILE = "metrics.jsonl"
 
@@ -71,9 +72,7 @@ class Metrics:
         path = self._workdir / FILE
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _within(line, step)]
-            rewritten = path.with_suffix(".tmp")
-            rewritten.write_text("".join(line + "\n" for line in kept))
-            os.replace(rewritten, path)
+            atomic.write(path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         if self._file is not None:

@@ -473,13 +473,6 @@ def as_searched(model: "PretrainedModel", report: Report) -> "PretrainedModel":
     return PretrainedModel(model.params, replace(model.config, model=network))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there whole or not at all. Raises OSError."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
-
-
 def _unmeasured(source: str | os.PathLike, report: Report, device: str) -> str:
     return (
         f"{source}: has timings of {_list(report['devices'])}, not of {device}; name one of those "
@@ -508,5 +501,5 @@ def _keep(file: Path, device: str, table: Mapping[str, Any]) -> Report:
     try:
         write(report, file.parent)
     except UserError as error:
-        print(f"{error}; the timings are lost", file=sys.stderr)
+        print(f"{error}; the timings may be lost", file=sys.stderr)
     return report

@@ -6,7 +6,6 @@ dropped, and what it was about is done again.
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fluxvit_jax import atomic
 from fluxvit_jax.cells import Cell
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.intervals import paired_difference, share_interval
@@ -130,9 +130,7 @@ class Results:
         """Writes anew what could be read, and stays open for more."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._path.with_suffix(".tmp")
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            os.replace(unfinished, self._path)
+            atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = self._path.open("a")
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error

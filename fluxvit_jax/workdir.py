@@ -4,14 +4,13 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax import parallel
+from fluxvit_jax import atomic, parallel
 from fluxvit_jax.config import config_difference
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.metrics import FILE as METRICS
@@ -41,7 +40,7 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
     path = workdir / CONFIG
     if parallel.host_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, json.dumps(config.to_dict(), indent=1) + "\n")
+        atomic.write(path, json.dumps(config.to_dict(), indent=1) + "\n")
 
 
 def noted(workdir: Path, step: int, split: str) -> bool:
@@ -63,7 +62,7 @@ class BadClips:
         self._path = workdir / (f"host{host}_{BAD_CLIPS}" if host else BAD_CLIPS)
         known = [line for line in _json_lines(self._path) if line["step"] <= step]
         if self._path.exists():
-            _write_whole(self._path, "".join(json.dumps(line) + "\n" for line in known))
+            atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in known))
         self._known = {line["id"] for line in known}
 
     def note(self, step: int, failures: np.ndarray) -> None:
@@ -86,10 +85,3 @@ def _json_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return objects
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)

@@ -384,8 +384,7 @@ def test_a_report_that_cannot_be_written_is_planned_all_the_same(
     monkeypatch.setattr(costs, "measure", lambda *_, **__: costs.Cost(*range(1, 8)))
     assert plan(workdir, milliseconds=5).cell == BEST
     said = capsys.readouterr().err
-    assert "cannot be written" in said and "; the timings are lost" in said
-    assert read_report(workdir)["devices"] == {}
+    assert "cannot be written" in said and "; the timings may be lost" in said
 
 
 def test_only_the_network_of_the_report_is_measured(searched, tmp_path):

@@ -1,0 +1,105 @@
+"""What a search takes beside its forward passes, on the demo's clips.
+
+    python -m benchmarks.search [--clips=demo/clips] [--videos=96] [--rounds=3]
+
+The demo's network with random weights and 5 x 5 grids at 3 budgets see so many validation clips:
+decoding, cutting, transfers and noting results are all of it. In turn with that, the same programs
+run as often on patches that lie on the device already. Both are compiled before; given are the
+medians of their times and of each round's ratio.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.demo import data_flags
+from fluxvit_jax import parallel
+from fluxvit_jax.cells import cells_of
+from fluxvit_jax.config import load_config, model_config
+from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.devices import device_name
+from fluxvit_jax.evaluate import Weights
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.search import Search, splits_of
+from fluxvit_jax.viewer import Viewer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    config = load_config(
+        "configs/demo.py",
+        [
+            *data_flags(options.clips),
+            f"--config.search.choose={options.clips / 'validation.csv'}",
+            f"--config.search.videos={options.videos}",
+        ],
+    )
+    model = model_config(config)
+    weights = Weights(fluxvit.initialise(model, jax.random.key(0)), "random", None)
+    cells = len(cells_of(config, model))
+    print(f"{cells} cells, {options.videos} videos, {device_name()}, jax {jax.__version__}")
+    searching(config, weights), passing(config, weights, options.videos)  # these compile
+    rounds = [
+        (searching(config, weights), passing(config, weights, options.videos))
+        for _ in range(options.rounds)
+    ]
+    search, passes = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+    ratio = statistics.median(whole / part for whole, part in rounds)
+    print(f"search {search:.1f} s, its forward passes {passes:.1f} s, ratio {ratio:.2f}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--clips", type=Path, default=Path("demo/clips"), help="the demo's clips")
+    parser.add_argument("--videos", type=int, default=96, help="clips to search on (default: 96)")
+    parser.add_argument("--rounds", type=int, default=3, help="of either (default: 3)")
+    return parser.parse_args(arguments)
+
+
+def searching(config: ConfigDict, weights: Weights) -> float:
+    """Seconds in which all cells see the videos."""
+    splits, notes = splits_of(config, None)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Search(config, weights, splits, notes, Path(folder)) as search,
+    ):
+        begin = time.perf_counter()
+        search.choose()
+        return time.perf_counter() - begin
+
+
+def passing(config: ConfigDict, weights: Weights, videos: int) -> float:
+    """Seconds of the forward passes alone: of each cell, for each chunk and view."""
+    mesh, b = parallel.data_mesh(), config.eval.batch_size
+    viewer = Viewer(config, weights.params, mesh)
+    params = jax.device_put(weights.params, parallel.replicated(mesh))
+    passes, seconds = -(-videos // b) * config.eval.clips * config.eval.crops, 0.0
+    start = {"total": np.zeros((b, config.model.classes), np.float32), "video": np.arange(b)}
+    for cell in cells_of(config, model_config(config)):
+        shape = (b, cell.grid.tokens, PATCH_VALUES)
+        patches = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        clips = parallel.put(start | {"patches": patches}, mesh)
+        program = viewer.program(cell)
+        begin = time.perf_counter()
+        for view in range(passes):
+            total = program(
+                params, clips["total"], clips["patches"], clips["video"], np.int32(view)
+            )
+            total.block_until_ready()
+        seconds += time.perf_counter() - begin
+    viewer.close()
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
