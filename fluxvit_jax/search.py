@@ -9,14 +9,15 @@ measured. What is found is on disk at once (`results`), and a search that was st
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fluxvit_jax import costs, devices, evaluate, parallel, planner, report
 from fluxvit_jax.cells import Cell, better_half, cells_of, stages
@@ -41,7 +42,7 @@ from fluxvit_jax.results import (
     difference,
     gain,
 )
-from fluxvit_jax.viewer import Viewer
+from fluxvit_jax.viewer import Shot, Viewer
 
 FOLDER = "search"
 WRITE_SECONDS = 60  # between two reports of an unfinished search
@@ -291,30 +292,49 @@ class Search:
             desc={CHOOSE: "choosing", REPORT: "reporting"}[split.name],
             bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
         )
+        unseen = [first for first, own in chunks.items() if own]
         with bar, closing(Viewer(self._config, self._weights.params)) as viewer:
+            read = partial(self._read, split, viewer)
+            ahead = {first: read(first, chunks[first]) for first in unseen[:1]}
             for first, own in chunks.items():
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
                 if own:
-                    self._see_chunk(split, own, first, viewer, bar)
+                    shots = [future.result() for future in ahead.pop(first)]
+                    # The next chunk is read while the devices work on this one.
+                    following = [after for after in unseen if after > first][:1]
+                    ahead = {after: read(after, chunks[after]) for after in following}
+                    self._see_chunk(split, own, first, shots, viewer, bar)
                 if split.name == CHOOSE:
                     self._seen = min(stop, first + self._chunk())
 
+    def _numbers(self, first: int) -> list[int]:
+        """This host's videos of the chunk that begins with number `first`."""
+        own = self._chunk() // parallel.host_count()
+        start = first + parallel.host_index() * own
+        return list(range(start, start + own))
+
+    def _read(
+        self, split: Split, viewer: Viewer, first: int, cells: Sequence[Cell]
+    ) -> list[Future[Shot]]:
+        """Begins to read this host's part of a chunk for the cells."""
+        numbers = self._numbers(first)
+        return viewer.read(
+            [split.source[n] if n < len(split.source) else None for n in numbers], cells
+        )
+
     def _see_chunk(
-        self, split: Split, cells: Sequence[Cell], first: int, viewer: Viewer, bar: Any
+        self,
+        split: Split,
+        cells: Sequence[Cell],
+        first: int,
+        shots: Sequence[Shot],
+        viewer: Viewer,
+        bar: tqdm,
     ) -> None:
         """Cells see the chunk of videos that begins with number `first`."""
-        own = self._chunk() // parallel.host_count()
-        numbers = first + parallel.host_index() * own + np.arange(own)
-        known = [number < len(split.source) for number in numbers]
-        records = [
-            split.source[int(n)] if there else None for n, there in zip(numbers, known, strict=True)
-        ]
-        shots = viewer.read(records, cells)
-        failures = [
-            [int(n), shot.failure] for n, shot in zip(numbers, shots, strict=True) if shot.failure
-        ]
-        if failures := parallel.gather(failures):
-            self._results.add_failures(split.name, dict(failures))
+        numbers = self._numbers(first)
+        failures = [[n, s.failure] for n, s in zip(numbers, shots, strict=True) if s.failure]
+        self._results.add_failures(split.name, dict(parallel.gather(failures)))
         for cell, found in viewer.see(shots, numbers, cells):
             found = "".join(parallel.gather([found]))
             self._results.add_found(split.name, first, cell.name, found)

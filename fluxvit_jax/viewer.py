@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ from fluxvit_jax.data.views import Frames, cut_views, read_frames
 from fluxvit_jax.evaluate import Setting
 from fluxvit_jax.results import AMONG_FIRST, FAILED, FIRST, WRONG
 
-# Frames of one video that are kept at their own size, for a chunk of videos at a time. A video of
-# more is decoded again for each grid.
+# Frames of one video that are kept at their own size, for two chunks of videos at a time. A video
+# of more is decoded again for each grid.
 MAX_DECODED_BYTES = 1 << 30
 
 
@@ -53,23 +52,30 @@ class Viewer:
         self._clips, self._crops, self._seed = config.eval.clips, config.eval.crops, config.seed
         self._mesh = mesh or parallel.data_mesh()
         self._params = jax.device_put(params, parallel.replicated(self._mesh))
-        self._pool = ThreadPoolExecutor(max(1, config.data.workers))
+        # Apart, so that reading the next chunk does not keep this one from being cut.
+        self._readers, self._cutters = (
+            ThreadPoolExecutor(max(1, config.data.workers)) for _ in range(2)
+        )
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._cutters):
+            pool.shutdown(cancel_futures=True)
 
-    def read(self, records: Sequence[Record | None], cells: Sequence[Cell]) -> list[Shot]:
-        """All frames of videos that the cells need. records: None beyond the last video."""
+    def read(self, records: Sequence[Record | None], cells: Sequence[Cell]) -> list[Future[Shot]]:
+        """Begins to read all frames of videos that the cells need.
+
+        records: None beyond the last video.
+        """
         grids = list({cell.grid: None for cell in cells})
-        return list(self._pool.map(partial(self._read, grids=grids), records))
+        return [self._readers.submit(self._read, record, grids) for record in records]
 
     def see(
-        self, shots: Sequence[Shot], numbers: np.ndarray, cells: Sequence[Cell]
+        self, shots: Sequence[Shot], numbers: Sequence[int], cells: Sequence[Cell]
     ) -> Iterator[tuple[Cell, str]]:
         """Each cell with what it makes of the videos, a character each (see `results`).
 
-        shots: from `read`, at least for these cells; numbers: int [b], of the videos in their
-        split; cells: those of one grid behind one another.
+        shots: what `read` found, at least for these cells; numbers: of the videos in their split;
+        cells: those of one grid behind one another.
         """
         video = np.where([shot.record is not None for shot in shots], numbers, -1)
         by_grid = [(grid, list(own)) for grid, own in groupby(cells, lambda cell: cell.grid)]
@@ -78,7 +84,8 @@ class Viewer:
             views, failures = zip(*(future.result() for future in cutting), strict=True)
             cutting = self._cut(shots, following[0]) if following else []
             programs = [self.program(cell) for cell in own]
-            tops = evaluate.classify(programs, self._params, video, np.stack(views), self._mesh)
+            patches = np.stack(views, axis=1).swapaxes(0, 1)  # one view of all lies in one piece
+            tops = evaluate.classify(programs, self._params, video, patches, self._mesh)
             for cell, top in zip(own, tops, strict=True):
                 marks = zip([shot.record for shot in shots], failures, top, strict=True)
                 yield cell, "".join(_mark(*one) for one in marks)
@@ -99,7 +106,7 @@ class Viewer:
 
     def _cut(self, shots: Sequence[Shot], grid: Grid) -> list[Future]:
         """Begins to cut each video's views: what `_views` returns, later."""
-        return [self._pool.submit(self._views, shot, grid) for shot in shots]
+        return [self._cutters.submit(self._views, shot, grid) for shot in shots]
 
     def _views(self, shot: Shot, grid: Grid) -> tuple[np.ndarray, str]:
         """Views uint8 [V, P, 588], zeros where there are none, and why."""
