@@ -14,10 +14,11 @@ TORCH := $(VENV)/torch-$(VERSION)
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
+# Two processes; the tests of a file stay together, since they share what one of them has trained.
 test: $(TORCH)  ## make the environment, check style, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
 	$(BIN)/python -m benchmarks.demo --out=demo

@@ -118,6 +118,7 @@ def test_numbers_are_those_of_separate_evaluations(found, tiny_data):
     """Of every cell on the choosing list, and of the chosen ones on the reporting list."""
     report, _ = found
     lists = {"choose": "train.csv", "report": "validation.csv"}
+    params = random_params(make_config(tiny_data))
     for cell in report["cells"].values():
         setting = (cell["budget"], cell["frames"], cell["resolution"])
         for split in {"choose", "report"} & set(cell):
@@ -127,7 +128,7 @@ def test_numbers_are_those_of_separate_evaluations(found, tiny_data):
                 data__validation=str(tiny_data / lists[split]),
             )
             source = search._open(config, config.data.validation)
-            alone = evaluate.evaluate(random_params(config), config, source)
+            alone = evaluate.evaluate(params, config, source)
             (own,) = alone.report["budgets"].values()
             assert own["head"] == cell["head"] and own["tokens"] == cell["tokens"]
             for share in ("top1", "top5"):
@@ -203,6 +204,30 @@ def test_all_heads(tiny_data, compiled, tmp_path):
     (table,) = report["devices"].values()
     for name in names:  # timed once
         assert table["cells"][f"{name}-h0"] == table["cells"][f"{name}-h1"]
+
+
+def test_devices_change_nothing(found, tiny_data, compiled, tmp_path):
+    program = f"""
+from pathlib import Path
+import jax
+from fluxvit_jax import costs
+from tests.test_search import run
+
+costs.WARM_UP_SECONDS = costs.SECONDS = 0
+assert jax.device_count() == 4
+run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames=(4, 4, 2))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=tiny.environment(compiled, 4, quick=True),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report, whole = read_report(tmp_path), found[0]
+    assert len(report["cells"]) == 3
+    for name, cell in report["cells"].items():
+        assert cell["choose"] == whole["cells"][name]["choose"]
 
 
 # --- Kills ----------------------------------------------------------------------------------------
@@ -282,6 +307,7 @@ def test_a_plan_is_evaluated(finished, tiny_data, compiled, tmp_path):
         workdir / "search",
         evaluate.load_weights(make_config(tiny_data), workdir),
         search__heads="all",
+        search__frames=(4, 4, 2),
     )
     config = make_config(tiny_data, eval__plan=str(workdir))
     assert evaluate.run(config, str(workdir)) == 0
