@@ -1,9 +1,24 @@
-"""What device this is, for timings to be kept under. A server imports it: it needs JAX only."""
+"""What device this is, and what is too much for it. A server imports it: it needs JAX only."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+from fluxvit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def enough_memory(otherwise: str) -> Iterator[None]:
+    """Raises UserError, `otherwise`, where what is done inside needs more memory than there is."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(otherwise) from error
 
 
 def device_name(device: jax.Device | None = None) -> str:

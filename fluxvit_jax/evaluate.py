@@ -323,7 +323,7 @@ def _planned(config: ConfigDict, params: dict) -> list[Setting]:
     planner.check_weights(report, params, config.eval.plan)
     cells = [report["cells"][own["select"]] for own in report["chosen"].values() if own["select"]]
     if not cells:
-        raise UserError(f"{config.eval.plan}: has chosen no cells yet; let --mode=search finish")
+        raise UserError(f"{config.eval.plan}: chose no cells that select; let --mode=search finish")
     return [
         Setting(cell["budget"], Grid.square(cell["frames"], cell["resolution"]), cell["head"])
         for cell in cells

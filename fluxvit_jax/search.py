@@ -224,7 +224,11 @@ class Search:
         with progress_bar(len(missing), desc="timing", unit="cell") as bar:
             for cell in missing:
                 network = cell.network(self._model)
-                cost = costs.measure(params, network, cell.grid, cell.budget, cell.head, batch)
+                with devices.enough_memory(
+                    f"{cell.name}: the device's memory does not hold {batch} clips; lower "
+                    "--config.search.timed_batch"
+                ):
+                    cost = costs.measure(params, network, cell.grid, cell.budget, cell.head, batch)
                 self._results.add_cost(device, batch, cell.program, cost._asdict())
                 bar.update()
                 self._write_now_and_then()

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax import evaluate, parallel
+from fluxvit_jax import devices, evaluate, parallel
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.cells import Cell
 from fluxvit_jax.config import model_config
@@ -85,7 +85,12 @@ class Viewer:
             cutting = self._cut(shots, following[0]) if following else []
             programs = [self.program(cell) for cell in own]
             patches = np.stack(views, axis=1).swapaxes(0, 1)  # one view of all lies in one piece
-            tops = evaluate.classify(programs, self._params, video, patches, self._mesh)
+            names = ", ".join(cell.name for cell in own)
+            with devices.enough_memory(
+                f"{len(shots)} videos at once are too many for the device's memory in {names}; "
+                "lower --config.eval.batch_size, and what was found stays"
+            ):
+                tops = evaluate.classify(programs, self._params, video, patches, self._mesh)
             for cell, top in zip(own, tops, strict=True):
                 marks = zip([shot.record for shot in shots], failures, top, strict=True)
                 yield cell, "".join(_mark(*one) for one in marks)

@@ -1,8 +1,18 @@
 """One name for a device, wherever its timings are kept."""
 
 import jax
+import jax.numpy as jnp
+import pytest
 
 from fluxvit_jax import devices
+from fluxvit_jax.errors import UserError
+
+
+def test_too_little_memory_is_said_and_other_errors_are_not_hidden():
+    with pytest.raises(UserError, match="too much"), devices.enough_memory("too much"):
+        jnp.zeros(2**50, jnp.uint8).block_until_ready()
+    with pytest.raises(TypeError), devices.enough_memory("too much"):
+        jnp.zeros("a")
 
 
 def test_device_name():

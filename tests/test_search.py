@@ -1,16 +1,18 @@
 """A search of real videos: its numbers, what it decodes, and that nothing stops it for good."""
 
+import contextlib
 import json
 import random
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fluxvit_jax import costs, evaluate, search, viewer
+from fluxvit_jax import costs, evaluate, search, train, viewer
 from fluxvit_jax.data.decode import Video
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.planner import read_report
@@ -56,9 +58,9 @@ def run(folder: Path, out: Path, weights=None, **changes) -> dict:
     return read_report(out)
 
 
-@pytest.fixture(scope="module")
-def found(tiny_data, compiled, tmp_path_factory) -> tuple[dict, list[str]]:
-    """The report of a whole search, and the names of the files it opened."""
+@contextlib.contextmanager
+def noting_openings() -> Iterator[list[str]]:
+    """The names of the files that are opened meanwhile."""
     opened, real = [], Video.__init__
 
     def count(self, path, *rest):
@@ -67,6 +69,13 @@ def found(tiny_data, compiled, tmp_path_factory) -> tuple[dict, list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Video, "__init__", count)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def found(tiny_data, compiled, tmp_path_factory) -> tuple[dict, list[str]]:
+    """The report of a whole search, and the names of the files it opened."""
+    with noting_openings() as opened:
         return run(tiny_data, tmp_path_factory.mktemp("search")), opened
 
 
@@ -355,6 +364,21 @@ def test_by_default_what_training_left_out_chooses(tiny_data):
     assert splits[0] == ("choose", train, 16) and "may have seen" in note
     splits, _ = notes_of(tiny_data, search__videos=7)
     assert splits[0] == ("choose", f"7 of 16 videos, {train}", 7)
+
+
+def test_training_never_sees_what_chooses(tiny_data, compiled, tmp_path):
+    config = tiny.make_config(
+        tiny_data, data__held_out=0.25, train__epochs=2, search__frames=(4, 4, 2)
+    )
+    with noting_openings() as opened:
+        assert train.train(config, tmp_path) == 0
+    validation = {f"{i}.mp4" for i in range(16, 28)} | {tiny.BAD}
+    trained_on = set(opened) - validation
+    assert len(trained_on) == 12
+    with noting_openings() as opened:
+        assert search.run(config, str(tmp_path)) == 0
+    assert set(opened) - validation == {f"{i}.mp4" for i in range(16)} - trained_on
+    assert read_report(tmp_path)["notes"] == []
 
 
 def test_what_is_shared_is_said_and_counted(tiny_data, tmp_path):

@@ -8,9 +8,13 @@ import pytest
 from fluxvit_jax.data.annotations import (
     Example,
     Record,
+    held_out_part,
     open_source,
     read_annotations,
     read_class_names,
+    shuffled,
+    training_part,
+    video_ids,
 )
 from fluxvit_jax.errors import UserError
 
@@ -152,6 +156,25 @@ def test_source_is_a_sequence_that_pickles(tmp_path):
     fingerprint = source.fingerprint
     copy = pickle.loads(pickle.dumps(source))
     assert list(copy) == list(source) and copy.fingerprint == fingerprint
+
+
+@pytest.mark.parametrize(("share", "left_out"), [(0.1, 2), (0.25, 5), (0.5, 10)])
+def test_what_is_held_out_is_what_training_leaves(tmp_path, share, left_out):
+    path = write(tmp_path / "list.csv", "".join(f"{i}.mp4,{i % 3}\n" for i in range(20)))
+    source = open_source(path)
+    training, held_out = training_part(source, share), held_out_part(source, share)
+    assert (len(training), len(held_out)) == (20 - left_out, left_out)
+    assert {*video_ids(training), *video_ids(held_out)} == set(video_ids(source))
+    assert [record.id for record in training] == video_ids(training)
+    numbers = training.numbers.tolist()
+    assert numbers == sorted(numbers)
+    # More is held out by holding out more, not others.
+    assert video_ids(held_out) == video_ids(held_out_part(source, 0.5).first(left_out))
+    assert video_ids(held_out_part(open_source(path), share)) == video_ids(held_out)
+    copy = pickle.loads(pickle.dumps(held_out))
+    assert list(copy) == list(held_out) and copy.fingerprint == held_out.fingerprint
+    assert len({part.fingerprint for part in (source, training, held_out, shuffled(source))}) == 4
+    assert training_part(source, 0.0) is source
 
 
 def test_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
