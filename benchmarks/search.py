@@ -9,10 +9,12 @@ medians of their times and of each round's ratio.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -23,6 +25,7 @@ from benchmarks.demo import data_flags
 from fluxvit_jax import parallel
 from fluxvit_jax.cells import cells_of
 from fluxvit_jax.config import load_config, model_config
+from fluxvit_jax.data.decode import Video
 from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.devices import device_name
 from fluxvit_jax.evaluate import Weights
@@ -45,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     weights = Weights(fluxvit.initialise(model, jax.random.key(0)), "random", None)
     cells = len(cells_of(config, model))
     print(f"{cells} cells, {options.videos} videos, {device_name()}, jax {jax.__version__}")
-    searching(config, weights), passing(config, weights, options.videos)  # these compile
+    with counting_openings() as opened:
+        searching(config, weights), passing(config, weights, options.videos)  # these compile
+    print(f"{len(opened)} times a video was opened, {len(set(opened))} of them different ones")
     rounds = [
         (searching(config, weights), passing(config, weights, options.videos))
         for _ in range(options.rounds)
@@ -64,6 +69,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=96, help="clips to search on (default: 96)")
     parser.add_argument("--rounds", type=int, default=3, help="of either (default: 3)")
     return parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def counting_openings() -> Iterator[list[str]]:
+    """The files of the videos that are opened meanwhile."""
+    opened, real = [], Video.__init__
+
+    def note(self: Video, source: str, *rest: object) -> None:
+        opened.append(source)
+        real(self, source, *rest)
+
+    Video.__init__ = note
+    try:
+        yield opened
+    finally:
+        Video.__init__ = real
 
 
 def searching(config: ConfigDict, weights: Weights) -> float:

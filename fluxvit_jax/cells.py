@@ -34,13 +34,21 @@ class Cell(NamedTuple):
 
     @property
     def program(self) -> str:
-        """Its name but for the head, on which no cost depends."""
-        return f"{self.method}-{self.budget}-{self.grid.frames}x{self.grid.resolution}"
+        """What it runs, but for the head, on which no cost depends.
+
+        A grid that has just the budget's tokens runs alike whether or not they are selected.
+        """
+        kind = "merge" if self.method == "merge" else "keep"
+        return f"{kind}-{self._size}"
 
     @property
     def name(self) -> str:
         """Such as "select-1024-12x168-h2"."""
-        return f"{self.program}-h{self.head}"
+        return f"{self.method}-{self._size}-h{self.head}"
+
+    @property
+    def _size(self) -> str:
+        return f"{self.budget}-{self.grid.frames}x{self.grid.resolution}"
 
     def network(self, model: FluxViTConfig) -> FluxViTConfig:
         """The network that runs it."""

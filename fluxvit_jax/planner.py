@@ -446,10 +446,11 @@ def _front(cells: Cells) -> list[str]:
 
 
 def _alike(cells: Cells, name: str) -> list[str]:
-    """The cells that differ from this one in the head at most: they take the same time."""
+    """The cells that run the same program, whatever head answers: they take the same time."""
 
     def program(cell: Mapping[str, Any]) -> list:
-        return [cell[key] for key in ("method", "budget", "frames", "resolution")]
+        size = [cell[key] for key in ("budget", "frames", "resolution")]
+        return [cell["method"] == "merge", *size]
 
     return [other for other in cells if program(cells[other]) == program(cells[name])]
 

@@ -106,6 +106,11 @@ def test_a_report_has_all_cells_and_all_that_is_known_of_them(found):
     }
 
 
+def test_a_grid_of_just_the_budget_costs_the_same_selected_or_not(found):
+    (table,) = found[0]["devices"].values()
+    assert table["cells"]["select-24-6x28-h0"] == table["cells"]["plain-24-6x28-h0"]
+
+
 def test_the_chosen_cell_is_the_most_accurate_on_the_choosing_split(found):
     report, _ = found
     for budget, own in report["chosen"].items():
