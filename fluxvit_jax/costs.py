@@ -6,7 +6,7 @@ All is of the plain forward pass, from the patches of a clip on one grid to its 
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,8 +21,10 @@ from fluxvit_jax.pretrained import forward
 
 GIGA, MEGA, MILLI = 1e9, 1e6, 1e-3
 
-# Calls that are timed: a p95 wants ten or more, a hundred say no more than a second of them does.
-FEWEST_CALLS, MOST_CALLS, SECONDS = 10, 100, 1.0
+# Calls that are timed: a p95 wants ten or more; a second of them, or a thousand, is enough.
+FEWEST_CALLS, MOST_CALLS, SECONDS = 10, 1000, 1.0
+TURNS = 20  # in which that second is spent, in turn with the other programs
+TOGETHER = 8  # passes that take turns: their weights are one, but not their pixels and their code
 # A large network on a CPU takes many seconds a call: three of them must do then.
 SLOW_CALLS, SLOW_SECONDS = 3, 30.0
 WARM_UP_SECONDS = 0.5  # an accelerator's clock rises only under load
@@ -148,77 +150,98 @@ def _head_work(model: FluxViTConfig, tokens: int) -> int:
     return keys_values + query + model.pool_width * model.classes
 
 
-def measure(
-    params: dict, model: FluxViTConfig, grid: Grid, budget: int, head: int, batch: int
-) -> Cost:
-    """Times the forward pass on JAX's first device, for one clip and for `batch` clips.
+class Pass(NamedTuple):
+    """A forward pass to time: the network, and how it is asked."""
 
-    The program takes the weights and uint8 patches [b, P, 588], both on the device already, and
+    model: FluxViTConfig
+    grid: Grid
+    budget: int
+    head: int
+
+
+def measure(params: dict, passes: Sequence[Pass], batch: int) -> Iterator[Cost]:
+    """Times forward passes on JAX's first device, each for one clip and for `batch` clips.
+
+    A program takes the weights and uint8 patches [b, P, 588], both on the device already, and
     returns class scores, float32 [b, classes]. It is compiled ahead of time, and timed in calls
     that wait for their result, after warming up. Pixels are random, by seed: equal ones would all
-    score alike.
+    score alike. `TOGETHER` passes take turns, a few calls each, before the next are compiled:
+    what else a machine does, it often does for seconds, and so it hits all of them for a part of
+    their time instead of some for all of it.
 
     params: float32, as numpy arrays or on a device.
     """
     device = jax.devices()[0]
     params = jax.device_put(params, device)
-
-    def logits(params, patches):
-        return forward(params, patches, model, grid, budget, head)[0].logits
-
-    # Weights that this head does not use lie in memory all the same.
-    program = jax.jit(logits, keep_unused=True)
-
-    def run(clips: int) -> _Run:
-        pixels = np.random.default_rng(0).integers(
-            0, 256, (clips, grid.tokens, PATCH_VALUES), np.uint8
-        )
-        return _compile_and_time(program, params, jax.device_put(pixels, device))
-
-    one = run(1)
-    many = one if batch == 1 else run(batch)
-    return Cost(
-        milliseconds=one.median / MILLI,
-        milliseconds_p95=one.p95 / MILLI,
-        batch_milliseconds=many.median / MILLI,
-        batch_milliseconds_p95=many.p95 / MILLI,
-        clips_per_second=batch / many.median,
-        peak_memory_mb=many.memory / MEGA,
-        compile_seconds=one.compiling + (0 if many is one else many.compiling),
-    )
+    sizes = sorted({1, batch})
+    for start in range(0, len(passes), TOGETHER):
+        programs = [
+            [_compile(params, one, clips, device) for clips in sizes]
+            for one in passes[start : start + TOGETHER]
+        ]
+        seconds = iter(_steady_seconds([one.call for own in programs for one in own]))
+        yield from [_cost(own, [next(seconds) for _ in own], batch) for own in programs]
 
 
-class _Run(NamedTuple):
-    """One program: seconds of a call (median, p95) and of compiling, bytes of memory."""
+class _Program(NamedTuple):
+    """A compiled forward pass; seconds that compiling it took, bytes of memory it holds."""
 
-    median: float
-    p95: float
+    call: Callable[[], jax.Array]
     compiling: float
     memory: int
 
 
-def _compile_and_time(program: Callable, *arguments) -> _Run:
-    """program: what `jax.jit` returns, not yet compiled for these arguments."""
+def _compile(params: dict, one: Pass, clips: int, device: jax.Device) -> _Program:
+    model, grid, budget, head = one
+
+    def logits(params, patches):
+        return forward(params, patches, model, grid, budget, head)[0].logits
+
+    pixels = np.random.default_rng(0).integers(0, 256, (clips, grid.tokens, PATCH_VALUES), np.uint8)
+    arguments = params, jax.device_put(pixels, device)
     start = time.perf_counter()
-    compiled = program.lower(*arguments).compile()
+    # Weights that this head does not use lie in memory all the same.
+    compiled = jax.jit(logits, keep_unused=True).lower(*arguments).compile()
     compiling = time.perf_counter() - start
-    seconds = _steady_seconds(partial(compiled, *arguments))
-    return _Run(
-        statistics.median(seconds),
-        float(np.percentile(seconds, 95)),
-        compiling,
-        _reserved_bytes(compiled.memory_analysis()),
+    return _Program(
+        partial(compiled, *arguments), compiling, _reserved_bytes(compiled.memory_analysis())
     )
 
 
-def _steady_seconds(call: Callable[[], jax.Array]) -> list[float]:
-    """Seconds of each of some calls that wait for their result, those that warm up left out."""
-    call().block_until_ready()  # the first loads the program
+def _cost(programs: Sequence[_Program], seconds: Sequence[list[float]], batch: int) -> Cost:
+    """programs, seconds: of one clip and of the batch, which are one program if that is 1."""
+    medians = [statistics.median(own) for own in seconds]
+    highs = [float(np.percentile(own, 95)) for own in seconds]
+    return Cost(
+        milliseconds=medians[0] / MILLI,
+        milliseconds_p95=highs[0] / MILLI,
+        batch_milliseconds=medians[-1] / MILLI,
+        batch_milliseconds_p95=highs[-1] / MILLI,
+        clips_per_second=batch / medians[-1],
+        peak_memory_mb=programs[-1].memory / MEGA,
+        compile_seconds=sum(program.compiling for program in programs),
+    )
+
+
+def _steady_seconds(calls: Sequence[Callable[[], jax.Array]]) -> list[list[float]]:
+    """Seconds of some calls of each program that wait for their result, those that warm up not."""
+    for call in calls:
+        call().block_until_ready()  # the first loads the program
     warming = 0.0
     while warming < WARM_UP_SECONDS:
-        warming += _seconds(call)
-    taken = []
-    while not _enough(len(taken), sum(taken)):
+        warming += sum(map(_seconds, calls))
+    taken = [[] for _ in calls]
+    while not all(_enough(len(own), sum(own)) for own in taken):
+        for call, own in zip(calls, taken, strict=True):
+            if not _enough(len(own), sum(own)):
+                own += _turn(call)
+    return taken
+
+
+def _turn(call: Callable[[], jax.Array]) -> list[float]:
+    """Seconds of the calls of one turn, a `TURNS`th of what is enough; at least of one."""
+    taken = [_seconds(call)]
+    while len(taken) < MOST_CALLS / TURNS and sum(taken) < SECONDS / TURNS:
         taken.append(_seconds(call))
     return taken
 

@@ -24,6 +24,7 @@ from fluxvit_jax.convert import names
 from fluxvit_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from fluxvit_jax import costs
     from fluxvit_jax.pretrained import PretrainedModel
 
 FOLDER = "search"  # in a workdir
@@ -412,7 +413,7 @@ def measure_device(path: str | os.PathLike, model: "PretrainedModel | None" = No
     """
     from tqdm import tqdm
 
-    from fluxvit_jax import devices
+    from fluxvit_jax import costs, devices
 
     report, file = read_report(path), find_report(path)
     model = model or _network_of(file, report)
@@ -420,9 +421,11 @@ def measure_device(path: str | os.PathLike, model: "PretrainedModel | None" = No
     model = as_searched(model, report)
     device, table = devices.device_name(), {}
     cells = _worth_measuring(report["cells"])
-    for name in tqdm(cells, f"measuring {device}", unit="cell", disable=None):
-        cost = _measure(model, report["cells"][name])
-        table |= {same: cost for same in _alike(report["cells"], name)}
+    passes = [_pass(model, report["cells"][name]) for name in cells]
+    # One clip at a time is what plans are about; a batch would double the time.
+    found = zip(cells, costs.measure(model.params, passes, batch=1), strict=True)
+    for name, cost in tqdm(found, f"measuring {device}", len(cells), unit="cell", disable=None):
+        table |= {same: cost._asdict() for same in _alike(report["cells"], name)}
     return _keep(file, device, {"batch": 1, "cells": table})
 
 
@@ -455,15 +458,14 @@ def _alike(cells: Cells, name: str) -> list[str]:
     return [other for other in cells if program(cells[other]) == program(cells[name])]
 
 
-def _measure(model: "PretrainedModel", cell: Mapping[str, Any]) -> dict[str, float]:
+def _pass(model: "PretrainedModel", cell: Mapping[str, Any]) -> "costs.Pass":
+    """How a cell is run."""
     from fluxvit_jax import costs
     from fluxvit_jax.cells import Cell
 
     grid = Grid.square(cell["frames"], cell["resolution"])
     one = Cell(cell["method"], cell["budget"], grid, cell["head"])
-    network = one.network(model.config.model)
-    # One clip at a time is what plans are about; a batch would double the time.
-    return costs.measure(model.params, network, grid, one.budget, one.head, batch=1)._asdict()
+    return costs.Pass(one.network(model.config.model), grid, one.budget, one.head)
 
 
 def as_searched(model: "PretrainedModel", report: Report) -> "PretrainedModel":

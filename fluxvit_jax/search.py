@@ -165,10 +165,7 @@ class Search:
         self._splits = {split.name: split for split in splits}
         self._fingerprint = planner.fingerprint(weights.params)
         self._views = f"{config.eval.clips}x{config.eval.crops}"
-        self._work = {
-            cell.name: costs.gflops(cell.network(self._model), cell.grid, cell.budget)
-            for cell in self._cells
-        }
+        self._work = {cell.name: costs.gflops(*self._pass(cell)[:3]) for cell in self._cells}
         about = {
             "weights": self._fingerprint,
             "network": repr(self._model),
@@ -221,18 +218,21 @@ class Search:
         cells = {cell.program: cell for cell in self._cells if cell.name not in self._skipped}
         missing = [cell for program, cell in cells.items() if program not in known]
         params = jax.device_put(self._weights.params)
-        with progress_bar(len(missing), desc="timing", unit="cell") as bar:
-            for cell in missing:
-                network = cell.network(self._model)
-                with devices.enough_memory(
-                    f"{cell.name}: the device's memory does not hold {batch} clips; lower "
-                    "--config.search.timed_batch"
-                ):
-                    cost = costs.measure(params, network, cell.grid, cell.budget, cell.head, batch)
+        too_much = (
+            f"the device's memory does not hold {batch} clips in each of {costs.TOGETHER} cells; "
+            "lower --config.search.timed_batch, and what was found stays"
+        )
+        bar = progress_bar(len(missing), desc="timing", unit="cell")
+        with bar, devices.enough_memory(too_much):
+            found = costs.measure(params, list(map(self._pass, missing)), batch)
+            for cell, cost in zip(missing, found, strict=True):
                 self._results.add_cost(device, batch, cell.program, cost._asdict())
                 bar.update()
                 self._write_now_and_then()
         self._finished = True
+
+    def _pass(self, cell: Cell) -> costs.Pass:
+        return costs.Pass(cell.network(self._model), cell.grid, cell.budget, cell.head)
 
     def write(self) -> dict[str, Any]:
         """Writes the report as far as it goes, and returns it."""

@@ -1,5 +1,6 @@
 """Work, time and memory: against the paper's figures, the traced program, and real runs."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -229,8 +230,13 @@ def params() -> dict:
     return random_params(MODEL)
 
 
+def measure(params, model, head=0, batch=1) -> costs.Cost:
+    (cost,) = costs.measure(params, [costs.Pass(model, GRID, BUDGET, head)], batch)
+    return cost
+
+
 def test_a_measured_batch(params, compilations):
-    cost = costs.measure(params, MODEL, GRID, BUDGET, head=2, batch=3)
+    cost = measure(params, MODEL, head=2, batch=3)
     assert len(compilations) == 2, compilations
     assert all(math.isfinite(value) and value > 0 for value in cost)
     assert cost.milliseconds <= cost.milliseconds_p95
@@ -239,8 +245,27 @@ def test_a_measured_batch(params, compilations):
     assert cost.peak_memory_mb * 1e6 > bytes_of(params) + 3 * GRID.tokens * PATCH_VALUES
 
 
+def test_several_take_turns(params, compilations, monkeypatch):
+    """Each is timed as if alone, but a few calls at a time."""
+    turns, turn = [], costs._turn
+
+    def note(call):
+        turns.append(id(call))
+        return turn(call)
+
+    monkeypatch.setattr(costs, "_turn", note)
+    monkeypatch.setattr(costs, "TOGETHER", 2)
+    passes = [costs.Pass(MODEL, GRID, budget, 0) for budget in (9, 12, 15)]
+    measuring = costs.measure(params, passes, batch=2)
+    found = list(itertools.islice(measuring, 2))
+    assert len(found) == 2 and len(compilations) == 4
+    assert all(math.isfinite(value) and value > 0 for cost in found for value in cost)
+    assert len(set(turns[:4])) == 4 and turns[4:8] == turns[:4]
+    assert len(list(measuring)) == 1 and len(compilations) == 6
+
+
 def test_a_batch_of_one_is_one_program(params, compilations):
-    cost = costs.measure(jax.device_put(params), MODEL, GRID, BUDGET, head=0, batch=1)
+    cost = measure(jax.device_put(params), MODEL)
     assert len(compilations) == 1, compilations
     assert cost.batch_milliseconds == cost.milliseconds > 0
     assert cost.batch_milliseconds_p95 == cost.milliseconds_p95
@@ -251,8 +276,7 @@ def test_memory_holds_weights_that_the_head_does_not_use(params):
     larger = replace(MODEL, budgets=12)
     more = random_params(larger)
     few, many = (
-        costs.measure(own, model, GRID, BUDGET, head=0, batch=1).peak_memory_mb * 1e6
-        for own, model in ((params, MODEL), (more, larger))
+        measure(own, model).peak_memory_mb * 1e6 for own, model in ((params, MODEL), (more, larger))
     )
     assert many - few == pytest.approx(bytes_of(more) - bytes_of(params), rel=0.01)
 
@@ -261,7 +285,7 @@ def test_memory_holds_weights_that_the_head_does_not_use(params):
     "changes", [{"selector": "random"}, {"cls": "inside"}, {"merge_blocks": 2}]
 )
 def test_other_networks_are_measured(params, changes):
-    cost = costs.measure(params, replace(MODEL, **changes), GRID, BUDGET, head=0, batch=1)
+    cost = measure(params, replace(MODEL, **changes))
     assert math.isfinite(cost.milliseconds) and cost.milliseconds > 0
 
 
@@ -270,8 +294,8 @@ def test_other_networks_are_measured(params, changes):
     [
         (9, 1.1, False),
         (10, 1.1, True),
-        (99, 0.9, False),
-        (100, 0.1, True),
+        (999, 0.9, False),
+        (1000, 0.1, True),
         (3, 29.0, False),
         (2, 50.0, False),
         (3, 31.0, True),

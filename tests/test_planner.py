@@ -321,9 +321,10 @@ def test_a_device_is_measured_once(searched, monkeypatch):
     """The cells worth it, for real; what differs in the head only shares its timings."""
     measured, measure = [], costs.measure
 
-    def counting(params, model, grid, budget, head, batch):
-        measured.append((model.merge_blocks > 0, budget, grid.frames, grid.resolution))
-        return measure(params, model, grid, budget, head, batch)
+    def counting(params, passes, batch):
+        for model, grid, budget, _ in passes:
+            measured.append((model.merge_blocks > 0, budget, grid.frames, grid.resolution))
+        return measure(params, passes, batch)
 
     monkeypatch.setattr(costs, "measure", counting)
     found = plan(searched, milliseconds=1e6)
@@ -357,16 +358,18 @@ def test_a_device_is_measured_once(searched, monkeypatch):
         plan(searched, milliseconds=min(times.values()) / 2)
 
 
+def instantly(params, passes, batch):
+    return (costs.Cost(*range(1, 8)) for _ in passes)
+
+
 def test_measuring_that_is_cut_off_leaves_the_report(searched, tmp_path, monkeypatch):
     workdir = shutil.copytree(searched, tmp_path / "run")
     change(workdir, devices={})
-    before, calls = (workdir / "search" / "report.json").read_bytes(), []
+    before = (workdir / "search" / "report.json").read_bytes()
 
-    def cut_off(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return costs.Cost(*range(1, 8))
+    def cut_off(params, passes, batch):
+        yield from (costs.Cost(*range(1, 8)) for _ in passes[:2])
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(costs, "measure", cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -381,7 +384,7 @@ def test_a_report_that_cannot_be_written_is_planned_all_the_same(
     change(workdir, devices={})
     (workdir / "search" / "report.csv").unlink(missing_ok=True)
     (workdir / "search" / "report.csv").mkdir()  # in the way of the new file
-    monkeypatch.setattr(costs, "measure", lambda *_, **__: costs.Cost(*range(1, 8)))
+    monkeypatch.setattr(costs, "measure", instantly)
     assert plan(workdir, milliseconds=5).cell == BEST
     said = capsys.readouterr().err
     assert "cannot be written" in said and "; the timings may be lost" in said
@@ -403,9 +406,9 @@ def test_only_the_network_of_the_report_is_measured(searched, tmp_path):
 def test_the_network_is_timed_in_the_dtype_of_its_search(searched, tmp_path, monkeypatch):
     networks = []
 
-    def note(params, network, *rest, **more):
-        networks.append(network.dtype)
-        return costs.Cost(*range(1, 8))
+    def note(params, passes, batch):
+        networks.extend(one.model.dtype for one in passes)
+        return instantly(params, passes, batch)
 
     monkeypatch.setattr(costs, "measure", note)
     for dtype in ("bfloat16", "float32"):
