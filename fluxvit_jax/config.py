@@ -715,7 +715,7 @@ def _check_evaluation(config: ConfigDict) -> None:
         if min(budget, frames, resolution) <= 0:
             raise UserError(f"config.eval.settings: {(budget, frames, resolution)} must be above 0")
         _check_resolution("eval.settings", resolution)
-        tokens = frames * (resolution // PATCH) ** 2
+        tokens = Grid.square(frames, resolution).tokens
         if config.model.selector.kind == "none" and tokens > budget:
             raise UserError(
                 f"config.eval.settings: {frames} frames of {resolution} px have {tokens} tokens, "

@@ -321,7 +321,7 @@ def _planned(config: ConfigDict, params: dict) -> list[Setting]:
     """The cell of selection that the report `eval.plan` chose for each budget."""
     report = planner.read_report(config.eval.plan)
     planner.check_weights(report, params, config.eval.plan)
-    cells = [report["cells"][own["select"]] for own in report["chosen"].values() if own["select"]]
+    cells = planner.chosen_cells(report)
     if not cells:
         raise UserError(f"{config.eval.plan}: chose no cells that select; let --mode=search finish")
     return [

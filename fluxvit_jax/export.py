@@ -68,9 +68,9 @@ def _write(
 ) -> None:
     params = dict(names.flatten(model.params))
     np.savez(folder / WEIGHTS, **{name: np.asarray(array) for name, array in params.items()})
-    budgets, heads = {}, {_setting(cell): cell["head"] for cell in _chosen(report)}
+    budgets, heads = {}, {_setting(cell): cell["head"] for cell in planner.chosen_cells(report)}
     for budget, frames, resolution in tqdm(settings, "exporting", unit="budget", disable=None):
-        grid = Grid(frames, resolution // PATCH, resolution // PATCH)
+        grid = Grid.square(frames, resolution)
         nearest = nearest_head(budget, model.config.head_budgets)
         head = heads.get((budget, frames, resolution), nearest)
         program = folder / f"{budget}.stablehlo"
@@ -165,12 +165,6 @@ def describe_plan(budgets: dict[str, dict[str, Any]], report: planner.Report) ->
     }
 
 
-def _chosen(report: planner.Report | None) -> list[dict[str, Any]]:
-    """The cell of selection that a search chose for each budget, as far as it did."""
-    chosen = report["chosen"].values() if report else ()
-    return [report["cells"][own["select"]] for own in chosen if own.get("select")]
-
-
 def _setting(cell: dict[str, Any]) -> Setting:
     return cell["budget"], cell["frames"], cell["resolution"]
 
@@ -184,7 +178,7 @@ def check_settings(config: PretrainedConfig, settings: Sequence[Setting]) -> Non
             raise UserError(f"{what}: a resolution is a multiple of {PATCH}, a budget above 0")
         if (
             config.model.selector == "none"
-            and frames * (resolution // PATCH) ** 2 > budget - inside
+            and Grid.square(frames, resolution).tokens > budget - inside
         ):
             raise UserError(f"{what}: the network selects nothing, so they do not fit the budget")
 
@@ -215,7 +209,7 @@ def run(
     file = planner.find_report(searched, weights)
     if report := _report_of(model, file):
         model = _in_dtype(model, dtype, report)
-        if not tokens and (cells := _chosen(report)):
+        if not tokens and (cells := planner.chosen_cells(report)):
             settings = [_setting(cell) for cell in cells]
             print(f"exporting the cells that {file} chose")
     export(model, Path(out), settings, report)

@@ -354,6 +354,12 @@ def _is_cell(cell: Any) -> bool:
     return all(isinstance(number, int | float) for number in numbers)
 
 
+def chosen_cells(report: Report | None) -> list[dict[str, Any]]:
+    """The cell of selection that a search chose for each budget, as far as it did."""
+    chosen = report["chosen"].values() if report else ()
+    return [report["cells"][own["select"]] for own in chosen if own.get("select")]
+
+
 def find_cell(report: Report, budget: int, frames: int, resolution: int, head: int) -> str | None:
     """The cell, measured to the end, that a network runs when asked so without merging tokens."""
     asked = {"budget": budget, "frames": frames, "resolution": resolution, "head": head}

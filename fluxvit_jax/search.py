@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -196,7 +195,7 @@ class Search:
                 self._skipped |= dict.fromkeys(sorted(dropped), self._seen)
                 alive = better
             self._see(split, alive, self._seen, end)
-        self._seen = len(split.source)
+            self._seen = end
 
     def report(self) -> None:
         """The chosen cells see the reporting split."""
@@ -217,14 +216,14 @@ class Search:
         known = self._results.costs(device, batch)
         cells = {cell.program: cell for cell in self._cells if cell.name not in self._skipped}
         missing = [cell for program, cell in cells.items() if program not in known]
-        params = jax.device_put(self._weights.params)
         too_much = (
             f"the device's memory does not hold {batch} clips in each of {costs.TOGETHER} cells; "
             "lower --config.search.timed_batch, and what was found stays"
         )
         bar = progress_bar(len(missing), desc="timing", unit="cell")
         with bar, devices.enough_memory(too_much):
-            found = costs.measure(params, list(map(self._pass, missing)), batch)
+            passes = list(map(self._pass, missing))
+            found = costs.measure(self._weights.params, passes, batch)
             for cell, cost in zip(missing, found, strict=True):
                 self._results.add_cost(device, batch, cell.program, cost._asdict())
                 bar.update()
@@ -290,26 +289,25 @@ class Search:
         }
         whole = len(chunks) * sum(self._work[cell.name].all for cell in cells)
         missing = sum(self._work[cell.name].all for own in chunks.values() for cell in own)
+        unseen = [(first, own) for first, own in chunks.items() if own]
+        if not unseen:
+            return
         bar = progress_bar(
             whole,  # work, so that the time left holds for cells of any size
             initial=whole - missing,
             desc={CHOOSE: "choosing", REPORT: "reporting"}[split.name],
             bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
         )
-        unseen = [first for first, own in chunks.items() if own]
         with bar, closing(Viewer(self._config, self._weights.params)) as viewer:
-            read = partial(self._read, split, viewer)
-            ahead = {first: read(first, chunks[first]) for first in unseen[:1]}
-            for first, own in chunks.items():
+            ahead = self._read(split, viewer, *unseen[0])
+            for (first, own), following in zip(unseen, [*unseen[1:], None], strict=True):
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
-                if own:
-                    shots = [future.result() for future in ahead.pop(first)]
-                    # The next chunk is read while the devices work on this one.
-                    following = [after for after in unseen if after > first][:1]
-                    ahead = {after: read(after, chunks[after]) for after in following}
-                    self._see_chunk(split, own, first, shots, viewer, bar)
                 if split.name == CHOOSE:
-                    self._seen = min(stop, first + self._chunk())
+                    self._seen = first
+                shots = [future.result() for future in ahead]
+                # The next chunk is read while the devices work on this one.
+                ahead = self._read(split, viewer, *following) if following else []
+                self._see_chunk(split, own, first, shots, viewer, bar)
 
     def _numbers(self, first: int) -> list[int]:
         """This host's videos of the chunk that begins with number `first`."""

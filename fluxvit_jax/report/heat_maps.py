@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 
-from fluxvit_jax.budgets import PATCH
+from fluxvit_jax.budgets import Grid
 from fluxvit_jax.report import charts, elements
 from fluxvit_jax.report.reading import SHORT, Cell, Report, measured, whole
 from fluxvit_jax.report.style import HEAT, LIGHT
@@ -83,7 +83,7 @@ def _cell(own: HeatMap, place: Place) -> str:
     cell = own.cells.get(place)
     if not cell:
         frames, resolution = place
-        fills = frames * (resolution // PATCH) ** 2 >= own.budget
+        fills = Grid.square(frames, resolution).tokens >= own.budget
         return f"<td>{'&middot;' if fills else ''}</td>"
     found = cell["choose"]
     title = f"{SHORT[cell['method']]} {grid(cell)} px, head {cell['head']}"
