@@ -8,6 +8,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 # Last thing made of an environment, so one that was interrupted or is of another Python starts anew.
 READY := $(VENV)/ready-$(VERSION)
 TORCH := $(VENV)/torch-$(VERSION)
+TPU := $(VENV)/tpu-$(VERSION)
 
 .PHONY: help test demo clean
 
@@ -15,7 +16,7 @@ help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
 # Two processes; the tests of a file stay together, since they share what one of them has trained.
-test: $(TORCH)  ## make the environment, check style, run all tests
+test: $(TORCH) $(TPU)  ## make the environment, check style, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -43,4 +44,9 @@ $(READY): requirements.txt
 $(TORCH): $(READY) requirements-torch.txt
 	@echo 'Adding PyTorch and ONNX to $(VENV), for the tests: some minutes, once.'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	@touch $@
+
+$(TPU): $(READY) requirements-tpu.txt
+	@echo 'Adding the TPU compiler to $(VENV), for the tests: a minute, once.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.txt
 	@touch $@

@@ -6,16 +6,29 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
-from fluxvit_jax import atomic
+from fluxvit_jax import atomic, storage
 
 FILE = "metrics.jsonl"
+
+
+class EventObjects:
+    """TensorBoard files in a bucket. tensorboardX's own way there ends at the first failure."""
+
+    def directory_check(self, path: str) -> None:
+        """Folders come with the objects in them."""
+
+    def open(self, path: str) -> atomic.GrowingObject:
+        return atomic.GrowingObject(storage.path_of(path))
+
+
+register_writer_factory("gs", EventObjects())
 
 
 class Metrics:
@@ -24,12 +37,15 @@ class Metrics:
     `metrics.jsonl` holds what follows from configuration and data alone, so that a run killed and
     resumed leaves the same file as an undisturbed one; what the clock says (clips a second) goes
     to TensorBoard only.
+
+    In a bucket both are objects, written anew every half minute (TensorBoard's every two) and at
+    `close`; `save` writes the lines, so that a checkpoint has all of those before it.
     """
 
-    def __init__(self, workdir: str | Path):
-        self._workdir = Path(workdir)
+    def __init__(self, workdir: storage.PathLike):
+        self._workdir = storage.path_of(workdir)
         self._primary = jax.process_index() == 0
-        self._file: TextIO | None = None
+        self._file: atomic.LineFile | None = None
         self._tensorboard: SummaryWriter | None = None
         self._resumed_at = 0
 
@@ -54,8 +70,7 @@ class Metrics:
         values = {name: _number(value) for name, value in scalars.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
         line = json.dumps({"step": int(step), "split": split, **finite}, allow_nan=False)
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._file.add(line)
         for name, value in {**values, **(timings or {})}.items():
             self._tensorboard.add_scalar(f"{split}/{name}", _number(value), int(step))
 
@@ -70,9 +85,16 @@ class Metrics:
             raise RuntimeError("rewind comes before the first write")
         self._resumed_at = step
         path = self._workdir / FILE
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _within(line, step)]
+        with storage.errors(path):
+            lines = path.read_text().splitlines() if path.exists() else None
+        if lines is not None:
+            kept = [line for line in lines if _within(line, step)]
             atomic.write(path, "".join(line + "\n" for line in kept))
+
+    def save(self) -> None:
+        """Returns when every line so far is in the file. Raises UserError if a bucket fails."""
+        if self._file is not None:
+            self._file.save()
 
     def close(self) -> None:
         if self._file is not None:
@@ -82,8 +104,8 @@ class Metrics:
 
     def _open(self) -> None:
         if self._file is None:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._workdir / FILE, "a")  # noqa: SIM115 - closed in close()
+            storage.make_folder(self._workdir)
+            self._file = atomic.LineFile(self._workdir / FILE)
             self._tensorboard = SummaryWriter(
                 str(self._workdir / "tensorboard"),
                 purge_step=self._resumed_at + 1,  # TensorBoard drops older files' later events

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fluxvit_jax import storage
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.convert import names
 from fluxvit_jax.errors import UserError
@@ -297,7 +298,7 @@ def find_report(*paths: str | os.PathLike | None) -> Path | None:
 
     A path may be the file, its folder, a workdir with `search/report.json`, or a checkpoint of one.
     """
-    for path in map(Path, filter(None, paths)):
+    for path in map(storage.path_of, filter(None, paths)):
         if path.is_file() and path.suffix == ".json":
             return path
         folders = [path, path / FOLDER]

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import devices, planner
+from fluxvit_jax import devices, planner, storage
 from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.convert.config_json import Setting
 from fluxvit_jax.data import sampling
@@ -135,7 +135,7 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
         UserError: there are no such weights or videos, or the only video cannot be read; there is
             no report of a search of these weights, or it has nothing within the limit.
     """
-    source = Path(options.video)
+    source = storage.path_of(options.video)
     if not options.video or not source.exists():
         raise UserError(f"--video={options.video}: no such file or folder")
     if options.top < 1 or any(budget < 2 for budget in options.tokens):

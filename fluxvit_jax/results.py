@@ -8,12 +8,12 @@ dropped, and what it was about is done again.
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from fluxvit_jax import atomic
+from fluxvit_jax import atomic, distributed, parallel, storage
 from fluxvit_jax.cells import Cell
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.intervals import paired_difference, share_interval
@@ -24,27 +24,28 @@ CHOOSE, REPORT = "choose", "report"  # the splits
 
 
 class Results:
-    """The lines of `cells.jsonl`; each addition is on disk before it returns.
+    """The lines of `cells.jsonl`; each addition is in its `atomic.LineFile` before it returns.
 
     about: what the results are of (weights, videos, views); a file about something else is refused.
+    All hosts have them, and what host 0 finds in the file counts; only that one adds to it.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any], writes: bool = True):
-        """Reads what is there. writes: whether this process adds lines to the file.
+    def __init__(self, folder: epath.Path, about: Mapping[str, Any]):
+        """Reads what is there.
 
         Raises UserError for results of something else, or a file that cannot be written.
         """
         self._path = folder / FILE
-        self._file = None
+        self._file: atomic.LineFile | None = None
         self._found: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
         self._failures: dict[str, dict[int, str]] = defaultdict(dict)
         self._costs: dict[str, dict[str, dict]] = defaultdict(dict)
-        lines = self._read()
+        lines = distributed.from_first_host(self._read)
         if lines:
             self._check(lines[0], about)
         for line in lines[1:]:
             self._take(line)
-        if writes:
+        if parallel.host_index() == 0:
             self._open(lines or [{"about": dict(about)}])
 
     def add_found(self, split: str, first: int, cell: str, found: str) -> None:
@@ -93,8 +94,7 @@ class Results:
     def _add(self, line: dict[str, Any]) -> None:
         self._take(line)
         if self._file:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            self._file.add(json.dumps(line))
 
     def _take(self, line: Mapping[str, Any]) -> None:
         match line:
@@ -106,10 +106,10 @@ class Results:
                 self._costs[_table(device, batch)][program] = cost
 
     def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
+        with storage.errors(self._path):
+            content = self._path.read_bytes() if self._path.exists() else b""
         lines = []
-        for text in self._path.read_text(errors="replace").splitlines():
+        for text in content.decode(errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
@@ -129,9 +129,9 @@ class Results:
     def _open(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Writes anew what could be read, and stays open for more."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self._path.parent)
             atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
-            self._file = self._path.open("a")
+            self._file = atomic.LineFile(self._path)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
 

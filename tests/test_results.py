@@ -60,7 +60,7 @@ def test_what_was_added_is_there_again(tmp_path):
     with filled(tmp_path) as results:
         assert state(results) == EXPECTED
         # On disk before the file is closed: a kill loses nothing.
-        with Results(tmp_path, ABOUT, writes=False) as again:
+        with Results(tmp_path, ABOUT) as again:
             assert state(again) == EXPECTED
     with Results(tmp_path, ABOUT) as again:
         assert state(again) == EXPECTED

@@ -23,6 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fluxvit_jax import storage
 from fluxvit_jax.config import from_dict
 from fluxvit_jax.convert import config_json, names
 from fluxvit_jax.convert.config_json import PretrainedConfig
@@ -90,7 +91,7 @@ def read(
         UserError: there are no such weights; they are damaged, not those of a FluxViT, or their
             network cannot be told.
     """
-    source = Path(source)
+    source = storage.path_of(source) if storage.is_remote(source) else Path(source)
     found = _find(source)
     given = {**found.config, **(config or {})}
     state, notes = dict(found.state), []
@@ -125,6 +126,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _find(source: Path) -> _Found:
+    if storage.is_remote(source) and (source.suffix or (source / WEIGHTS).exists()):
+        raise UserError(f"{source}: of a bucket, only a workdir can be read; copy it here")
     if source.is_dir() and (source / WEIGHTS).exists():
         return _find_folder(source)
     if source.is_dir():

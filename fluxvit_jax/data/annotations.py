@@ -1,22 +1,25 @@
 """What there is to train on: lists of videos, folders of class folders, prepared folders.
 
-`open_source` turns any of the three into a `Source`, a random-access sequence of `Record`s. Bad
-input is a `UserError` that names the file and the line.
+`open_source` turns any of the three into a `Source`, a random-access sequence of `Record`s. All may
+be in a bucket (gs://), and so may the videos of a list of this machine. Bad input is a `UserError`
+that names the file and the line.
 """
 
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 
+from fluxvit_jax import storage
 from fluxvit_jax.data.sampling import stream_rng
 from fluxvit_jax.errors import UserError
 
@@ -33,7 +36,7 @@ class Example(NamedTuple):
 
     id: str  # path relative to the root, "/" between its parts
     label: int
-    source: str  # absolute path
+    source: str  # absolute path, or one of a bucket
 
 
 class Record(NamedTuple):
@@ -75,13 +78,13 @@ def open_source(
 
     Raises:
       UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
-        or a shard, or has a label out of range.
+        or a shard, or has a label out of range; a bucket that cannot be read.
     """
     folder, split = _split_of(path)
     if _is_prepared(folder):
         return _open_prepared(folder, split, classes)
     examples = read_annotations(path, root, classes)
-    return FileSource(examples, class_names(path) if os.path.isdir(path) else None)
+    return FileSource(examples, class_names(path) if storage.is_folder(path) else None)
 
 
 def read_annotations(
@@ -105,15 +108,15 @@ def read_annotations(
     """
     if not os.fspath(path):
         raise UserError("no data is given: name a list or a folder of videos")
-    if os.path.isdir(path):
-        return _read_folder(Path(path), classes)
-    return _read_list(Path(path), Path(path).parent if not root else Path(root), classes)
+    path = storage.path_of(path)
+    if storage.is_folder(path):
+        return _read_folder(path, classes)
+    return _read_list(path, storage.path_of(root) if root else path.parent, classes)
 
 
 def class_names(path: str | os.PathLike) -> tuple[str, ...]:
     """The sorted names of the class folders in a folder; a name's index is its label."""
-    with os.scandir(path) as entries:
-        return tuple(sorted(e.name for e in entries if e.is_dir() and not e.name.startswith(".")))
+    return tuple(sorted(name for name in storage.folders_in(path) if not name.startswith(".")))
 
 
 def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
@@ -122,7 +125,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       UserError: the file cannot be read, is empty, or has a name missing or twice.
     """
-    lines = _text_of(Path(path)).rstrip().split("\n")
+    lines = _text_of(path).rstrip().split("\n")
     names = tuple(line.strip() for line in lines)
     for number, name in enumerate(names, 1):
         if not name or name in names[: number - 1]:
@@ -139,14 +142,6 @@ def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
     return digest.hexdigest()
 
 
-def file_size(path: str) -> int:
-    """Size of a file in bytes, 0 for one that cannot be read (which decoding will then say)."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
-
-
 @dataclasses.dataclass(frozen=True)
 class FileSource:
     """The videos of a list or of a folder of class folders."""
@@ -156,8 +151,10 @@ class FileSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """See `Source`; asks the file system for every size, once."""
-        return fingerprint((e.id, e.label, file_size(e.source)) for e in self.examples)
+        """See `Source`; looks up every size, once."""
+        sizes = storage.file_sizes([example.source for example in self.examples])
+        rows = zip(self.examples, sizes, strict=True)
+        return fingerprint((example.id, example.label, size) for example, size in rows)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -250,12 +247,13 @@ def video_ids(source: Source) -> list[str] | None:
     return [example.id for example in source.examples] if isinstance(source, FileSource) else None
 
 
-def _read_folder(folder: Path, classes: int | None) -> list[Example]:
+def _read_folder(folder: epath.Path, classes: int | None) -> list[Example]:
     names = class_names(folder)
+    labels = {name: label for label, name in enumerate(names)}
+    root = _absolute(folder)
     examples = [
-        Example(video.relative_to(folder).as_posix(), label, os.path.abspath(video))
-        for label, name in enumerate(names)
-        for video in videos_below(folder / name)
+        Example(video, labels[video.split("/")[0]], os.path.join(root, video))
+        for video in _videos(storage.files_below(folder, names))
     ]
     if not examples:
         raise UserError(
@@ -267,19 +265,24 @@ def _read_folder(folder: Path, classes: int | None) -> list[Example]:
     return examples
 
 
-def videos_below(folder: Path) -> list[Path]:
+def videos_below(folder: epath.Path) -> list[epath.Path]:
     """All video files in a folder and its folders, by their suffix; hidden ones are left out."""
-    return sorted(
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith(".")
-    )
+    return [folder / video for video in _videos(storage.files_below(folder))]
 
 
-def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
+def _videos(files: Iterable[str]) -> list[str]:
+    """The videos among relative paths, folder by folder."""
+    videos = []
+    for file in files:
+        name = os.path.basename(file)
+        if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):
+            videos.append(file)
+    return sorted(videos, key=lambda video: video.split("/"))
+
+
+def _read_list(path: epath.Path, root: epath.Path, classes: int | None) -> list[Example]:
     lines = _text_of(path).split("\n")
-    if not root.is_dir():
+    if not storage.is_folder(root):
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     delimiter = next((d for d in ",\t" if numbered and d in numbered[0][1]), None)
@@ -288,7 +291,7 @@ def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
-    root = Path(os.path.abspath(root))
+    root = _absolute(root)
     return [
         Example(name, _label(path, number, label, classes), os.path.join(root, name))
         for number, (text, label) in rows
@@ -296,18 +299,25 @@ def _read_list(path: Path, root: Path, classes: int | None) -> list[Example]:
     ]
 
 
-def _text_of(path: Path) -> str:
+def _absolute(folder: epath.Path) -> str:
+    return os.fspath(folder) if storage.is_remote(folder) else os.path.abspath(folder)
+
+
+def _text_of(path: str | os.PathLike) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        content = storage.read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file or folder") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        # All line ends become \n.
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
 
 
-def _columns(path: Path, number: int, line: str, delimiter: str | None) -> list[str]:
+def _columns(path: epath.Path, number: int, line: str, delimiter: str | None) -> list[str]:
     """The two columns of a line; None splits at runs of blanks, else it is CSV."""
     try:
         columns = line.split() if delimiter is None else _csv_columns(line, delimiter)
@@ -329,7 +339,7 @@ def _is_header(first: str, second: str) -> bool:
     return not re.fullmatch(r"-?\d+", second) and not PurePosixPath(first).suffix
 
 
-def _label(path: Path, number: int, text: str, classes: int | None) -> int:
+def _label(path: epath.Path, number: int, text: str, classes: int | None) -> int:
     if not re.fullmatch(r"-?[0-9]+", text):
         raise UserError(f"{path}, line {number}: label {text!r} is no integer")
     label = int(text)
@@ -339,12 +349,15 @@ def _label(path: Path, number: int, text: str, classes: int | None) -> int:
     return label
 
 
-def _inside(path: Path, number: int, text: str, root: Path) -> str:
+def _inside(path: epath.Path, number: int, text: str, root: str) -> str:
     """The path relative to the root. Links are not followed: one may lead out of the root."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise UserError(f"{path}, line {number}: path {text!r} is a URL; only files are read")
-    name = os.path.normpath(os.path.relpath(text, root) if os.path.isabs(text) else text)
-    if not text or "\0" in text or name == "." or name.split("/")[0] == "..":
+        raise UserError(
+            f"{path}, line {number}: path {text!r} is a URL; write what comes after the root {root}"
+        )
+    own = os.path.isabs(text) and not storage.is_remote(root)
+    name = os.path.normpath(os.path.relpath(text, root) if own else text)
+    if not text or "\0" in text or name == "." or name.split("/")[0] in ("", ".."):
         raise UserError(f"{path}, line {number}: path {text!r} is not inside the root {root}")
     return name
 
@@ -356,7 +369,8 @@ def _split_of(path: str | os.PathLike) -> tuple[str, str | None]:
 
 
 def _is_prepared(folder: str) -> bool:
-    return bool(folder) and (epath.Path(folder) / "dataset_info.json").exists()
+    with storage.errors(folder):
+        return bool(folder) and (storage.path_of(folder) / "dataset_info.json").exists()
 
 
 def prepared_builder(folder: str | os.PathLike) -> Any:
@@ -388,7 +402,8 @@ def _open_prepared(folder: str, split: str | None, classes: int | None) -> Prepa
         raise UserError(
             f"{folder}: label {about[split]['max_label']} must be one of 0..{classes - 1}"
         )
-    present = {file.name for file in epath.Path(folder).iterdir()}
+    with storage.errors(folder):
+        present = {file.name for file in storage.path_of(folder).iterdir()}
     for shard in builder.info.splits[split].filenames:
         if shard not in present:
             raise UserError(f"{folder}: shard {shard} is missing")

@@ -17,6 +17,7 @@ from av.container.core import Flags
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
+from fluxvit_jax import storage
 from fluxvit_jax.data.sampling import resized_size
 
 # Only containers that hold video themselves. Playlists and the like, which a demuxer would follow
@@ -76,11 +77,13 @@ class Video:
       frame_rate: mean frames per second; 0 where the file does not say.
 
     Args:
-      source: path of a file, or its bytes. Never a URL: the file is opened here, not by FFmpeg.
+      source: path of a file, on this machine or in a bucket, or its bytes. It is opened here, not
+        by FFmpeg, which would follow any URL.
       name: the path by default.
 
     Raises:
       DecodeError: whatever is wrong with the file.
+      UserError: the bucket cannot be read, which is no fault of the video.
     """
 
     def __init__(self, source: str | os.PathLike | bytes, name: str | None = None):
@@ -160,6 +163,11 @@ class Video:
     def _open_file(self, source: str | os.PathLike | bytes) -> BinaryIO:
         if isinstance(source, bytes):
             return io.BytesIO(source)
+        if storage.is_remote(source):
+            try:
+                return io.BytesIO(storage.read_bytes(source))
+            except FileNotFoundError:
+                raise DecodeError(self.name, "no such file") from None
         if not os.path.isfile(source):  # opening a pipe, say, would wait for ever
             raise DecodeError(self.name, "no such file")
         return open(source, "rb")

@@ -31,7 +31,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,10 +43,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tqdm import tqdm
 
+from fluxvit_jax import storage
 from fluxvit_jax.data.annotations import (
     Example,
     class_names,
-    file_size,
     fingerprint,
     prepared_builder,
     read_annotations,
@@ -121,8 +121,7 @@ def prepare(
         info = _existing_info(out)
         names = _names(out, info, annotations, names)
         examples = read_annotations(annotations, root, len(names) if names else None)
-        with ThreadPoolExecutor(16) as pool:  # on a network each answer takes its time
-            sizes = list(pool.map(file_size, [example.source for example in examples]))
+        sizes = storage.file_sizes([example.source for example in examples])
         if not any(sizes):
             raise UserError(
                 f"{annotations}: none of its {len(examples)} videos is there; the first would be "
@@ -189,7 +188,7 @@ def _names(
     out: Path, info: Any, annotations: str | os.PathLike, names: Sequence[str] | None
 ) -> Sequence[str] | None:
     """Class names: as given, or of the class folders, or of the splits that are there already."""
-    if names is None and os.path.isdir(annotations):
+    if names is None and storage.is_folder(annotations):
         names = class_names(annotations) or None
     if info is None:
         return names
@@ -393,13 +392,18 @@ def read_video(example: Example) -> tuple[bytes, str | None]:
     The bytes are empty for a file that cannot be read or is too large for a record.
     """
     try:
-        if not os.path.isfile(example.source):
+        here = not storage.is_remote(example.source)
+        if here and not os.path.isfile(example.source):  # a pipe, say
             return b"", "no such file"
-        if os.path.getsize(example.source) > MAX_VIDEO_BYTES:
+        if here and os.path.getsize(example.source) > MAX_VIDEO_BYTES:
             return b"", "larger than 2 GiB"
-        content = Path(example.source).read_bytes()
+        content = storage.read_bytes(example.source)
+    except FileNotFoundError:
+        return b"", "no such file"
     except OSError as error:
         return b"", error.strerror
+    if len(content) > MAX_VIDEO_BYTES:
+        return b"", "larger than 2 GiB"
     try:
         with Video(content, name=example.id) as video:
             video.read(range(len(video)), short_side=CHECK_SHORT_SIDE)

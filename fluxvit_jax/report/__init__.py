@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fluxvit_jax import atomic
+from fluxvit_jax import atomic, storage
 from fluxvit_jax.errors import UserError
 
 
@@ -32,7 +32,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
         "report.png": picture.png(whole),
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         for name, content in files.items():
             atomic.write(folder / name, content)
     except OSError as error:
