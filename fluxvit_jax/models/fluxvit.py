@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluxvit_jax.models import layers, merging, positions, selection
+from fluxvit_jax.models import (
+    layers,
+    merging,
+    placement,
+    positions,
+    selection,
+    sequence,
+)
 from fluxvit_jax.models.selection import GridLimits, Selection
 
 PATCH_VALUES = 14 * 14 * 3  # a patch of one frame, order h, w, c
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, for values in 0..1
 STD = (0.229, 0.224, 0.225)
-REMAT_NAMES = ("attention", "fc1", "mlp")
 
 
 @dataclass(frozen=True)
@@ -28,8 +34,9 @@ class FluxViTConfig:
     layer_scale, kernel_std, position_scale: what LayerScale, the kernels (a deviation) and GPE's
         scale start at; as in the official code, unless a small network is trained from scratch.
     scan: one compiled block looped over the depth; False unrolls (faster steps, slower compiles).
-    remat: what the backward pass recomputes: "none"; "names", all but the outputs of attention,
-        fc1 and MLP; "full", whole blocks.
+    remat: what the backward pass recomputes: "none"; "names", all but matrix products and
+        attention, as in `layers.Block`; "full", whole blocks.
+    attention: the kernel, one of `attention.KERNELS`.
     merge_blocks: above 0, `on_grid` selects no patches but merges tokens in so many of the first
         blocks, until the budget is left: see `fluxvit_jax.models.merging`.
     """
@@ -57,6 +64,7 @@ class FluxViTConfig:
     scan: bool = True
     remat: str = "none"
     merge_blocks: int = 0
+    attention: str = "xla"
 
     @property
     def native_tokens(self) -> int:
@@ -95,7 +103,16 @@ class FluxViT(nnx.Module):
         self.blocks = _stack(
             config.depth,
             rngs,
-            lambda r: layers.Block(C, config.heads, exact, config.layer_scale, dtype, r),
+            lambda r: layers.Block(
+                C,
+                config.heads,
+                config.attention,
+                exact,
+                config.layer_scale,
+                dtype,
+                r,
+                config.remat == "names",
+            ),
         )
         _rescale_by_depth(self.blocks, config.depth)
         self.pool = _stack(
@@ -143,7 +160,7 @@ class FluxViT(nnx.Module):
 
     def patch_budget(self, budget: int) -> int:
         """Places of a budget that patches may take."""
-        return budget - (self.config.cls == "inside")
+        return sequence.patch_budget(budget, self.config.cls)
 
     def encode(
         self,
@@ -156,11 +173,11 @@ class FluxViT(nnx.Module):
         """The tokens after the last block: [B, 1 + N, C], CLS first.
 
         patches: [B, N, 588], the kept ones; grid: int32 [G, 3] where G divides B, one grid for
-        each run of B / G clips; key: drop path, training only.
+        each run of B / G clips; key: [B], one for each clip; drop path, training only.
         """
-        x = self.embed(patches, grid, kept.index, limits)
-        valid = with_cls(kept.valid)
-        return self._run_blocks(x, None if valid is None else valid[:, None, None], key)
+        places = sequence.of(kept.index.shape[1], self.config.attention)
+        x = places.pad(self.embed(patches, grid, kept.index, limits))
+        return places.cut(self._run_blocks(x, places.real(len(x), kept.valid), key))
 
     def merge_tokens(
         self, patches: jax.Array, grid: jax.Array, budget: int, limits: GridLimits
@@ -181,7 +198,7 @@ class FluxViT(nnx.Module):
         left = merging.schedule(P, self.patch_budget(budget), config.merge_blocks)
         for number, keep in enumerate(left):
             block = _unstack(self.blocks, number)
-            x, keys = block.attend(x, size=size)
+            x, keys = block.attend(x, size)
             x, size = merging.merge(x, jnp.mean(keys, axis=2, dtype=jnp.float32), size, keep)
             x = block.transform(x)
         return self._run_blocks(x, None, None, size, first=config.merge_blocks), size
@@ -190,7 +207,7 @@ class FluxViT(nnx.Module):
         self, patches: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
     ) -> jax.Array:
         """Patches at places `index`, [B, N], as tokens with positions: [B, 1 + N, C], CLS first."""
-        x = self.patch_embed(patches)
+        x = self.patch_embed(placement.by_clip(patches))
         x = x + self.position(grid, index, limits).astype(x.dtype)
         cls = self.cls_token[...] + self.pos_embed[...][0]
         return jnp.concatenate(
@@ -215,7 +232,7 @@ class FluxViT(nnx.Module):
     def _run_blocks(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        lengths: jax.Array | None,
         key: jax.Array | None,
         size: jax.Array | None = None,
         first: int = 0,
@@ -224,16 +241,15 @@ class FluxViT(nnx.Module):
         config = self.config
         graph, stacked = nnx.split(self.blocks)
         rates = jnp.linspace(0, config.drop_path, config.depth)
-        keys = None if key is None else jax.random.split(key, config.depth)
+        keys = None if key is None else jax.vmap(partial(jax.random.split, num=config.depth))(key).T
 
         def body(x, layer):
             state, rate, layer_key = layer
-            return nnx.merge(graph, state)(x, mask, rate, layer_key, size), None
+            return nnx.merge(graph, state)(x, lengths, rate, layer_key, size), None
 
-        if config.remat != "none":
-            policies = jax.checkpoint_policies
-            policy = policies.save_only_these_names(*REMAT_NAMES)
-            body = jax.checkpoint(body, policy=policy if config.remat == "names" else None)
+        if config.remat == "full":
+            # The compiler cannot undo it inside a loop: barriers against that would only cost.
+            body = jax.checkpoint(body, prevent_cse=not config.scan)
         layers_left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
         return jax.lax.scan(body, x, layers_left, unroll=not config.scan)[0]
 

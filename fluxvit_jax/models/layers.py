@@ -5,14 +5,17 @@ Linear layers and CLS start as in the official code: normal with deviation 0.02 
 -2 and 2, never happens), zero biases.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-RMS_EPSILON = 1e-6
+from fluxvit_jax.models import attention, norms, placement
+from fluxvit_jax.models.attention import TOKENS_FIRST, Order
+
 LAYER_NORM_EPSILON = 1e-5
 KERNEL_STD = 0.02
 
@@ -29,9 +32,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        high = x.astype(jnp.float32)
-        mean_square = jnp.mean(high**2, axis=-1, keepdims=True)
-        return (high * jax.lax.rsqrt(mean_square + RMS_EPSILON) * self.scale[...]).astype(x.dtype)
+        return norms.rms_norm(x, self.scale[...])
 
 
 class Affine(nnx.Module):
@@ -55,6 +56,18 @@ class LayerScale(nnx.Module):
         return (x.astype(jnp.float32) * self.gamma[...]).astype(x.dtype)
 
 
+def scaled(linear: nnx.Linear, gamma: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The kernel and bias of a linear layer whose output is scaled by gamma, [C], if given.
+
+    LayerScale costs nothing this way: its gradient follows from the kernel's, and the layer's
+    output need not be kept for it.
+    """
+    kernel, bias = linear.kernel[...], linear.bias[...]
+    if gamma is not None:
+        kernel, bias = kernel * gamma, bias * gamma
+    return kernel.astype(linear.dtype), bias.astype(linear.dtype)
+
+
 class FusedQKV(nnx.Module):
     """Queries, keys and values of all heads in one product, without bias."""
 
@@ -62,41 +75,85 @@ class FusedQKV(nnx.Module):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, 3, heads, width // heads)))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [B, N, C] -> [3, B, N, C], the heads side by side in C."""
-        kernel = self.kernel[...].astype(self.dtype)
-        return jnp.einsum("bnc,cjd->jbnd", x.astype(self.dtype), kernel.reshape(x.shape[-1], 3, -1))
+    def __call__(self, x: jax.Array, order: Order = TOKENS_FIRST) -> jax.Array:
+        """x: [B, N, C] -> [3, B, N, heads, K], or in another order."""
+        return jnp.einsum(order.project, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+
+
+class HeadsNorm(RMSNorm):
+    """RMSNorm over the whole width of what is split into heads already."""
+
+    def __call__(self, x: jax.Array, order: Order = TOKENS_FIRST) -> jax.Array:
+        """x: [B, N, heads, K], or in another order."""
+        return order.normalise(x, self.scale[...])
+
+
+class HeadsAffine(Affine):
+    """x * scale + bias for each channel of what is split into heads."""
+
+    def __call__(self, x: jax.Array, order: Order = TOKENS_FIRST) -> jax.Array:
+        """x: [B, N, heads, K], or in another order."""
+        scale, bias = (order.of_channel(p[...], x.shape) for p in (self.scale, self.bias))
+        return x * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
 class Attention(nnx.Module):
     """Self-attention with RMS-normalised q and k and the local position term (LPE) on v.
 
-    q and k are normalised over the whole width before the heads are split. Beside its output it
-    returns the keys, by which tokens are compared where they are merged.
+    q and k are normalised over the whole width, all heads together. It is `project`, `attend` and
+    `join`, in whose order of axes the arrays between them are: that of the attention kernel.
     """
 
-    def __init__(self, width: int, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, kernel: str, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.qkv = FusedQKV(width, heads, dtype, rngs)
-        self.q_norm = RMSNorm(width)
-        self.k_norm = RMSNorm(width)
-        self.lpe = Affine(width)
+        self.q_norm = HeadsNorm(width)
+        self.k_norm = HeadsNorm(width)
+        self.lpe = HeadsAffine(width)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.heads = heads
+        self.kernel = kernel
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, size: jax.Array | None = None
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None,
+        size: jax.Array | None = None,
+        gamma: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """x: [B, N, C] -> [B, N, C] and the keys [B, N, heads, C / heads].
+        """x: [B, N, C] -> [B, N, C], times `gamma` if given, and the keys.
 
-        mask: bool [B, 1, 1, N], True for keys that take part; size: as in `size_bias`.
+        By the keys tokens are compared where they are merged: where `size` is given they are
+        [B, N, heads, K]. lengths: as in `attention.attend`; size: as in `size_bias`.
         """
-        q, k, v = self.qkv(x)
-        heads = partial(jnp.reshape, shape=(*x.shape[:2], self.heads, -1))
-        keys = heads(self.k_norm(k))
-        attended = jax.nn.dot_product_attention(
-            heads(self.q_norm(q)), keys, heads(v), size_bias(size), mask
-        )
-        return self.proj(attended.reshape(v.shape) + self.lpe(v)), keys
+        qkv = self.project(x, size)
+        joined = self.join(self.attend(qkv, lengths, size), qkv[2], size, gamma)
+        return joined, self.k_norm(qkv[1], self._order(size))
+
+    def project(self, x: jax.Array, size: jax.Array | None) -> jax.Array:
+        """x: [B, N, C] -> q, k and v, [3, B, ...]."""
+        return self.qkv(x, self._order(size))
+
+    def attend(
+        self, qkv: jax.Array, lengths: jax.Array | None, size: jax.Array | None
+    ) -> jax.Array:
+        """q, k and v, [3, B, ...], to what each token attends to, [B, ...]."""
+        scales = self.q_norm.scale[...], self.k_norm.scale[...]
+        return attention.attend(qkv, *scales, self._kernel(size), lengths, size_bias(size))
+
+    def join(
+        self, attended: jax.Array, v: jax.Array, size: jax.Array | None, gamma: jax.Array | None
+    ) -> jax.Array:
+        """The heads together, [B, ...] -> [B, N, C], times `gamma` if given."""
+        order = self._order(size)
+        kernel, bias = scaled(self.proj, gamma)
+        kernel = kernel.reshape(self.heads, -1, kernel.shape[-1])
+        return jnp.einsum(order.join, attended + self.lpe(v, order), kernel) + bias
+
+    def _kernel(self, size: jax.Array | None) -> str:
+        return self.kernel if size is None else "xla"  # no other takes a bias
+
+    def _order(self, size: jax.Array | None) -> Order:
+        return attention.order(self._kernel(size))
 
 
 def size_bias(size: jax.Array | None) -> jax.Array | None:
@@ -117,72 +174,118 @@ class MLP(nnx.Module):
         self.exact = exact
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden = checkpoint_name(self.fc1(x), "fc1")
-        return self.fc2(jax.nn.gelu(hidden, approximate=not self.exact))
+        return self.finish(self.fc1(x), None)
+
+    def finish(self, hidden: jax.Array, gamma: jax.Array | None) -> jax.Array:
+        """What `fc1` puts out, [B, N, 4C], to [B, N, C], times `gamma` if given."""
+        kernel, bias = scaled(self.fc2, gamma)
+        return jax.nn.gelu(hidden, approximate=not self.exact) @ kernel + bias
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer block with LayerScale and drop path: `attend`, then `transform`.
+    """A pre-norm transformer block with LayerScale and drop path.
 
-    x: [B, N, C]; mask: bool [B, 1, 1, N] or None; size: as in `size_bias`; drop path at `rate`
-    where a key is given.
+    recompute: the backward pass has of the forward pass the input, q, k and v, what they attend to,
+    the tokens after attention and the output of fc1, 10 numbers of a token and channel (and what
+    kernels other than ours keep); all else it computes anew, none of it a product of matrices.
+    Gradients are the same.
     """
 
     def __init__(
         self,
         width: int,
         heads: int,
+        kernel: str,
         exact: bool,
         layer_scale: float,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
+        recompute: bool = False,
     ):
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, dtype, rngs)
+        self.attn = Attention(width, heads, kernel, dtype, rngs)
         self.ls1 = LayerScale(width, layer_scale)
         self.norm2 = RMSNorm(width)
         self.mlp = MLP(width, 4 * width, exact, dtype, rngs)
         self.ls2 = LayerScale(width, layer_scale)
+        self.recompute = recompute
 
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array | None,
+        lengths: jax.Array | None,
         rate: jax.Array,
         key: jax.Array | None,
         size: jax.Array | None = None,
     ) -> jax.Array:
-        keys = (None, None) if key is None else jax.random.split(key)
-        x, _ = self.attend(x, mask, size, rate, keys[0])
-        return self.transform(x, rate, keys[1])
+        """x: [B, N, C]; lengths: as in `attention.attend`; size: as in `size_bias`.
 
-    def attend(
-        self,
-        x: jax.Array,
-        mask: jax.Array | None = None,
-        size: jax.Array | None = None,
-        rate: jax.Array | float = 0.0,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The first half: x after attention, and the keys [B, N, heads, C / heads]."""
-        attended, keys = self.attn(self.norm1(x), mask, size)
-        attended = checkpoint_name(attended, "attention")
-        return x + drop_path(self.ls1(attended), rate, key), keys
+        Drop path at `rate` where a key is given.
+        """
+        kept = (None, None) if key is None else drop_path(rate, key)
+        x = placement.by_clip(x)
+        qkv = self._stage(lambda self, x: self.attn.project(self.norm1(x), size), x)
+        attended = self.attn.attend(qkv, lengths, size)
 
-    def transform(
-        self, x: jax.Array, rate: jax.Array | float = 0.0, key: jax.Array | None = None
-    ) -> jax.Array:
-        """The second half: x after the MLP."""
-        hidden = checkpoint_name(self.mlp(self.norm2(x)), "mlp")
-        return x + drop_path(self.ls2(hidden), rate, key)
+        def join(self, x, attended, qkv, kept):
+            return branch(x, self.attn.join(attended, qkv[2], size, self.ls1.gamma[...]), kept)
+
+        x = self._stage(join, x, attended, qkv, kept[0])
+        return placement.by_clip(self.transform(x, kept[1]))
+
+    def attend(self, x: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The first half where tokens are merged after it: x, and the keys [B, N, heads, K]."""
+        attended, keys = self.attn(self.norm1(x), None, size, self.ls1.gamma[...])
+        return x + attended, keys
+
+    def transform(self, x: jax.Array, kept: jax.Array | None = None) -> jax.Array:
+        """The second half: x after the MLP. kept: as `drop_path` draws it."""
+        hidden = self._stage(lambda self, x: self.mlp.fc1(self.norm2(x)), x)
+
+        def finish(self, x, hidden, kept):
+            return branch(x, self.mlp.finish(hidden, self.ls2.gamma[...]), kept)
+
+        return self._stage(finish, x, hidden, kept)
+
+    def _stage(self, function: Callable[..., jax.Array], *inputs: Any) -> jax.Array:
+        """function(self, *inputs), of which the backward pass keeps the inputs if we recompute."""
+        if not self.recompute:
+            return function(self, *inputs)
+        graph, state = nnx.split(self)
+        return recomputed(
+            lambda state, *inputs: function(nnx.merge(graph, state), *inputs), state, *inputs
+        )
 
 
-def drop_path(x: jax.Array, rate: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Drops the whole branch of a clip with probability `rate` and rescales the rest."""
-    if key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x / (1 - rate).astype(x.dtype), jnp.zeros_like(x))
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs), whose backward pass starts from the inputs and keeps nothing else.
+
+    As `jax.checkpoint` does it, but that rounds what it keeps in a pass of its own, which costs a
+    block 15 % more time on a TPU.
+    """
+    segment = jax.custom_vjp(function)
+
+    def backward(inputs, gradient):
+        # Otherwise the compiler finds that it has been computed before, and keeps it.
+        inputs = jax.lax.optimization_barrier(inputs)
+        return jax.vjp(function, *inputs)[1](gradient)
+
+    segment.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
+    return segment(*inputs)
+
+
+def drop_path(rate: jax.Array, keys: jax.Array) -> jax.Array:
+    """By what both branches of a block are multiplied: float32 [2, B, 1, 1]; keys: [B].
+
+    0 with probability `rate`, else so much that the mean is 1.
+    """
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (2,)), out_axes=1)
+    return draw(keys)[..., None, None] / (1 - rate)
+
+
+def branch(x: jax.Array, added: jax.Array, kept: jax.Array | None) -> jax.Array:
+    """x + added, times `kept` if that is given."""
+    return x + (added if kept is None else (added * kept).astype(x.dtype))
 
 
 class AttentionPool(nnx.Module):
