@@ -84,6 +84,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters are float32
     config.model.scan = True  # over the blocks: quick to compile; False: quicker steps
     config.model.remat = "none"  # | "names" | "full"
+    config.model.attention = "auto"  # the platform's fastest | "xla" | "pallas", "splash" | "cudnn"
     config.model.selector = ConfigDict()
     config.model.selector.kind = "group_dynamic"
     config.model.selector.groups = 0  # of frames; 0: by the rule, as many as 4, 2 or 1
@@ -161,6 +162,17 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.search.strategy = "full"  # | "halving": drop the worse half of cells again and again
     config.search.timed_batch = 8  # clips at once, in the second of a cell's timings
 
+    config.parallel = ConfigDict()
+    config.parallel.mesh = ConfigDict()  # devices along each axis; -1: all that are left
+    config.parallel.mesh.data = -1  # clips
+    config.parallel.mesh.fsdp = 1  # clips, and the training state
+    config.parallel.mesh.tensor = 1  # heads and hidden units
+
+    config.preflight = ConfigDict()
+    config.preflight.topology = "current"  # or, with commas between, "v5e:4x4", "cpu:8", ...
+    config.preflight.bisect = True  # find the largest batch that fits as well
+    config.preflight.videos = 0  # to train on, where data.train is not at hand
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1000
     config.checkpoint.keep = 2
@@ -170,15 +182,28 @@ def default_config(variant: str = "B") -> ConfigDict:
     return config
 
 
-def model_config(config: ConfigDict) -> "FluxViTConfig":
+def model_config(config: ConfigDict, platform: str = "") -> "FluxViTConfig":
     """The network that `config` describes: a variant of `VARIANTS`, changed by `config.model`.
 
     It has the official three pooling heads and classifiers, however many budgets are trained.
+
+    platform: where it will run, "cpu", "gpu" or "tpu", which decides how attention is computed;
+        without it, in the way that works everywhere.
+
+    Raises UserError where the platform has no such attention.
     """
-    from fluxvit_jax.models.fluxvit import FluxViTConfig  # late: data workers do without JAX
+    from fluxvit_jax.models import attention  # late: data workers do without JAX
+    from fluxvit_jax.models.fluxvit import FluxViTConfig
 
     model, variant = config.model, VARIANTS[config.model.variant]
     side = model.resolution // PATCH
+    kernel = "xla"
+    if platform:
+        try:
+            head_size = variant.width // variant.heads
+            kernel = attention.choose(model.attention, platform, model.dtype, head_size)
+        except ValueError as error:
+            raise UserError(f"config.model.attention: {error}") from error
     return FluxViTConfig(
         width=variant.width,
         depth=variant.depth,
@@ -202,6 +227,7 @@ def model_config(config: ConfigDict) -> "FluxViTConfig":
         dtype=model.dtype,
         scan=model.scan,
         remat=model.remat,
+        attention=kernel,
     )
 
 
@@ -340,6 +366,7 @@ CHOICES = {
     "model.cls": ("outside", "inside"),
     "model.dtype": ("bfloat16", "float32"),
     "model.remat": ("none", "names", "full"),
+    "model.attention": ("auto", "xla", "pallas", "splash", "cudnn"),
     "model.selector.kind": (
         "group_dynamic",
         "dynamic_l1",
@@ -409,6 +436,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "optim.clip_norm",
     "search.videos",
+    "preflight.videos",
 )
 SHARES = (  # 0 to 1
     "data.max_bad_fraction",
@@ -507,6 +535,9 @@ MAY_CHANGE = (
     "data.max_bad_fraction",  # when to give up
     "model.scan",  # the same mathematics, compiled otherwise
     "model.remat",  # the same mathematics, in less memory
+    "model.attention",  # the same mathematics, in another program
+    "parallel",  # the same batch, on other devices
+    "preflight",  # nothing is trained by it
 )
 
 
@@ -630,6 +661,12 @@ def _check_ranges(values: Mapping[str, Any]) -> None:
     check(NOT_NEGATIVE, lambda value: value >= 0, "0 or more")
     check(SHARES, lambda value: 0 <= value <= 1, "between 0 and 1")
     check(SHARES_BELOW_ONE, lambda value: 0 <= value < 1, "at least 0 and below 1")
+    sides = {name: values[name] for name in values if name.startswith("parallel.mesh.")}
+    for name, side in sides.items():
+        if side < 1 and side != -1:
+            raise UserError(f"config.{name}: {side} must be above 0, or -1 for all that are left")
+    if list(sides.values()).count(-1) > 1:
+        raise UserError("config.parallel.mesh: only one side can be -1, all that are left")
     for name in ("data.augment.scale", "data.augment.ratio", "data.grids.tokens"):
         low, high = values[name]
         if low > high:

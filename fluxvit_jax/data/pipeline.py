@@ -64,12 +64,11 @@ def train_batches(
     source: Source,
     *,
     start_step: int = 0,
-    host_index: int = 0,
-    host_count: int = 1,
+    groups: Sequence[int] | None = None,
 ) -> "Batches":
     """This host's share of each global batch of augmented clips, without end.
 
-    A batch is a dict of b = train.batch_size / host_count clips, consecutive of the global batch:
+    A batch is a dict of the b clips of `groups`:
       patches: uint8 [b, P, 588], zeros behind a clip's own tokens; P fits every admissible grid.
       grid: int32 [b, 3], frames, rows and columns; equal within each `data.grid_group` clips.
       label: int32 [b].
@@ -85,16 +84,18 @@ def train_batches(
 
     Args:
       start_step: global batches delivered before, `state()["step"]` of the iterator to go on from.
+      groups: which groups of a global batch this host makes, of train.batch_size / grid_group; all
+        by default.
 
     Raises:
-      UserError: no videos; a batch size that does not divide into hosts and groups, or groups not
-        into repeats; too little shared memory; on `next`, a bad video of which the replacements
+      UserError: no videos; a batch size that does not divide into groups, or groups not into
+        repeats; too little shared memory; on `next`, a bad video of which the replacements
         are bad as well.
     """
     if not len(source):
         raise UserError("config.data.train: there are no videos to train on")
     group = config.data.grid_group
-    groups = TrainGroups(
+    items = TrainGroups(
         source=source,
         seed=config.seed,
         grids=admissible_grids(config),
@@ -102,15 +103,11 @@ def train_batches(
         repeats=config.data.repeats,
         augment=config.data.augment,
     )
-    _check_multiple(
-        f"config.train.batch_size of {host_count} hosts x data.grid_group={group}",
-        config.train.batch_size,
-        host_count * group,
-    )
-    per_host = config.train.batch_size // host_count // group
-    items = HostShare(groups, per_host, host_index, host_count, start_step)
-    item_bytes = group * groups.capacity * PATCH_VALUES
-    return Batches(items, per_host, config.data.workers, item_bytes, start_step)
+    _check_multiple("config.train.batch_size of data.grid_group", config.train.batch_size, group)
+    whole = config.train.batch_size // group
+    share = HostShare(items, whole, groups, start_step)
+    item_bytes = group * items.capacity * PATCH_VALUES
+    return Batches(share, share.per_batch, config.data.workers, item_bytes, start_step)
 
 
 def evaluation_batches(
@@ -118,13 +115,12 @@ def evaluation_batches(
     source: Source,
     grids: Sequence[Grid],
     *,
-    host_index: int = 0,
-    host_count: int = 1,
+    batch_size: int = 0,
+    rows: Sequence[int] | None = None,
 ) -> "Batches":
     """This host's share of the videos to evaluate, each once; all grids and views of one decode.
 
-    A batch is a dict of b = eval.batch_size / host_count videos (rounded up, so that any size will
-    do), with V = clips * crops views of each, clip by clip:
+    A batch is a dict of the b videos of `rows`, with V = clips * crops views of each, clip by clip:
       video: int64 [b], number in the source; -1 where there is none any more.
       id: str [b], its id in the source.
       label: int32 [b].
@@ -132,6 +128,10 @@ def evaluation_batches(
       patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, P being its tokens.
 
     All hosts yield as many batches, the last of them filled up with -1.
+
+    Args:
+      batch_size: videos of a batch over all hosts; by default eval.batch_size.
+      rows: which of them this host reads; all by default.
 
     Raises UserError when there is too little shared memory.
     """
@@ -141,11 +141,10 @@ def evaluation_batches(
         clips=config.eval.clips,
         crops=config.eval.crops,
     )
-    per_host = -(-config.eval.batch_size // host_count)
-    items = HostShare(videos, per_host, host_index, host_count)
+    share = HostShare(videos, batch_size or config.eval.batch_size, rows)
     views = config.eval.clips * config.eval.crops
     item_bytes = views * sum(grid.tokens for grid in videos.grids) * PATCH_VALUES
-    return Batches(items, per_host, config.data.workers, item_bytes)
+    return Batches(share, share.per_batch, config.data.workers, item_bytes)
 
 
 class Batches(Iterator[Arrays]):
@@ -353,26 +352,31 @@ class EvaluationVideos(Sequence[Arrays]):
 
 @dataclasses.dataclass(repr=False)
 class HostShare(Sequence[Arrays]):
-    """The items that one host makes: `per_host` consecutive ones of each global batch, in order.
+    """The items that one host makes: those at `places` of each global batch of `whole`, in order.
 
     Its length is a whole number of batches, the same for all hosts, so it may ask `items` for
     numbers beyond their length.
     """
 
     items: Sequence[Arrays]
-    per_host: int
-    host_index: int
-    host_count: int
+    whole: int
+    places: Sequence[int] | None = None  # all
     start_step: int = 0
 
+    def __post_init__(self):
+        self.places = [int(p) for p in (range(self.whole) if self.places is None else self.places)]
+
+    @property
+    def per_batch(self) -> int:
+        return len(self.places)
+
     def __len__(self) -> int:
-        batches = -(-len(self.items) // (self.per_host * self.host_count))
-        return max(0, batches - self.start_step) * self.per_host
+        batches = -(-len(self.items) // self.whole)
+        return max(0, batches - self.start_step) * self.per_batch
 
     def __getitem__(self, number: int) -> Arrays:
-        step, place = divmod(number, self.per_host)
-        share = (self.start_step + step) * self.host_count + self.host_index
-        return self.items[share * self.per_host + place]
+        step, place = divmod(number, self.per_batch)
+        return self.items[(self.start_step + step) * self.whole + self.places[place]]
 
 
 def _start(items: Sequence[Arrays], workers: int) -> grain.DatasetIterator:

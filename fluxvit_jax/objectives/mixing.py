@@ -37,29 +37,36 @@ def box_mask(box: jax.Array, grid: jax.Array, places: int) -> jax.Array:
     return jnp.broadcast_to(mask, (*mask.shape[:-1], 3)).reshape(*mask.shape[:2], -1)
 
 
-def erase(patches: jax.Array, grid: jax.Array, probability: float, key: jax.Array) -> jax.Array:
-    """Replaces a random box of a clip by noise, with `probability`. patches: [B, P, 588]."""
-    B, P, _ = patches.shape
-    choose, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
+def erase(patches: jax.Array, grid: jax.Array, probability: float, keys: jax.Array) -> jax.Array:
+    """Replaces a random box of a clip by noise, with `probability`.
+
+    patches: [B, P, 588]; keys: [B], all that a clip's box and noise depend on.
+    """
     size = grid[:, 1:] * PATCH  # height, width
-    low, high = ERASED_AREA
-    area = jax.random.uniform(area_key, (B,), minval=low, maxval=high) * size[:, 0] * size[:, 1]
-    low, high = (jnp.log(side) for side in ERASED_ASPECT)
-    aspect = jnp.exp(jax.random.uniform(aspect_key, (B,), minval=low, maxval=high))
-    box = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)], axis=1)
-    # timm draws again when a side is as long as the frame's; cutting it off needs no loop.
-    box = jnp.clip(jnp.round(box).astype(jnp.int32), 1, size - 1)
-    corner = _corner(place_key, box, size)
-    mask = box_mask(jnp.concatenate([corner, corner + box], axis=1), grid, P)
-    chosen = jax.random.bernoulli(choose, probability, (B, 1, 1))
-    noise = jax.random.normal(noise_key, patches.shape, patches.dtype)
-    return jnp.where(mask & chosen, noise, patches)
 
+    def draw(key: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of one clip: its box, int32 [4], the noise [P, 588], and whether it is erased."""
+        choose, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
+        low, high = ERASED_AREA
+        area = jax.random.uniform(area_key, minval=low, maxval=high) * size[0] * size[1]
+        low, high = (jnp.log(side) for side in ERASED_ASPECT)
+        aspect = jnp.exp(jax.random.uniform(aspect_key, minval=low, maxval=high))
+        box = jnp.stack([jnp.sqrt(area * aspect), jnp.sqrt(area / aspect)])
+        # timm draws again when a side is as long as the frame's; cutting it off needs no loop.
+        box = jnp.clip(jnp.round(box).astype(jnp.int32), 1, size - 1)
+        # A uniform upper left corner with which it lies inside the frame.
+        share = jax.random.uniform(place_key, (2,))
+        corner = jnp.floor(share * (size - box + 1)).astype(jnp.int32)
+        noise = jax.random.normal(noise_key, patches.shape[1:], patches.dtype)
+        return (
+            jnp.concatenate([corner, corner + box]),
+            noise,
+            jax.random.bernoulli(choose, probability),
+        )
 
-def _corner(key: jax.Array, box: jax.Array, size: jax.Array) -> jax.Array:
-    """A uniform upper left corner of a box that lies inside the frame: int32 [B, 2]."""
-    share = jax.random.uniform(key, box.shape)
-    return jnp.floor(share * (size - box + 1)).astype(jnp.int32)
+    box, noise, chosen = jax.vmap(draw)(keys, size)
+    mask = box_mask(box, grid, patches.shape[1])
+    return jnp.where(mask & chosen[:, None, None], noise, patches)
 
 
 def mix(
@@ -67,7 +74,7 @@ def mix(
     targets: jax.Array,
     grid: jax.Array,
     group: int,
-    key: jax.Array,
+    keys: jax.Array,
     *,
     mixup: float,
     cutmix: float,
@@ -76,23 +83,29 @@ def mix(
     """Mixes each clip with the one opposite in its group, by mixup or cutmix (even odds if both).
 
     patches: [B, P, 588]; targets: [B, classes]; each run of `group` clips shares its grid and
-    draws one proportion (timm's mode "batch" on the batch of one device). mixup, cutmix: the Beta
-    distribution's parameter, 0 for off. Returns patches and targets.
+    draws one proportion (timm's mode "batch" on the batch of one device), by the first of its keys
+    [B]. mixup, cutmix: the Beta distribution's parameter, 0 for off. Returns patches and targets.
     """
     B, P, _ = patches.shape
     G = B // group
-    apply_key, switch_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
-    cut = _switch(mixup, cutmix, switch_key, G)
-    share = jnp.where(cut, _beta(cutmix_key, cutmix, G), _beta(mixup_key, mixup, G))
-    share = jnp.where(jax.random.bernoulli(apply_key, probability, (G,)), share, 1.0)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of one group: the clip's own share, whether a box is cut, and its centre, 0 to 1, [2]."""
+        apply_key, switch_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
+        cut = _switch(mixup, cutmix, switch_key)
+        share = jnp.where(cut, _beta(cutmix_key, cutmix), _beta(mixup_key, mixup))
+        share = jnp.where(jax.random.bernoulli(apply_key, probability), share, 1.0)
+        return share, cut, jax.random.uniform(place_key, (2,))
+
+    share, cut, centre = jax.vmap(draw)(keys.reshape(G, group)[:, 0])
 
     def opposite(x):
         return x.reshape(G, group, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
-    size = grid[::group, 1:] * PATCH
+    size = grid.reshape(G, group, 3)[:, 0, 1:] * PATCH
     box = jnp.floor(size * jnp.sqrt(1 - share)[:, None]).astype(jnp.int32)
     # The box is cut at the frame's edge around a uniform centre, so its share is what is left.
-    centre = jnp.floor(jax.random.uniform(place_key, (G, 2)) * size).astype(jnp.int32)
+    centre = jnp.floor(centre * size).astype(jnp.int32)
     corners = jnp.concatenate([centre - box // 2, centre - box // 2 + box], axis=1)
     corners = jnp.clip(corners, 0, jnp.tile(size, (1, 2)))
     area = jnp.prod(corners[:, 2:] - corners[:, :2], axis=1) / jnp.prod(size, axis=1)
@@ -105,11 +118,11 @@ def mix(
     return patches, targets * share[:, None] + opposite(targets) * (1 - share[:, None])
 
 
-def _switch(mixup: float, cutmix: float, key: jax.Array, groups: int) -> jax.Array:
-    """Which groups cut rather than blend: bool [G]."""
+def _switch(mixup: float, cutmix: float, key: jax.Array) -> jax.Array:
+    """Whether a group cuts rather than blends."""
     odds = 0.5 if mixup and cutmix else float(bool(cutmix))
-    return jax.random.bernoulli(key, odds, (groups,))
+    return jax.random.bernoulli(key, odds)
 
 
-def _beta(key: jax.Array, parameter: float, groups: int) -> jax.Array:
-    return jax.random.beta(key, parameter, parameter, (groups,)) if parameter else jnp.ones(groups)
+def _beta(key: jax.Array, parameter: float) -> jax.Array:
+    return jax.random.beta(key, parameter, parameter) if parameter else jnp.ones(())

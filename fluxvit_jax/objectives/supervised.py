@@ -39,16 +39,18 @@ class Supervised:
     rounding: str = "exact"
     selector: str = "group_dynamic"
 
-    def gradients(self, params: dict, batch: dict, key: jax.Array) -> tuple[dict, dict]:
+    def gradients(self, params: dict, batch: dict) -> tuple[dict, dict]:
         """Gradients, a tree like `params`, and the step's metrics, float32 scalars.
 
-        batch: patches uint8 [B, P, 588], grid int32 [B, 3], label int32 [B]. The budgets run one
-        after another and their gradients are added: exact, since the alignment target passes no
-        gradient, and only the largest budget's activations are ever alive.
+        batch: patches uint8 [B, P, 588], grid int32 [B, 3], label int32 [B], and key [B], by which
+        all is drawn that is random about a clip, so that it does not depend on how a batch is cut.
+        The budgets run one after another and their gradients are added: exact, since the alignment
+        target passes no gradient, and only the largest budget's activations are ever alive.
         """
-        augment_key, select_key, drop_key = jax.random.split(key, 3)
-        patches, targets = self._augmented(batch, augment_key)
-        selections = self._selections(params, patches, batch["grid"], select_key)
+        augment_keys, select_keys, drop_keys = (_fold_in(batch["key"], n) for n in range(3))
+        patches, targets = self._augmented(batch, augment_keys)
+        selections = self._selections(params, patches, batch["grid"], select_keys)
+        grids = batch["grid"].reshape(-1, self.group, 3)[:, 0]
         gradients, metrics, anchor = None, {"loss": 0.0}, None
         for head, kept in enumerate(selections):
             if gradients is not None:
@@ -59,11 +61,11 @@ class Supervised:
                 params,
                 fluxvit.take(patches, kept),
                 targets,
-                batch["grid"][:: self.group],
+                grids,
                 kept,
                 head,
                 anchor,
-                jax.random.fold_in(drop_key, head) if self.drop_path else None,
+                _fold_in(drop_keys, head) if self.drop_path else None,
             )
             gradients = passed if gradients is None else jax.tree.map(jnp.add, gradients, passed)
             anchor = l2_normalise(pooled) if anchor is None else anchor
@@ -71,33 +73,32 @@ class Supervised:
             metrics |= {f"{name}_{self.budgets[head]}": value for name, value in terms.items()}
         return gradients, metrics
 
-    def _augmented(self, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _augmented(self, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised, erased and mixed patches [B, P, 588] and soft targets [B, classes]."""
-        erase_key, mix_key = jax.random.split(key)
         patches = fluxvit.normalise(batch["patches"], jnp.dtype(self.dtype))
         targets = mixing.smooth_one_hot(batch["label"], self.classes, self.label_smoothing)
         if self.erase:
-            patches = mixing.erase(patches, batch["grid"], self.erase, erase_key)
+            patches = mixing.erase(patches, batch["grid"], self.erase, _fold_in(keys, 0))
         if self.mixup or self.cutmix:
             patches, targets = mixing.mix(
                 patches,
                 targets,
                 batch["grid"],
                 self.group,
-                mix_key,
+                _fold_in(keys, 1),
                 mixup=self.mixup,
                 cutmix=self.cutmix,
                 probability=self.mixup_probability,
             )
         return patches, targets
 
-    def _selections(self, params, patches, grid, key) -> list[Selection]:
+    def _selections(self, params, patches, grid, keys) -> list[Selection]:
         """What each budget keeps. Exact budgets are prefixes of the largest: one sort for all."""
         model = fluxvit.merge(self.graph, params)
-        key = key if self.selector in NOISY_SELECTORS else None
-        first = model.select(patches, grid, self.budgets[0], self.limits, key)
+        keys = keys if self.selector in NOISY_SELECTORS else None
+        first = model.select(patches, grid, self.budgets[0], self.limits, keys)
         if self.rounding == "official":
-            rest = [model.select(patches, grid, b, self.limits, key) for b in self.budgets[1:]]
+            rest = [model.select(patches, grid, b, self.limits, keys) for b in self.budgets[1:]]
         else:
             rest = [
                 truncate(first, model.patch_budget(b), self.limits.fewest_tokens)
@@ -105,10 +106,12 @@ class Supervised:
             ]
         return [first, *rest]
 
-    def _pass(self, params, patches, targets, grid, kept, head, anchor, key):
+    def _pass(self, params, patches, targets, grids, kept, head, anchor, keys):
         """One budget's loss; beside it its terms and the clip vectors."""
         model = fluxvit.merge(self.graph, params)
-        pooled = model.pool_tokens(model.encode(patches, grid, kept, self.limits, key), kept, head)
+        pooled = model.pool_tokens(
+            model.encode(patches, grids, kept, self.limits, keys), kept, head
+        )
         logits = model.classify(pooled, head)
         terms = {
             "ce": -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)),
@@ -118,6 +121,11 @@ class Supervised:
             distance = smooth_l1(model.project(pooled, head - 1), anchor)
             terms["align"] = self.align * distance
         return terms["ce"] + terms.get("align", 0.0), (terms, pooled)
+
+
+def _fold_in(keys: jax.Array, number: int) -> jax.Array:
+    """Another stream of each clip's key: [B] -> [B]."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
 def smooth_l1(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -148,11 +148,26 @@ def test_workers_change_nothing(folder, workers, start):
     assert_equal(take(batches, 4 - start), expected[start:])
 
 
+def groups_of(host: int, hosts: int) -> range:
+    """A host's share of the four groups of a batch, behind that of the host before."""
+    return range(host * 4 // hosts, (host + 1) * 4 // hosts)
+
+
+def test_a_host_makes_any_groups(folder):
+    """Such as those of devices that a mesh does not put beside each other."""
+    source = make_source(folder, bad=True)
+    (whole,) = take(train_batches(make_config(), source), 1)
+    (share,) = take(train_batches(make_config(), source, groups=[0, 2]), 1)
+    rows = np.r_[0:4, 8:12]
+    for name, own in share.items():
+        np.testing.assert_array_equal(own, whole[name][rows])
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_change_nothing(folder, hosts):
     source = make_source(folder, bad=True)
     shares = [
-        take(train_batches(make_config(), source, host_index=host, host_count=hosts), 4)
+        take(train_batches(make_config(), source, groups=groups_of(host, hosts)), 4)
         for host in range(hosts)
     ]
     assert shares[0][0]["patches"].shape[0] == 16 // hosts
@@ -169,7 +184,7 @@ def test_resumes_at_any_step_on_any_number_of_hosts(folder):
         shares = []
         for host in range(hosts):
             resumed = train_batches(
-                make_config(), source, start_step=step, host_index=host, host_count=hosts
+                make_config(), source, start_step=step, groups=groups_of(host, hosts)
             )
             shares.append(take(resumed, 5 - step))
             assert resumed.state() == {"step": 5}
@@ -325,10 +340,10 @@ def is_running(pid: int) -> bool:
 
 def test_bad_sizes_are_named(folder):
     source = make_source(folder)
-    with pytest.raises(UserError, match=r"4 hosts x data.grid_group=4.* 40 .* 16; .* is 32"):
+    with pytest.raises(UserError, match=r"batch_size of data.grid_group: 42 .* 4; .* is 40"):
         config = make_config()
-        config.train.batch_size = 40
-        train_batches(config, source, host_count=4)
+        config.train.batch_size = 42
+        train_batches(config, source)
     with pytest.raises(UserError, match=r"grid_group of data.repeats: 4 .* 3; the nearest is 3"):
         train_batches(make_config(repeats=3), source)
     with pytest.raises(UserError, match="no videos"):
@@ -353,15 +368,19 @@ def evaluate_on(config, source, **host):
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 16])
 def test_every_video_is_evaluated_once(folder, hosts, batch_size):
     config, source = make_config(), make_source(folder, bad=True)
-    config.eval.batch_size = batch_size
+    b = -(-batch_size // hosts)
     shares = [
-        take(evaluate_on(config, source, host_index=host, host_count=hosts), None)
+        take(
+            evaluate_on(
+                config, source, batch_size=b * hosts, rows=range(host * b, (host + 1) * b)
+            ),
+            None,
+        )
         for host in range(hosts)
     ]
     assert len({len(share) for share in shares}) == 1
     batches = [batch for share in shares for batch in share]
     for batch in batches:
-        b = -(-batch_size // hosts)
         assert batch["patches0"].shape == (b, 6, 36, 588)
         assert batch["patches1"].shape == (b, 6, 12, 588)
         for video, name, label, failure, *views in zip(*batch.values(), strict=True):

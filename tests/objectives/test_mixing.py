@@ -32,16 +32,21 @@ def opposite(clip: int) -> int:
     return first + GROUP - 1 - clip % GROUP
 
 
+def keys(key: jax.Array, clips: int = B) -> jax.Array:
+    """One for each clip."""
+    return jax.random.split(key, clips)
+
+
 @partial(jax.jit, static_argnames=("mixup", "cutmix", "probability"))
 def mix(patches, key, mixup, cutmix, probability):
     grid = jnp.asarray(CLIP_GRIDS)
     recipe = {"mixup": mixup, "cutmix": cutmix, "probability": probability}
-    return mixing.mix(patches, jnp.asarray(LABELS), grid, GROUP, key, **recipe)
+    return mixing.mix(patches, jnp.asarray(LABELS), grid, GROUP, keys(key), **recipe)
 
 
 @partial(jax.jit, static_argnames="probability")
 def erase(patches, key, probability):
-    return mixing.erase(patches, jnp.asarray(CLIP_GRIDS), probability, key)
+    return mixing.erase(patches, jnp.asarray(CLIP_GRIDS), probability, keys(key))
 
 
 def box_of(changed: np.ndarray) -> tuple[int, int]:
@@ -103,7 +108,7 @@ def test_cutmix_boxes_are_as_timm_draws_them():
     own = jnp.tile(jnp.asarray([0.0, 1.0])[:, None, None], (1000, 15, PATCH_VALUES))
     targets = jnp.tile(jnp.eye(2), (1000, 1))
     compiled = jax.jit(partial(mixing.mix, group=2, mixup=0.0, cutmix=1.0, probability=1.0))
-    mixed, targets = compiled(own, targets, grid, key=jax.random.key(0))
+    mixed, targets = compiled(own, targets, grid, keys=keys(jax.random.key(0), 2000))
     share = np.asarray(targets[::2, 1])
     inside = np.asarray(mixed[::2]).mean(axis=(1, 2))
     np.testing.assert_allclose(inside, share, atol=1e-5)
@@ -148,7 +153,9 @@ def test_shares_of_groups_left_alone_blended_and_cut(recipe, expected):
     own = jnp.tile(jnp.asarray([0.0, 1.0])[:, None, None], (groups, 4, PATCH_VALUES))
     labels = jnp.tile(jnp.eye(2), (groups, 1))
     compiled = jax.jit(partial(mixing.mix, group=2, **recipe))
-    first = np.asarray(compiled(own, labels, grid, key=jax.random.key(0))[0][::2])
+    first = np.asarray(
+        compiled(own, labels, grid, keys=keys(jax.random.key(0), 2 * groups))[0][::2]
+    )
     alone = (first == 0).all(axis=(1, 2))
     blended = ~alone & (first == first[:, :1, :1]).all(axis=(1, 2))
     cut = ~alone & ~blended
@@ -162,7 +169,7 @@ def test_the_middle_clip_of_an_odd_group_is_mixed_with_itself():
     patches = clips()[:3]
     compiled = jax.jit(partial(mixing.mix, group=3, mixup=0.8, cutmix=0.0, probability=1.0))
     grid = jnp.asarray([GRIDS[0]] * 3)
-    mixed, targets = compiled(patches, jnp.eye(3), grid, key=jax.random.key(0))
+    mixed, targets = compiled(patches, jnp.eye(3), grid, keys=keys(jax.random.key(0), 3))
     np.testing.assert_allclose(mixed[1], patches[1], atol=1e-6)
     np.testing.assert_allclose(targets[1], np.eye(3)[1], atol=1e-6)
     assert (np.asarray(mixed[0]) != patches[0]).any()

@@ -7,6 +7,7 @@ import pytest
 
 from fluxvit_jax.convert import names
 from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.layers import l2_normalise
 from fluxvit_jax.objectives.supervised import Supervised
 from tests.models import golden
 
@@ -16,7 +17,7 @@ CASES = golden.manifest("loss_case")["cases"]
 class Prepared(Supervised):
     """The objective on clips and soft targets that are already prepared, as the case has them."""
 
-    def _augmented(self, batch, key):
+    def _augmented(self, batch, keys):
         return batch["patches"], batch["targets"]
 
 
@@ -34,10 +35,13 @@ def test_loss_and_gradients(case, padding):
         group=len(video),
         rounding="official",
     )
-    batch = {"patches": patches, "grid": grid, "targets": stored[f"{case['id']}.targets"]}
-    gradients, metrics = jax.jit(objective.gradients)(
-        golden.tiny_params(), batch, jax.random.key(0)
-    )
+    batch = {
+        "patches": patches,
+        "grid": grid,
+        "targets": stored[f"{case['id']}.targets"],
+        "key": jax.random.split(jax.random.key(0), len(video)),
+    }
+    gradients, metrics = jax.jit(objective.gradients)(golden.tiny_params(), batch)
 
     def close(ours, official):
         np.testing.assert_allclose(ours, official, rtol=1e-5)
@@ -78,3 +82,37 @@ def test_an_exact_budget_needs_one_sort():
         alone = model.select(patches, grid, budget, objective.limits)
         same = jnp.sort(kept.index[:, :budget]) == jnp.sort(alone.index)
         assert bool(same.all())
+
+
+def test_the_order_of_the_budgets_does_not_matter():
+    """Their gradients, added in turn, are those of the sum of all losses, smallest budget first."""
+    video = golden.arrays("loss_case")["c1.x"]
+    patches, grid = golden.batch(video)
+    objective = Prepared(
+        graph=fluxvit.structure(golden.TINY),
+        limits=golden.limits_of(tuple(grid[0].tolist())),
+        budgets=(24, 17, 8),
+        classes=10,
+        group=3,
+    )
+    targets = jax.nn.one_hot(jnp.arange(len(video)), 10)
+    keys = jax.random.split(jax.random.key(0), len(video))
+    batch = {"patches": patches, "grid": grid, "targets": targets, "key": keys}
+    params = golden.tiny_params()
+
+    def loss(params):
+        selections = objective._selections(params, patches, grid, None)
+
+        def one(head, anchor):
+            chosen = fluxvit.take(patches, selections[head])
+            own = (params, chosen, targets, grid[:1], selections[head], head, anchor, None)
+            return objective._pass(*own)
+
+        pooled = one(0, None)[1][1]
+        anchor = jax.lax.stop_gradient(l2_normalise(pooled))
+        return one(2, anchor)[0] + one(1, anchor)[0] + one(0, None)[0]
+
+    together = jax.jit(jax.grad(loss))(params)
+    in_turn, _ = jax.jit(objective.gradients)(params, batch)
+    for own, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)

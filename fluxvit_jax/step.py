@@ -1,0 +1,148 @@
+"""The training step: one compiled program from (state, batch) to (state, what was measured)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fluxvit_jax import optim, parallel
+from fluxvit_jax.budgets import Grid, bounds, capacity
+from fluxvit_jax.config import model_config
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.fluxvit import PATCH_VALUES
+from fluxvit_jax.models.selection import GridLimits
+from fluxvit_jax.objectives.supervised import Supervised
+from fluxvit_jax.state import abstract_state
+
+Tree = dict[str, Any]
+
+
+def make_objective(config: ConfigDict, grids: tuple[Grid, ...], platform: str) -> Supervised:
+    """The loss that `config.train` describes, for clips on any of `grids`.
+
+    platform: what it will run on, "cpu", "gpu" or "tpu"; chooses how attention is computed.
+    """
+    train = config.train
+    return Supervised(
+        graph=fluxvit.structure(model_config(config, platform)),
+        limits=GridLimits(*bounds(grids), min(grid.tokens for grid in grids)),
+        budgets=tuple(train.budgets),
+        classes=config.model.classes,
+        group=config.data.grid_group,
+        align=train.align,
+        label_smoothing=train.label_smoothing,
+        mixup=train.mixup,
+        cutmix=train.cutmix,
+        mixup_probability=train.mixup_probability,
+        erase=train.erase,
+        dtype=config.model.dtype,
+        drop_path=config.model.drop_path > 0,
+        rounding=config.model.selector.rounding,
+        selector=config.model.selector.kind,
+    )
+
+
+def make_train_step(
+    config: ConfigDict,
+    objective: Supervised,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
+    """The compiled step: (state, batch) -> (state, scalars). The old state is given up.
+
+    state: as `state.abstract_state` lays it out; batch: as `device_batch` makes it, cut by clip.
+    Measured are the objective's terms, "gradient_norm" before clipping, both float32, "bad_clips",
+    how many were replaced in the run so far, and "stop", the highest of the batch.
+    """
+    group, parts = config.data.grid_group, config.train.accumulate
+    places = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+
+    def of_clips(params: Tree, clips: Tree) -> tuple[Tree, Tree]:
+        return accumulate(objective, params, clips, group, parts)
+
+    def train_step(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        params = state["params"]
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        clips = {name: batch[name] for name in ("patches", "grid", "label")}
+        clips["key"] = jax.random.split(key, config.train.batch_size)
+        gradients, measured = parallel.mean_over_data(of_clips, mesh)(params, clips)
+        updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
+        new = {
+            "params": optax.apply_updates(params, updates),
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+            "bad_clips": state["bad_clips"] + jnp.sum(batch["bad"], dtype=jnp.int32),
+        }
+        if "ema" in state:
+            new["ema"] = optim.ema_update(state["ema"], new["params"], config.train.ema)
+        return new, measured | {
+            "gradient_norm": optax.tree.norm(gradients),
+            "bad_clips": new["bad_clips"],
+            "stop": parallel.highest(batch["stop"], mesh),
+        }
+
+    return jax.jit(
+        parallel.on_mesh(train_step, mesh),
+        in_shardings=(places, parallel.by_clip(mesh)),
+        out_shardings=(places, parallel.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def accumulate(
+    objective: Supervised, params: Tree, batch: Tree, group: int, parts: int
+) -> tuple[Tree, Tree]:
+    """Mean gradients and terms over `parts` parts of a batch, one part after another.
+
+    batch: arrays [B, ...]. Groups of `group` clips stay whole: part i has each `parts`-th of them,
+    from the i-th on, so that a batch cut over devices is cut into parts where it lies.
+    """
+    if parts == 1:
+        return objective.gradients(params, batch)
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, ...] -> [parts, B / parts, ...]."""
+        grouped = x.reshape(-1, parts, group, *x.shape[1:])
+        return jnp.moveaxis(grouped, 1, 0).reshape(parts, -1, *x.shape[1:])
+
+    def add(total: Tree, part: Tree) -> tuple[Tree, None]:
+        own = objective.gradients(params, part)
+        return jax.tree.map(lambda t, x: t + x / parts, total, own), None
+
+    batches = jax.tree.map(cut, batch)
+    shapes = jax.eval_shape(objective.gradients, params, jax.tree.map(lambda x: x[0], batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, batches)[0]
+
+
+def device_batch(batch: dict[str, np.ndarray], stop: int = 0) -> dict[str, np.ndarray]:
+    """What the step needs of a host's part of a batch, b clips.
+
+    bad: bool [b], which clips stand for unreadable ones; stop: int32 [b], above 0 where this host
+    has been told to stop, so that all hosts hear of it at the same step.
+    """
+    return {name: batch[name] for name in ("patches", "grid", "label")} | {
+        "bad": batch["failure"] != "",
+        "stop": np.full(len(batch["label"]), stop, np.int32),
+    }
+
+
+def abstract_batch(config: ConfigDict, grids: tuple[Grid, ...], mesh: Mesh) -> Tree:
+    """Shapes of a global batch as `device_batch` makes it, and where it lies."""
+    B, P = config.train.batch_size, capacity(grids)
+    shapes = {
+        "patches": ((B, P, PATCH_VALUES), np.uint8),
+        "grid": ((B, 3), np.int32),
+        "label": ((B,), np.int32),
+        "bad": ((B,), np.bool_),
+        "stop": ((B,), np.int32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(*own, sharding=parallel.by_clip(mesh))
+        for name, own in shapes.items()
+    }
