@@ -101,7 +101,7 @@ def searching(config: ConfigDict, weights: Weights) -> float:
 
 def passing(config: ConfigDict, weights: Weights, videos: int) -> float:
     """Seconds of the forward passes alone: of each cell, for each chunk and view."""
-    mesh, b = parallel.data_mesh(), config.eval.batch_size
+    mesh, b = parallel.make_mesh(config), config.eval.batch_size
     viewer = Viewer(config, weights.params, mesh)
     params = jax.device_put(weights.params, parallel.replicated(mesh))
     passes, seconds = -(-videos // b) * config.eval.clips * config.eval.crops, 0.0

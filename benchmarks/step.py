@@ -35,7 +35,8 @@ from fluxvit_jax.devices import device_name
 from fluxvit_jax.evaluate import Setting, predictor
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.optim import make_optimizer
-from fluxvit_jax.train import abstract_params, initial_state, make_objective, make_train_step
+from fluxvit_jax.state import abstract_params, initial_state
+from fluxvit_jax.step import make_objective, make_train_step
 
 SHARES = (2, 3, 6)  # of the grid's tokens: one in so many is kept
 
@@ -50,7 +51,7 @@ class Contender(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    mesh = parallel.data_mesh()
+    mesh = parallel.make_mesh(default_config())
     side = options.resolution // PATCH
     grid = Grid(options.frames, side, side)
     results = {}
@@ -105,13 +106,15 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
     """A training step that goes on from the state of the one before."""
     grids = admissible_grids(config)
     optimizer = make_optimizer(config, 1000, abstract_params(config))
-    step = make_train_step(config, make_objective(config, grids), optimizer, mesh)
+    objective = make_objective(config, grids, jax.default_backend())
+    step = make_train_step(config, objective, optimizer, mesh)
     state = initial_state(config, optimizer, mesh)
     clips = {
         "patches": random_patches(batch, grids[0]),
         "grid": np.tile(np.int32(grids[0]), (batch, 1)),
         "label": np.arange(batch, dtype=np.int32),
         "bad": np.zeros(batch, bool),
+        "stop": np.zeros(batch, np.int32),
     }
     clips = parallel.put(clips, mesh)
 
@@ -142,7 +145,7 @@ def evaluation(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Co
 def view_of(
     config: ConfigDict, setting: Setting, params: dict, batch: int, mesh: Mesh
 ) -> Contender:
-    model = model_config(config)
+    model = model_config(config, jax.default_backend())
     program = predictor(model, setting, 0, mesh)
     clips = parallel.put(
         {

@@ -11,7 +11,8 @@ a word, which is why nothing here reads a step before its checksums were compare
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,10 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
+from fluxvit_jax import distributed
 from fluxvit_jax.convert.names import describe_faults
 from fluxvit_jax.errors import UserError
 
@@ -88,7 +89,7 @@ class Checkpoints:
         """
         self.wait()
         manager = self._open()
-        if step in manager.all_steps():
+        if distributed.first_host(step in manager.all_steps()):
             return
         self._saving = step
         items = ocp.args.Composite(
@@ -117,7 +118,7 @@ class Checkpoints:
                 that differ.
         """
         self.close()  # Orbax's list of steps is read anew after damaged ones were set aside
-        step = _from_first_process(self._newest_intact)
+        step = distributed.from_first_host(self._newest_intact)
         if step == NOTHING:
             return None
         if step == ALL_DAMAGED:
@@ -126,6 +127,7 @@ class Checkpoints:
                 "or delete that folder"
             )
         source = self._folder / str(step)
+        distributed.check_shared(source)
         check_fit(_stored(source), abstract_state, source)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
             placed = jax.tree.map(_placed, abstract_state)
@@ -211,7 +213,7 @@ class Checkpoints:
 
 
 def find_step(path: str | epath.Path) -> epath.Path:
-    """The folder of the step to read weights from.
+    """The folder of the step to read weights from, as host 0 finds it.
 
     Args:
         path: a workdir (then its best step, or where no step was evaluated the latest; damaged
@@ -220,6 +222,10 @@ def find_step(path: str | epath.Path) -> epath.Path:
     Raises:
         UserError: no checkpoint there, or none that is intact.
     """
+    return epath.Path(distributed.from_first_host(lambda: os.fspath(_find_step(path))))
+
+
+def _find_step(path: str | epath.Path) -> epath.Path:
     path = _absolute(path)
     if path.name.isdigit() and (path / "state").exists():
         candidates = [path]
@@ -402,12 +408,6 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _from_first_process(choose: Callable[[], int]) -> int:
-    """The first process looks at the files; all act on what it found."""
-    choice = choose() if jax.process_index() == 0 else 0
-    return int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
 
 
 def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

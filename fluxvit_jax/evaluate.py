@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import checkpoint, parallel, planner, weights
+from fluxvit_jax import checkpoint, distributed, parallel, planner, sharding, weights
 from fluxvit_jax.budgets import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.config import flatten, model_config
 from fluxvit_jax.data.annotations import Source, open_source
@@ -29,6 +30,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.selection import NOISY_SELECTORS
+from fluxvit_jax.state import abstract_params
 
 FOLDER = "evaluation"
 PREDICTIONS = "predictions.jsonl"
@@ -102,16 +104,19 @@ def evaluate(
     """
     if not len(source):
         raise UserError("config.data.validation: there are no videos to evaluate on")
-    mesh = mesh or parallel.data_mesh()
-    params = jax.device_put(params, parallel.replicated(mesh))
+    mesh = mesh or parallel.make_mesh(config)
+    params = parallel.place(params, sharding.shardings(params, mesh))
     settings = settings or settings_of(config)
-    programs = [predictor(model_config(config), setting, config.seed, mesh) for setting in settings]
+    model = model_config(config, parallel.platform_of(mesh))
+    programs = [predictor(model, setting, config.seed, mesh) for setting in settings]
+    shards = parallel.clip_shards(mesh)
+    batch_size = -(-config.eval.batch_size // shards) * shards
     batches = evaluation_batches(
         config,
         source,
         [setting.grid for setting in settings],
-        host_index=parallel.host_index(),
-        host_count=parallel.host_count(),
+        batch_size=batch_size,
+        rows=parallel.own_rows(mesh, batch_size),
     )
     found = []
     with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
@@ -133,10 +138,12 @@ def evaluate(
                 if number >= 0
             ]
             found += own
-            bar.update(len(own) * parallel.host_count())
+            bar.update(min(batch_size, len(source) - bar.n))
             if stop():
                 return None
-    found = sorted(parallel.gather(found), key=lambda video: video["number"])
+    # Hosts whose devices share clips have seen the same videos.
+    by_number = {video["number"]: video for video in parallel.gather(found)}
+    found = [by_number[number] for number in sorted(by_number)]
     return Evaluation(_report(config, source, settings, found), _predictions(settings, found))
 
 
@@ -162,7 +169,9 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
 
     everywhere, cut = parallel.replicated(mesh), parallel.by_clip(mesh)
     return jax.jit(
-        add_view, in_shardings=(everywhere, cut, cut, cut, everywhere), out_shardings=cut
+        parallel.on_mesh(add_view, mesh),
+        in_shardings=(None, cut, cut, cut, everywhere),  # parameters lie as they come
+        out_shardings=cut,
     )
 
 
@@ -176,29 +185,23 @@ def classify(
     """The likeliest classes by the mean over a host's views, for each program and video.
 
     programs: of settings of one grid, from `predictor`; video: int [b], numbers of the videos;
-    patches: uint8 [b, V, P, 588]. Returns, likeliest first, (class, probability) of `TOP` classes.
+    patches: uint8 [b, V, P, 588], of the host's rows (`parallel.own_rows`).
+    Returns, likeliest first, (class, probability) of `TOP` classes.
     """
     b, views = patches.shape[:2]
-    extra = -b % len(mesh.local_devices)  # rows that fill the devices; nobody looks at them
-    pad = functools.partial(_pad, extra=extra)
     classes = params["heads"]["bias"].shape[-1]
     start = {"total": np.zeros((b, classes), np.float32), "video": video.astype(np.int32)}
-    placed = parallel.put({name: pad(array) for name, array in start.items()}, mesh)
+    placed = parallel.put(start, mesh)
     totals = before = [placed["total"]] * len(programs)
     for view in range(views):
-        part = parallel.put({"patches": pad(patches[:, view])}, mesh)["patches"]
+        part = parallel.put({"patches": patches[:, view]}, mesh)["patches"]
         jax.block_until_ready(before)  # two views on the devices, not all of them
         before = totals
         totals = [
             program(params, total, part, placed["video"], np.int32(view))
             for program, total in zip(programs, totals, strict=True)
         ]
-    return [_likeliest(parallel.local_rows(total, mesh)[:b] / views) for total in totals]
-
-
-def _pad(array: np.ndarray, extra: int) -> np.ndarray:
-    """`extra` rows of zeros behind [b, ...]."""
-    return np.pad(array, [(0, extra)] + [(0, 0)] * (array.ndim - 1)) if extra else array
+    return [_likeliest(parallel.local_rows(total) / views) for total in totals]
 
 
 def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
@@ -285,13 +288,17 @@ def run(config: ConfigDict, workdir: str) -> int:
     """
     if not config.data.validation:
         raise UserError("no data to evaluate on: add --config.data.validation=LIST")
-    source = open_source(config.data.validation, config.data.root, config.model.classes)
-    params, origin, _ = load_weights(config, Path(workdir))
+    with distributed.together():
+        source = open_source(config.data.validation, config.data.root, config.model.classes)
+        mesh = parallel.make_mesh(config)
+        sharding.check(config, abstract_params(config), mesh)
+    distributed.check_same_videos(validation=source)
+    params, origin, _ = load_weights(config, epath.Path(workdir))
     settings = _planned(config, params) if config.eval.plan else ()
     parallel.say(f"evaluating {origin} on {len(source)} videos")
-    evaluation = evaluate(params, config, source, settings=settings)
+    evaluation = evaluate(params, config, source, mesh, settings=settings)
     if parallel.host_index() == 0:
-        path = write(evaluation, Path(workdir), name_of(config.data.validation), origin)
+        path = write(evaluation, epath.Path(workdir), name_of(config.data.validation), origin)
         print(evaluation.table())
         if failures := evaluation.report["failures"]:
             first = f"{failures[0]['id']}: {failures[0]['reason']}"
@@ -300,7 +307,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     return 0
 
 
-def write(evaluation: Evaluation, workdir: Path, name: str, origin: str) -> Path:
+def write(evaluation: Evaluation, workdir: epath.Path, name: str, origin: str) -> epath.Path:
     """Writes report and predictions into a workdir; returns the path of the report."""
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,7 +326,7 @@ def name_of(data: str) -> str:
 
 def _planned(config: ConfigDict, params: dict) -> list[Setting]:
     """The cell of selection that the report `eval.plan` chose for each budget."""
-    report = planner.read_report(config.eval.plan)
+    report = distributed.from_first_host(lambda: planner.read_report(config.eval.plan))
     planner.check_weights(report, params, config.eval.plan)
     cells = planner.chosen_cells(report)
     if not cells:
@@ -341,13 +348,12 @@ class Weights(NamedTuple):
     trained: dict | None
 
 
-def load_weights(config: ConfigDict, workdir: Path) -> Weights:
+def load_weights(config: ConfigDict, workdir: epath.Path) -> Weights:
     """The best checkpoint of a workdir; without any, the weights of `train.init_from`.
 
     Raises UserError: there are none, or they are of another network.
     """
-    model = model_config(config)
-    expected = jax.eval_shape(lambda: fluxvit.initialise(model, jax.random.key(0)))
+    expected = abstract_params(config)
     if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
         step, params, trained = checkpoint.restore(workdir)
         _check_same_network(trained, config, step)
@@ -356,7 +362,7 @@ def load_weights(config: ConfigDict, workdir: Path) -> Weights:
         checkpoint.check_fit(params, expected, step)
         return Weights(params, str(step.relative_to(step.parents[1])), trained)
     path = config.train.init_from
-    params, _ = weights.load(path, model)
+    params, _ = weights.load(path, model_config(config))
     checkpoint.check_fit(params, expected, path)
     return Weights(params, path, None)
 

@@ -1,11 +1,13 @@
 """The program: `python -m fluxvit_jax.main --config=configs/k400.py --workdir=DIR [--mode=MODE]`.
 
 Modes: train (goes on by itself with what the workdir holds), evaluate, search (the best grid for
-each budget), predict (one video or a folder), export (one folder for a server).
-`--config.a.b=VALUE` sets a field of the config. Exit status: 0; 2 for bad input, said in one line;
-130 or 143 when Ctrl-C or SIGTERM ended it.
+each budget), predict (one video or a folder), export (one folder for a server), preflight (would
+the run compile and fit on devices that need not be there).
+`--config.a.b=VALUE` sets a field of the config. Exit status: 0; 1 for a pre-flight that does not
+fit; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -15,9 +17,6 @@ from fluxvit_jax.errors import UserError
 
 # All else is imported by `main`: the workers that read data import this module as well.
 
-OF_A_RUN = ("train", "evaluate", "search")  # modes that need a recipe and a workdir
-OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
-
 
 def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
@@ -26,14 +25,14 @@ def main(argv: Sequence[str] = sys.argv) -> int:
 
     from absl import app, flags
 
-    from fluxvit_jax import config
+    from fluxvit_jax import command_line, config
 
     config.define_flag(argv=list(argv))
-    _define_flags(flags)
+    command_line.define_flags()
     app.define_help_flags()
     try:
         config.parse_flags(argv)
-        run = _run_weights if flags.FLAGS.mode in OF_WEIGHTS else _run
+        run = _run_weights if flags.FLAGS.mode in command_line.OF_WEIGHTS else _run
         return run(flags.FLAGS)
     except UserError as error:
         if "--debug" in argv:
@@ -42,35 +41,21 @@ def main(argv: Sequence[str] = sys.argv) -> int:
         return 2
 
 
-def _define_flags(flags) -> None:
-    flags.DEFINE_enum("mode", "train", [*OF_A_RUN, *OF_WEIGHTS], "What to do.")
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
-    flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
-    own = "predict, export: "
-    flags.DEFINE_string("checkpoint", None, f"{own}weights of any form; default: the workdir.")
-    flags.DEFINE_string("network", "", f"{own}config.json for what the weights do not tell.")
-    flags.DEFINE_list("tokens", [], f"{own}budgets, such as 1024,512; default: the checkpoint's.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], f"{own}of the computation.")
-    flags.DEFINE_string("out", None, f"{own}folder to write; default: WORKDIR/MODE, or MODE.")
-    flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
-    flags.DEFINE_integer("top", 5, "predict: so many classes are named.")
-    flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
-    flags.DEFINE_string("class_names", "", "predict: file of the classes' names, one a line.")
-    flags.DEFINE_float("milliseconds", None, "predict: as accurate as a search found in this time.")
-
-
 def _run(options) -> int:
     if options.config is None:
         raise UserError("no recipe given: add, for example, --config=configs/demo.py")
+    mode = importlib.import_module(f"fluxvit_jax.{options.mode}")
+    if options.mode == "preflight":
+        return mode.run(options.config, options.workdir or ".")
     if not options.workdir:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
-    if options.mode == "evaluate":
-        from fluxvit_jax.evaluate import run
-    elif options.mode == "search":
-        from fluxvit_jax.search import run
-    else:
-        from fluxvit_jax.train import train as run
-    return run(options.config, options.workdir)
+    from fluxvit_jax import distributed
+
+    with distributed.joined(options.coordinator, options.hosts, options.host):
+        own = {"mode": options.mode, "workdir": options.workdir}
+        distributed.check_same(own | {"config": options.config.to_dict()})
+        run = mode.train if options.mode == "train" else mode.run
+        return run(options.config, options.workdir)
 
 
 def _run_weights(options) -> int:

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import costs, devices, evaluate, parallel, planner, report
+from fluxvit_jax import costs, devices, distributed, evaluate, parallel, planner, report
 from fluxvit_jax.cells import Cell, better_half, cells_of, stages
 from fluxvit_jax.config import model_config
 from fluxvit_jax.data.annotations import (
@@ -54,8 +55,12 @@ def run(config: ConfigDict, workdir: str) -> int:
 
     Raises UserError: no data, no checkpoint, no cells, or results of something else in the way.
     """
-    weights = evaluate.load_weights(config, Path(workdir))
-    splits, notes = splits_of(config, weights.trained)
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir}: a search wants a folder of this machine")
+    weights = evaluate.load_weights(config, epath.Path(workdir))
+    with distributed.together():
+        splits, notes = splits_of(config, weights.trained)
+    distributed.check_same_videos(**{split.name: split.source for split in splits})
     for note in notes:
         parallel.say(f"warning: {note}")
     folder = Path(workdir) / FOLDER
@@ -158,6 +163,7 @@ class Search:
         Raises UserError: there are no cells, or the folder holds results of something else.
         """
         self._config, self._weights, self._notes, self._folder = config, weights, notes, folder
+        self._mesh = parallel.make_mesh(config)
         self._model = model_config(config)
         self._cells = cells_of(config, self._model)
         self._budgets = sorted(set(config.search.budgets), reverse=True)
@@ -171,8 +177,8 @@ class Search:
             "views": self._views,
             **{f"split to {split.name} on": split.source.fingerprint for split in splits},
         }
-        self._results = Results(folder, about, writes=parallel.host_index() == 0)
-        self._others = self._costs_before()
+        self._results = Results(folder, about)
+        self._others = distributed.from_first_host(self._costs_before)
         self._seen = 0  # videos of the choosing split that all cells have seen
         self._skipped: dict[str, int] = {}  # cells that were dropped, after so many
         self._finished = False
@@ -277,8 +283,8 @@ class Search:
 
     def _chunk(self) -> int:
         """Videos that are decoded at once, over all hosts."""
-        hosts = parallel.host_count()
-        return -(-self._config.eval.batch_size // hosts) * hosts
+        shards = parallel.clip_shards(self._mesh)
+        return -(-self._config.eval.batch_size // shards) * shards
 
     def _see(self, split: Split, cells: Sequence[Cell], start: int, stop: int) -> None:
         """Cells see videos `start` to `stop` of a split, but for what they have seen before."""
@@ -298,7 +304,7 @@ class Search:
             desc={CHOOSE: "choosing", REPORT: "reporting"}[split.name],
             bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
         )
-        with bar, closing(Viewer(self._config, self._weights.params)) as viewer:
+        with bar, closing(Viewer(self._config, self._weights.params, self._mesh)) as viewer:
             ahead = self._read(split, viewer, *unseen[0])
             for (first, own), following in zip(unseen, [*unseen[1:], None], strict=True):
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
@@ -311,9 +317,7 @@ class Search:
 
     def _numbers(self, first: int) -> list[int]:
         """This host's videos of the chunk that begins with number `first`."""
-        own = self._chunk() // parallel.host_count()
-        start = first + parallel.host_index() * own
-        return list(range(start, start + own))
+        return [first + int(row) for row in parallel.own_rows(self._mesh, self._chunk())]
 
     def _read(
         self, split: Split, viewer: Viewer, first: int, cells: Sequence[Cell]
@@ -338,7 +342,8 @@ class Search:
         failures = [[n, s.failure] for n, s in zip(numbers, shots, strict=True) if s.failure]
         self._results.add_failures(split.name, dict(parallel.gather(failures)))
         for cell, found in viewer.see(shots, numbers, cells):
-            found = "".join(parallel.gather([found]))
+            marks = dict(parallel.gather(list(zip(numbers, found, strict=False))))
+            found = "".join(marks[number] for number in sorted(marks))
             self._results.add_found(split.name, first, cell.name, found)
             bar.update(self._work[cell.name].all)
             self._write_now_and_then()

@@ -69,7 +69,7 @@ def make_train_step(
         params = state["params"]
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         clips = {name: batch[name] for name in ("patches", "grid", "label")}
-        clips["key"] = jax.random.split(key, config.train.batch_size)
+        clips["key"] = jax.random.split(key, len(batch["label"]))
         gradients, measured = parallel.mean_over_data(of_clips, mesh)(params, clips)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
         new = {

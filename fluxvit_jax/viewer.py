@@ -6,12 +6,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 import cv2
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax import devices, evaluate, parallel
+from fluxvit_jax import devices, evaluate, parallel, sharding
 from fluxvit_jax.budgets import Grid
 from fluxvit_jax.cells import Cell
 from fluxvit_jax.config import model_config
@@ -48,10 +47,10 @@ class Viewer:
 
     def __init__(self, config: ConfigDict, params: dict, mesh: Mesh | None = None):
         cv2.setNumThreads(0)  # the threads themselves are the parallelism
-        self._model = model_config(config)
         self._clips, self._crops, self._seed = config.eval.clips, config.eval.crops, config.seed
-        self._mesh = mesh or parallel.data_mesh()
-        self._params = jax.device_put(params, parallel.replicated(self._mesh))
+        self._mesh = mesh or parallel.make_mesh(config)
+        self._model = model_config(config, parallel.platform_of(self._mesh))
+        self._params = parallel.place(params, sharding.shardings(params, self._mesh))
         # Apart, so that reading the next chunk does not keep this one from being cut.
         self._readers, self._cutters = (
             ThreadPoolExecutor(max(1, config.data.workers)) for _ in range(2)

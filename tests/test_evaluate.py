@@ -111,9 +111,9 @@ def test_softmax_then_mean_over_the_views(evaluation, tiny_data):
 
 def test_one_compiled_program_a_setting(evaluation, tiny_data):
     config = tiny.make_config(tiny_data)
-    mesh = parallel.data_mesh()
+    mesh = parallel.make_mesh(config)
     for setting in evaluate.settings_of(config):
-        program = evaluate.predictor(model_config(config), setting, config.seed, mesh)
+        program = evaluate.predictor(model_config(config, "cpu"), setting, config.seed, mesh)
         before = program._cache_size()
         run(tiny_data, 4)
         run(tiny_data, 4)

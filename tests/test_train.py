@@ -17,13 +17,15 @@ import pytest
 import safetensors.numpy
 
 from fluxvit_jax import optim, parallel, train, weights
+from fluxvit_jax import step as steps
 from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints, check_fit, restore_params
 from fluxvit_jax.config import admissible_grids, model_config
 from fluxvit_jax.convert import names
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.interruption import Interruption
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.train import Interruption
+from fluxvit_jax.state import abstract_params, initial_state
 from tests import tiny
 
 STEPS = 20
@@ -204,6 +206,7 @@ def test_bad_clips_are_forgotten_past_the_step_of_resume(tmp_path):
     clips = train.BadClips(tmp_path, 0)
     clips.note(1, np.array(["", "a.mp4: cut off", "a.mp4: cut off"]))
     clips.note(3, np.array(["b.mp4: no video: none\na.mp4: cut off", ""]))
+    clips.write()
     expected = [
         {"step": 1, "id": "a.mp4", "reason": "cut off"},
         {"step": 3, "id": "b.mp4", "reason": "no video: none"},
@@ -212,14 +215,15 @@ def test_bad_clips_are_forgotten_past_the_step_of_resume(tmp_path):
     again = train.BadClips(tmp_path, 2)
     assert tiny.read_lines(tmp_path / train.BAD_CLIPS) == expected[:1]
     again.note(3, np.array(["b.mp4: no video: none\na.mp4: cut off", ""]))
+    again.write()
     assert tiny.read_lines(tmp_path / train.BAD_CLIPS) == expected
 
 
 def test_a_loss_that_is_no_number_stops_the_run(finished, tiny_data, compiled, tmp_path):
     """The run goes on from weights that are far too large."""
     config, workdir = tiny.make_config(tiny_data), tmp_path / "run"
-    optimizer = optim.make_optimizer(config, STEPS, train.abstract_params(config))
-    state = train.initial_state(config, optimizer, parallel.data_mesh())
+    optimizer = optim.make_optimizer(config, STEPS, abstract_params(config))
+    state = initial_state(config, optimizer, parallel.make_mesh(config))
     state["params"] = jax.tree.map(lambda x: x * 1e30, state["params"])
     with Checkpoints(workdir, 2, 2) as checkpoints:
         checkpoints.save(16, state | {"step": jnp.int32(16)}, {"step": 16, "videos": 16}, config)
@@ -248,12 +252,12 @@ def grid_batch(grids: list[Grid], P: int, group: int = 2, seed: int = 0) -> dict
 
 def make_step(config):
     """The compiled step and the state it starts from."""
-    mesh = parallel.data_mesh()
-    optimizer = optim.make_optimizer(config, STEPS, train.abstract_params(config))
-    objective = train.make_objective(config, admissible_grids(config))
-    state = train.initial_state(config, optimizer, mesh)
-    step = train.make_train_step(config, objective, optimizer, mesh)
-    return lambda state, b: step(state, parallel.put(train.device_batch(b), mesh)), state, step
+    mesh = parallel.make_mesh(config)
+    optimizer = optim.make_optimizer(config, STEPS, abstract_params(config))
+    objective = steps.make_objective(config, admissible_grids(config), "cpu")
+    state = initial_state(config, optimizer, mesh)
+    step = steps.make_train_step(config, objective, optimizer, mesh)
+    return lambda state, b: step(state, parallel.put(steps.device_batch(b), mesh)), state, step
 
 
 def test_one_compiled_step_for_all_grids(tiny_data, compiled):
@@ -271,30 +275,20 @@ def test_one_compiled_step_for_all_grids(tiny_data, compiled):
         train.check_compilations(step, config, tuple(grids), announce=False)
 
 
-def plain_config(folder):
-    """Without anything random: what the batch is cut into must not matter then."""
-    return tiny.make_config(
-        folder,
-        train__mixup=0.0,
-        train__cutmix=0.0,
-        train__erase=0.0,
-        model__drop_path=0.0,
-        train__ema=0.0,
-    )
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_data):
-    config = plain_config(tiny_data)
+    """With all that is random, since that goes with the clips."""
+    config = tiny.make_config(tiny_data)
+    assert config.train.mixup and config.train.erase and config.model.drop_path
     grids = admissible_grids(config)
-    objective = train.make_objective(config, grids)
+    objective = steps.make_objective(config, grids, "cpu")
     params = fluxvit.initialise(model_config(config), jax.random.key(1))
     batch = grid_batch([grids[i] for i in (0, 39, 17, 5)], capacity(grids))
     del batch["failure"]
+    batch["key"] = jax.random.split(jax.random.key(0), 8)
 
     def gradients(parts: int):
         def compute(batch):
-            group, key = config.data.grid_group, jax.random.key(0)
-            return train.accumulate(objective, params, batch, key, group, parts)
+            return steps.accumulate(objective, params, batch, config.data.grid_group, parts)
 
         return jax.jit(compute, compiler_options=QUICK)(batch)
 
@@ -343,9 +337,9 @@ def test_devices_change_nothing(tiny_data, compiled):
 
 def test_a_batch_that_devices_cannot_share_is_refused(tiny_data):
     config = tiny.make_config(tiny_data, train__accumulate=2)
-    train.check_batch_size(config, devices=2)
+    train.check_batch_size(config, 2)
     with pytest.raises(UserError, match=r"8 clips .* 3 devices .* the nearest that does is 12"):
-        train.check_batch_size(config, devices=3)
+        train.check_batch_size(config, 3)
     with pytest.raises(UserError, match=r"40 clips are more than an epoch of .* has, 32"):
         train.run_length(tiny.make_config(tiny_data, train__batch_size=40), 16)
 

@@ -109,12 +109,14 @@ def environment(cache: Path, devices: int = 1, quick: bool = False) -> dict[str,
     return os.environ | own
 
 
-def start(folder: Path, workdir: Path, cache: Path, *options: str) -> subprocess.Popen:
-    """The program, as a process of its own, on this recipe."""
+def start(
+    folder: Path, workdir: Path, cache: Path, *options: str, devices: int = 1, quick: bool = False
+) -> subprocess.Popen:
+    """The program, as a process of its own, on this recipe; see `environment`."""
     command = [sys.executable, "-m", "fluxvit_jax.main", f"--config={__file__}:{folder}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *options],
-        env=environment(cache),
+        env=environment(cache, devices, quick),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,0 +1,188 @@
+"""What the TPU compiler says of training on slices of each TPU: README's table of the pre-flight.
+
+    python -m benchmarks.preflight [--out=preflight] [--only=TEXT]
+
+Rows are networks, slices, clips a chip and forms of the blocks; each is the training step of
+`configs/k400.py` with three budgets, bfloat16 and AdamW in float32, compiled by libtpu in a process
+of its own. Finished rows are kept in OUT, so it can be stopped and started again; the table has
+what there is. About 5 to 15 minutes a row on two idle cores; longest where the largest batch is
+sought.
+
+    --only=TEXT  rows whose name has the text, such as "B v5e" or "16x16"
+    --row=NAME   the row of that name only, in this process
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fluxvit_jax import atomic
+from fluxvit_jax.config import load_config
+from fluxvit_jax.errors import ArgumentParser, UserError
+
+VIDEOS = 240_000  # of Kinetics-400 to train on, about
+RECIPES = {"S": "small", "B": "base", "L": "large"}
+GROUP = 8  # clips that share a grid, unless a chip has fewer
+TABLE = "preflight.json"
+
+
+class Row(NamedTuple):
+    """A line of the table.
+
+    form: of the blocks, "scan" or "unrolled"; remat: `model.remat`; fsdp: chips that the training
+    state is cut over; largest: whether the largest batch is sought as well.
+    """
+
+    variant: str
+    topology: str
+    clips: int  # a chip
+    form: str = "unrolled"
+    remat: str = "names"
+    fsdp: int = 1
+    largest: bool = False
+
+    @property
+    def name(self) -> str:
+        cut = f" fsdp {self.fsdp}" if self.fsdp > 1 else ""
+        return f"{self.variant} {self.topology} {self.clips} {self.form} {self.remat}{cut}"
+
+    def overrides(self, chips: int) -> list[str]:
+        """Of the recipe, on so many chips."""
+        return [
+            f"--config.model.scan={self.form == 'scan'}",
+            f"--config.model.remat={self.remat}",
+            "--config.model.cls=inside",
+            f"--config.data.grid_group={min(GROUP, self.clips)}",
+            f"--config.train.batch_size={self.clips * chips}",
+            "--config.train.init_from=",
+            f"--config.parallel.mesh.fsdp={self.fsdp}",
+            f"--config.preflight.bisect={self.largest}",
+        ]
+
+
+ROWS = (
+    # 16 chips of each kind.
+    *(Row("S", slice_, 16, largest=True) for slice_ in ("v5e:4x4", "v6e:4x4")),
+    *(Row("S", slice_, 16, largest=True) for slice_ in ("v4:2x2x4", "v5p:2x2x4")),
+    *(Row("B", slice_, 8, largest=True) for slice_ in ("v5e:4x4", "v6e:4x4")),
+    *(Row("B", slice_, 8, largest=True) for slice_ in ("v4:2x2x4", "v5p:2x2x4")),
+    Row("L", "v5e:4x4", 4, "scan", fsdp=16, largest=True),
+    *(Row("L", slice_, 4, "scan", fsdp=16) for slice_ in ("v6e:4x4", "v4:2x2x4", "v5p:2x2x4")),
+    # One host of v5e, the forms side by side.
+    Row("S", "v5e:2x4", 8, "scan"),
+    Row("S", "v5e:2x4", 8),
+    Row("S", "v5e:2x4", 32),
+    Row("B", "v5e:2x4", 4, "scan"),
+    Row("B", "v5e:2x4", 4, "scan", "full"),
+    Row("B", "v5e:2x4", 4),
+    Row("B", "v5e:2x4", 16),
+    # A whole pod of v5e.
+    Row("B", "v5e:16x16", 4, "scan"),
+    Row("B", "v5e:16x16", 4, "scan", fsdp=16),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.row:
+        row = next((row for row in ROWS if row.name == options.row), None)
+        if row is None:
+            raise UserError(f"--row={options.row}: none of {', '.join(row.name for row in ROWS)}")
+        write(row, compiled(row), options.out)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [row for row in ROWS if options.only in row.name]
+    for number, row in enumerate(chosen, 1):
+        if not file_of(row, options.out).exists():
+            print(f"{number} of {len(chosen)}: {row.name}", file=sys.stderr, flush=True)
+            command = (sys.executable, "-m", "benchmarks.preflight", f"--out={options.out}")
+            if status := subprocess.run([*command, f"--row={row.name}"]).returncode:
+                return status
+        print(tabulate(options.out), flush=True)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m benchmarks.preflight", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("preflight"), help="folder of the rows")
+    parser.add_argument("--only", default="", help="rows whose name has this text")
+    parser.add_argument("--row", default="", help="this row only, in this process")
+    return parser.parse_args(arguments)
+
+
+def compiled(row: Row) -> dict[str, Any]:
+    """The pre-flight's report of a row."""
+    from fluxvit_jax import preflight  # starts JAX
+    from fluxvit_jax.compiler import topology
+    from fluxvit_jax.data.load import ClipCost
+
+    (where,) = topology.parse(row.topology)
+    (devices,) = topology.open_devices([where])
+    config = load_config(f"configs/k400.py:{RECIPES[row.variant]}", row.overrides(len(devices)))
+    clip = ClipCost(cpu_seconds=0.0, bytes=0.0, measured_on="nothing", videos=VIDEOS)
+    return preflight.check(config, where, devices, clip, settings=())
+
+
+def write(row: Row, report: dict[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"row": row._asdict(), "report": report}
+    atomic.write(file_of(row, out), json.dumps(content, indent=1) + "\n")
+
+
+def file_of(row: Row, out: Path) -> Path:
+    return out / f"{row.name.replace(' ', '_').replace(':', '_')}.json"
+
+
+def tabulate(out: Path) -> str:
+    """The table of the rows that are finished, as Markdown; writes it with all numbers as JSON."""
+    found = {
+        row.name: json.loads(file_of(row, out).read_text())["report"]
+        for row in ROWS
+        if file_of(row, out).exists()
+    }
+    atomic.write(out / TABLE, json.dumps(found, indent=1) + "\n")
+    lines = [
+        "| model | slice | clips a chip | form | HBM, GiB | est. MFU | compile CPU s "
+        "| largest clips a chip (MFU) | est. chip hours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [line(row, found[row.name]) for row in ROWS if row.name in found]
+    return "\n".join(lines)
+
+
+def line(row: Row, report: dict[str, Any]) -> str:
+    from fluxvit_jax.preflight import TRAIN
+
+    training = report["programs"][TRAIN]
+    memory, estimate = training["memory"], training.get("estimate")
+    form = f"{row.form}, remat {row.remat}" + (f", FSDP over {row.fsdp}" if row.fsdp > 1 else "")
+    used = "does not compile" if memory["used"] is None else f"{memory['used'] / 2**30:.1f}"
+    if memory["used"] is not None and not training["fits"]:
+        used += " does not fit"
+    cells = [
+        *(row.variant, row.topology, str(row.clips), form, used),
+        f"{estimate['mfu']:.0%}" if estimate else "",
+        f"{training['compile_cpu_seconds']:.0f}",
+        largest(report.get("largest_batch")),
+        f"{report['schedule']['chip_hours']:.0f}" if estimate else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def largest(report: dict[str, Any] | None) -> str:
+    if report is None:
+        return ""
+    mfu = f" ({report['mfu']:.0%})" if "mfu" in report else ""
+    return f"{report['clips_a_device']:g}{mfu}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,139 @@
+"""Cycles of Pallas kernels on TPU, from the instruction bundles that the compiler writes.
+
+A TPU core issues one bundle of instructions a cycle, so a kernel takes at least as many cycles as
+it issues bundles, and at least as many as its matrix units need for the rows that are given to
+them. libtpu can write each kernel's bundles, and marks its loops. Counted is the larger of the two
+for each loop, times its trips, the steps of the grid among them, as if every branch were taken;
+what the core waits for memory is not seen. The same goes for the few instructions of a program for
+which the compiler makes no estimate of its own, such as sorting.
+
+The text of a bundle, "0x29 LB: >> { ... }", has its number, whether a loop's body begins, and as
+many ">" as there are loops around it.
+"""
+
+import atexit
+import collections
+import functools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+SUFFIX = "-final_bundles.txt"
+# A loop over a grid is a pipeline: it fetches a step ahead and stores a step behind.
+PIPELINE_STEPS = 2
+
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:\s*(>*)\s*\{(.*)")
+_EXIT = re.compile(r"scmp\.\w+(?:\.\w+)* (?:\(\S+\), )?(%\w+), (\d+) /\* loop exit test \*/")
+_PRODUCT = re.compile(r"= vmatmul\.[\w.]*?(f32|bf16|s8)[\w.]*\.mxu(\d)")
+ROWS = {"f32": 8, "bf16": 16, "s8": 32}  # of 128 numbers, that one instruction gives a matrix unit
+_PIPELINE = "/* phi copy :: iteration index, stage = 0"
+
+
+@functools.cache
+def folder() -> Path:
+    """Where this process has the compiler write; gone at its end."""
+    path = Path(tempfile.mkdtemp(prefix="fluxvit-bundles-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def request_dumps() -> None:
+    """Makes libtpu write bundles. It reads this once, when it is loaded."""
+    options = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if "--xla_jf_dump_to=" not in options:
+        own = (
+            f"--xla_jf_dump_to={folder()}",
+            "--xla_jf_dump_llo_text=true",
+            "--xla_jf_dump_llo_pass_label_regex=^final_bundles",
+            "--xla_jf_dump_category_filter=codegen",
+        )
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join([options, *own]).strip()
+
+
+def clear() -> None:
+    """Removes what has been written."""
+    for file in folder().iterdir():
+        file.unlink()
+
+
+def read(names: Iterable[str], rows_a_cycle: int) -> dict[str, int]:
+    """Cycles of one run of each of the instructions called `names` that was written.
+
+    Of equal kernels only one is written, under its name. Left out are those with loops whose trips
+    are not constant. rows_a_cycle: of a matrix unit.
+    """
+    files = {}
+    for file in folder().glob(f"*{SUFFIX}"):
+        # "1795634224690787366-splash_mha_fwd.1-01-final_bundles.txt"
+        _, _, rest = file.name.removesuffix(SUFFIX).partition("-")
+        files[rest.rpartition("-")[0]] = file
+    texts = {name: files[name].read_text() for name in names if name in files}
+    counted = {name: cycles(text, rows_a_cycle) for name, text in texts.items()}
+    return {name: count for name, count in counted.items() if count is not None}
+
+
+class _Loop:
+    """A loop while its bundles are read. `begin`: what its first bundle does."""
+
+    def __init__(self, begin: str = ""):
+        self.begin = begin
+        self.own = 0  # bundles outside of inner loops
+        self.rows = collections.Counter()  # given to each matrix unit there
+        self.inner: list[_Loop] = []
+        self.exit: tuple[str, int] | None = None  # what is tested against which bound
+
+    def cycles(self, text: str, rows_a_cycle: int) -> int | None:
+        """None if the trips of it or of an inner loop are not constant."""
+        inner = [loop.cycles(text, rows_a_cycle) for loop in self.inner]
+        trips = self._trips(text)
+        if trips is None or None in inner:
+            return None
+        own = max(self.own, max(self.rows.values(), default=0) // rows_a_cycle)
+        return trips * (own + sum(inner))
+
+    def _trips(self, text: str) -> int | None:
+        if self.exit is None:
+            return None
+        counter, bound = self.exit
+        if _PIPELINE in self.begin:
+            return max(bound - PIPELINE_STEPS, 1)
+        return max(bound - _start(text, self.begin, counter), 1)
+
+
+def cycles(text: str, rows_a_cycle: int) -> int | None:
+    """Cycles of a run of a kernel, by what the compiler writes of it.
+
+    None if the trips of a loop are not constant.
+    """
+    program = _Loop()
+    program.exit = "", 1
+    stack = [program]
+    for line in text.splitlines():
+        match = _BUNDLE.match(line)
+        if match is None:
+            continue  # comments may go on over lines
+        label, depth, content = match[1], len(match[2]), match[3]
+        if label == "LB" and depth > 0:
+            del stack[depth:]
+            stack[-1].inner.append(_Loop(content))
+            stack.append(stack[-1].inner[-1])
+        while len(stack) <= depth:  # a loop goes on after bundles that bear fewer marks
+            stack.append(stack[-1].inner[-1])
+        stack[depth].own += 1
+        for dtype, unit in _PRODUCT.findall(content):
+            stack[depth].rows[unit] += ROWS[dtype]
+        for counter, bound in _EXIT.findall(content):
+            # The test may stand in a bundle of the loop around: told by what it tests.
+            loop = next((one for one in reversed(stack) if counter in one.begin), stack[depth])
+            loop.exit = counter, int(bound)
+    return program.cycles(text, rows_a_cycle)
+
+
+def _start(text: str, begin: str, counter: str) -> int:
+    """What a loop's counter starts at: 0, as is usual, where that cannot be seen."""
+    first = re.search(rf"= sphi (%\w+), {counter}\b", begin)
+    value = re.search(rf"{first[1]} = smov (\d+)\b", text) if first else None
+    return int(value[1]) if value else 0

@@ -1,0 +1,140 @@
+"""What one run of a compiled program does on one device: products, kernels, exchanges, cycles."""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fluxvit_jax.compiler.collectives import KINDS, Collective, Finder
+from fluxvit_jax.compiler.hlo import Instruction, Module, called_parts, executed
+from fluxvit_jax.compiler.products import OPCODES, Shape, product_flops
+
+ATTENTION = "attention"  # the scope (`jax.named_scope`) that attention's products are in
+KERNEL = "tpu_custom_call"  # what Pallas kernels are in a TPU program
+UNTIMED = 64 * 1024  # bytes of a result from which an instruction without estimate is listed
+_FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "after-all", "partition-id", "replica-id", "iota", "opt-barrier",
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """Counts of one device.
+
+    flops: of products outside of kernels; attention_flops: those of them in attention's scope.
+    cycles: of the instructions for which the compiler estimates them.
+    kernel_cycles: of Pallas kernels, and of others that it writes in place of an estimate;
+    kernels: {what it is: how often it runs}, the former only.
+    unknown_kernels: runs of kernels whose cycles are not known, and which count none.
+    untimed: {opcode: how often} of other instructions without an estimate, and which count none.
+    unknown_loops: loops whose trips are not to be seen: they count as one trip.
+    """
+
+    flops: int
+    attention_flops: int
+    cycles: int
+    kernel_cycles: int
+    kernels: dict[str, int]
+    unknown_kernels: int
+    untimed: dict[str, int]
+    unknown_loops: int
+    collectives: tuple[Collective, ...]
+
+
+def work_of(
+    module: Module, devices: int, kernel_cycles: Mapping[str, int] = MappingProxyType({})
+) -> Work:
+    """Counts a program for so many devices. kernel_cycles: {name of a call: of one run of it}."""
+    flops = attention = cycles = in_kernels = unknown = loops = 0
+    kernels, untimed, exchanges = {}, {}, []
+    shapes = _Shapes(module)
+    finder = Finder(module, devices, _Costs(module, kernel_cycles))
+    for step in executed(module):
+        one, times = step.instruction, step.times
+        if one.opcode in OPCODES:
+            own = times * product_flops(one, shapes.of_operands(one, step.computation))
+            flops += own
+            attention += own if in_attention(one.op_name) else 0
+        if (exchange := finder.begun_by(step)) is not None:
+            exchanges.append(exchange)
+        if step.fused:
+            continue
+        loops += one.opcode == "while" and not called_parts(module, step.computation, one).known
+        if one.cycles is not None:
+            cycles += times * one.cycles
+        elif is_kernel(one):
+            kernel = kernel_name(one)
+            kernels[kernel] = kernels.get(kernel, 0) + times
+            in_kernels += times * kernel_cycles.get(one.name, 0)
+            unknown += times * (one.name not in kernel_cycles)
+        elif one.name in kernel_cycles:
+            in_kernels += times * kernel_cycles[one.name]
+        elif takes_time(one):
+            untimed[one.opcode] = untimed.get(one.opcode, 0) + times
+    return Work(
+        flops, attention, cycles, in_kernels, kernels, unknown, untimed, loops, tuple(exchanges)
+    )
+
+
+def is_kernel(one: Instruction) -> bool:
+    """Whether an instruction is a Pallas kernel on TPU."""
+    return one.opcode == "custom-call" and f'custom_call_target="{KERNEL}"' in one.attributes
+
+
+def kernel_name(one: Instruction) -> str:
+    """The name that the kernel's author gave it: what calls of it share."""
+    return re.sub(r"\.\d+$", "", one.name)
+
+
+def in_attention(op_name: str) -> bool:
+    """Whether `ATTENTION` is among the scopes, under transformations or not."""
+    return re.search(rf"(?<!\w){ATTENTION}(?!\w)", op_name) is not None
+
+
+def takes_time(one: Instruction) -> bool:
+    """Whether an instruction for which the compiler makes no estimate moves or makes much."""
+    if one.opcode in (*_FREE, *KINDS) or one.opcode.endswith(("-start", "-done", "-update")):
+        return False
+    if one.attribute(r'custom_call_target="(\w*Bitcast|AllocateBuffer)"'):
+        return False
+    if one.opcode == "fusion" and "async-collective" in one.name:
+        return False  # begins or ends an exchange
+    return sum(array.bytes for array in one.arrays) >= UNTIMED
+
+
+class _Costs:
+    """Cycles of an instruction, with the trips of a loop and what they take."""
+
+    def __init__(self, module: Module, kernel_cycles: Mapping[str, int]):
+        self._module = module
+        self._kernel_cycles = kernel_cycles
+        self._known: dict[str, int] = {}
+
+    def __call__(self, one: Instruction, computation: str) -> int:
+        if one.cycles is not None:
+            return one.cycles
+        if one.opcode == "fusion":
+            return 0
+        parts = called_parts(self._module, computation, one)
+        inside = sum(map(self._of_computation, parts.names))
+        return self._kernel_cycles.get(one.name, 0) + parts.trips * inside
+
+    def _of_computation(self, name: str) -> int:
+        if name not in self._known:
+            self._known[name] = sum(self(one, name) for one in self._module.computations[name])
+        return self._known[name]
+
+
+class _Shapes:
+    """Sides of the operands of instructions."""
+
+    def __init__(self, module: Module):
+        self._module = module
+        self._known: dict[str, dict[str, Instruction]] = {}
+
+    def of_operands(self, one: Instruction, computation: str) -> list[Shape]:
+        if computation not in self._known:
+            self._known[computation] = self._module.instructions(computation)
+        known = self._known[computation]
+        found = [known[name].arrays for name in one.operands if name in known]
+        return [arrays[0].shape for arrays in found if arrays]
