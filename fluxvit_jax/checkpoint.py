@@ -327,7 +327,7 @@ def write_checksums(step: epath.Path) -> None:
     nothing of the training state is in them.
     """
     files = {
-        str(path.relative_to(step)): {"bytes": path.stat().length, "sha256": _sha256(path)}
+        str(path.relative_to(step)): _sum_up(path)
         for item in step.iterdir()
         if item.is_dir()
         for path in _files(item)
@@ -345,9 +345,10 @@ def find_fault(step: epath.Path) -> str | None:
             path = step / name
             if not path.exists():
                 return f"{name} is missing"
-            if path.stat().length != expected["bytes"]:
-                return f"{name} has {path.stat().length} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
+            found = _sum_up(path)
+            if found["bytes"] != expected["bytes"]:
+                return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
+            if found["sha256"] != expected["sha256"]:
                 return f"the checksum of {name} differs"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read: {error}"
@@ -362,15 +363,18 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _sha256(path: epath.Path) -> str:
+def _sum_up(path: epath.Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file. Not by `path.stat`, which fails where the user has no name."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell()}
 
 
 def _steps(folder: epath.Path) -> list[int]:
     if not folder.exists():
         return []
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    names = [path.name for path in folder.iterdir() if path.name.isdigit()]
+    # In a bucket Orbax writes in place: until its marker is there, a step is not.
+    return [int(name) for name in names if ocp.utils.is_checkpoint_finalized(folder / name)]
 
 
 def _quality(metrics: Mapping[str, float]) -> float:

@@ -77,7 +77,7 @@ def gflops(model: FluxViTConfig, grid: Grid, budget: int) -> Work:
     the compiler drops the first embedding.
 
     Left out of both is what does not grow with the clips: the position table is resized once for a
-    whole batch (0.08 for S on 12 x 168 px), and its result could be kept.
+    whole batch (0.25 for S on 12 x 168 px), and its result could be kept.
 
     Where `model.merge_blocks` blocks merge tokens, all patches enter and are embedded once; the
     similarities by which they are merged are counted too. As what is merged has to be computed

@@ -10,7 +10,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import checkpoint, distributed, parallel, planner, sharding, weights
+from fluxvit_jax import (
+    atomic,
+    checkpoint,
+    distributed,
+    parallel,
+    planner,
+    sharding,
+    storage,
+    weights,
+)
 from fluxvit_jax.budgets import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.config import flatten, model_config
 from fluxvit_jax.data.annotations import Source, open_source
@@ -293,12 +301,13 @@ def run(config: ConfigDict, workdir: str) -> int:
         mesh = parallel.make_mesh(config)
         sharding.check(config, abstract_params(config), mesh)
     distributed.check_same_videos(validation=source)
-    params, origin, _ = load_weights(config, epath.Path(workdir))
+    folder = storage.path_of(workdir)
+    params, origin, _ = load_weights(config, folder)
     settings = _planned(config, params) if config.eval.plan else ()
     parallel.say(f"evaluating {origin} on {len(source)} videos")
     evaluation = evaluate(params, config, source, mesh, settings=settings)
     if parallel.host_index() == 0:
-        path = write(evaluation, epath.Path(workdir), name_of(config.data.validation), origin)
+        path = write(evaluation, folder, name_of(config.data.validation), origin)
         print(evaluation.table())
         if failures := evaluation.report["failures"]:
             first = f"{failures[0]['id']}: {failures[0]['reason']}"
@@ -310,17 +319,18 @@ def run(config: ConfigDict, workdir: str) -> int:
 def write(evaluation: Evaluation, workdir: epath.Path, name: str, origin: str) -> epath.Path:
     """Writes report and predictions into a workdir; returns the path of the report."""
     folder = workdir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     lines = [json.dumps(prediction) + "\n" for prediction in evaluation.predictions]
-    (folder / PREDICTIONS).write_text("".join(lines))
+    atomic.write(folder / PREDICTIONS, "".join(lines))
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"checkpoint": origin} | evaluation.report, indent=1) + "\n")
+    about = {"checkpoint": origin} | evaluation.report
+    atomic.write(path, json.dumps(about, indent=1) + "\n")
     return path
 
 
 def name_of(data: str) -> str:
     """A file name for a data set: "lists/val.csv" -> "val", "k400:test" -> "k400-test"."""
-    path = Path(data)
+    path = storage.path_of(data)
     return (path.stem if path.is_file() else path.name).replace(":", "-") or "data"
 
 

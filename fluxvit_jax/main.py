@@ -64,9 +64,12 @@ def _run_weights(options) -> int:
         raise UserError("no weights given: add --workdir=DIR or --checkpoint=FILE_OR_FOLDER")
     if not all(text.isdecimal() and int(text) > 0 for text in options.tokens):
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
-    from fluxvit_jax import export, predict
+    from fluxvit_jax import export, predict, storage
 
-    out = options.out or os.path.join(options.workdir or "", options.mode)
+    if storage.is_remote(options.out or ""):
+        raise UserError(f"--out={options.out}: must be a folder of this machine")
+    here = "" if storage.is_remote(options.workdir or "") else options.workdir or ""
+    out = options.out or os.path.join(here, options.mode)
     shared = (weights, out, tuple(map(int, options.tokens)), options.network, options.dtype)
     if options.mode == "export":
         return export.run(*shared, options.config, options.workdir)

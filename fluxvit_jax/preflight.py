@@ -48,6 +48,7 @@ TRAIN = "training step"
 BACKWARD = 3  # a training step is worth so many forward passes
 MULTIPLY_ADD = 2  # FLOPs
 PROBES = 4  # compiles at most, in search of the largest batch
+GROWTH = 8  # of the batch from one to the next, at most
 SMALL = 64 * 1024  # bytes: exchanges of metrics and the like, where gradients are megabytes
 UNKNOWN_STEPS = 1000  # of a schedule whose length is not known; no program depends on it
 
@@ -368,8 +369,8 @@ def search_largest(
     """All that was tried in search of the largest batch that fits; `first` is known already.
 
     Memory grows about linearly with the batch, so a line through what is known says what to try
-    next, and compiling says whether it is so. It ends when the next larger batch failed, or would
-    not fit by that line.
+    next, at most `GROWTH` times what fits, and compiling says whether it is so. It ends when the
+    next larger batch failed, or would not fit by that line.
 
     fixed: bytes that do not depend on the batch, about.
     """
@@ -377,9 +378,9 @@ def search_largest(
     for _ in range(PROBES):
         largest = max((one.units for one in tried if one.fits), default=0)
         failing = min((one.units for one in tried if not one.fits), default=math.inf)
-        guess = _fitting_units(tried, fixed, available)
-        guess = min(max(guess, 1 if largest == 0 else 0), failing - 1)
-        if guess <= largest:
+        guess = min(_fitting_units(tried, fixed, available), failing - 1)
+        guess = min(guess, GROWTH * largest) if largest else max(guess, 1)
+        if not largest < guess < failing:
             break
         tried.append(compile_units(guess))
     return tried
@@ -404,7 +405,8 @@ def _largest_batch(target: Target, training: Program) -> Report:
             own.train.batch_size = units * unit
             programs[units] = target.compile_training(own)
         program = programs[units]
-        return Tried(units, _needed(program), program.fits)
+        # What fails for another reason counts as just too large.
+        return Tried(units, _needed(program) or training.available + 1, program.fits)
 
     state = tree_bytes(target.state)
     first = compile_units(config.train.batch_size // unit)

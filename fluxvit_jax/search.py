@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import costs, devices, distributed, evaluate, parallel, planner, report
+from fluxvit_jax import costs, devices, distributed, evaluate, parallel, planner, report, storage
 from fluxvit_jax.cells import Cell, better_half, cells_of, stages
 from fluxvit_jax.config import model_config
 from fluxvit_jax.data.annotations import (
@@ -55,15 +54,14 @@ def run(config: ConfigDict, workdir: str) -> int:
 
     Raises UserError: no data, no checkpoint, no cells, or results of something else in the way.
     """
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir}: a search wants a folder of this machine")
-    weights = evaluate.load_weights(config, epath.Path(workdir))
+    workdir = storage.path_of(workdir)
+    weights = evaluate.load_weights(config, workdir)
     with distributed.together():
         splits, notes = splits_of(config, weights.trained)
     distributed.check_same_videos(**{split.name: split.source for split in splits})
     for note in notes:
         parallel.say(f"warning: {note}")
-    folder = Path(workdir) / FOLDER
+    folder = workdir / FOLDER
     with Search(config, weights, splits, notes, folder) as search:
         search.choose()
         search.report()
@@ -156,7 +154,7 @@ class Search:
         weights: Weights,
         splits: Sequence[Split],
         notes: Sequence[str],
-        folder: Path,
+        folder: epath.Path,
     ):
         """Begins, or goes on with what the folder holds.
 

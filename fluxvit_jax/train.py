@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax import distributed, optim, parallel, sharding
+from fluxvit_jax import distributed, optim, parallel, sharding, storage
 from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints
 from fluxvit_jax.config import admissible_grids, validate_for_training
@@ -47,7 +47,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
         UserError: a config, data set, workdir or checkpoint that cannot be used; a loss that is no
             number; more unreadable clips than `data.max_bad_fraction`.
     """
-    workdir = epath.Path(workdir)
+    workdir = storage.path_of(workdir)
     with distributed.together():
         validate_for_training(config)
         check_workdir(workdir, config)

@@ -39,11 +39,18 @@ def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 def write_config(workdir: epath.Path, config: ConfigDict) -> None:
-    """Writes `config.json` of a new run; that of an old one stays."""
+    """Writes `config.json` of a new run; that of an old one stays.
+
+    Raises UserError if the workdir cannot be written.
+    """
     path = workdir / CONFIG
-    if parallel.host_index() == 0 and not path.exists():
+    if parallel.host_index() != 0 or path.exists():
+        return
+    try:
         storage.make_folder(workdir)
         atomic.write(path, json.dumps(config.to_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def noted(workdir: epath.Path, step: int, split: str) -> bool:

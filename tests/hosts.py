@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests import tiny
 
-HANG = 600  # seconds; no test waits longer
+HANG = 300  # seconds; no test waits longer
 ROOTS = (tiny.ROOT, tiny.ROOT)
 NOTHING = ({}, {})
 

@@ -338,3 +338,14 @@ def test_another_sharding(tmp_path, processes):
     for child in children:
         _, errors = child.communicate(timeout=120)
         assert child.returncode == 0, errors
+
+
+def test_a_user_without_a_name_saves_as_well(tmp_path, monkeypatch):
+    """As in a container that runs under a number."""
+
+    def unknown(_):
+        raise KeyError
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    save_steps(tmp_path, [1])
+    assert restored_step(tmp_path) == 1

@@ -1,5 +1,6 @@
 """The pre-flight: the search for the largest batch, the model's FLOPs, whole runs of the mode."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -189,3 +190,54 @@ def test_bad_names_are_one_line(tiny_data, compiled, tmp_path):
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: topology 'v9:2x2' is none of those known: v4:AxBxC")
     assert not (tmp_path / "preflight.json").exists()
+
+
+# A network and a batch that the TPU compiler does in seconds.
+QUICK = (
+    "--config.model.dtype=bfloat16",
+    "--config.model.cls=inside",
+    "--config.data.grids.frames=(8,12,2)",
+    "--config.data.grids.resolutions=(56,70,14)",
+    "--config.data.grids.tokens=(128,300)",
+    "--config.train.batch_size=16",
+    "--config.train.budgets=(128,)",
+    "--config.train.mixup=0",
+    "--config.train.cutmix=0",
+    "--config.train.erase=0",
+    "--config.eval.settings=((128,8,56),)",
+    "--config.preflight.bisect=False",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_run_on_a_slice_of_eight_tpus(fsdp, tiny_data, compiled, tmp_path):
+    mesh = f"--config.parallel.mesh.fsdp={fsdp}"
+    process = run(tiny_data, tmp_path, compiled, "v5e:2x4", *QUICK, mesh)
+    assert process.returncode == 0, process.stderr
+    report = json.loads((tmp_path / "preflight.json").read_text())["topologies"]["v5e:2x4"]
+    assert report["fits"] and (report["devices"], report["hosts"]) == (8, 2)
+    training, evaluation = report["programs"].values()
+    parts, exchanges = training["memory"]["parts"], training["exchanges"]
+    whole = 830_000  # bytes of the parameters
+    if fsdp == 1:
+        assert parts["parameters"] == pytest.approx(whole, rel=0.01)
+        assert list(exchanges) == ["all-reduce"] and exchanges["all-reduce"]["count"] <= 4
+        assert exchanges["all-reduce"]["bytes"] == pytest.approx(whole, rel=0.1)
+        assert evaluation["exchanges"] == {}
+    else:
+        assert parts["parameters"] < whole / 4
+        gathered = sum(own["count"] for kind, own in exchanges.items() if kind != "all-reduce")
+        assert gathered > 0
+    assert training["memory"]["used"] < 32 * 2**20
+    assert sum(training["flops"]["kernels"].values()) >= 4  # two blocks, there and back
+    estimate = training["estimate"]
+    assert estimate["not_counted"]["kernels"] == 0 and estimate["loops_counted_once"] == 0
+    assert 0 < estimate["kernels"] < estimate["computing"] <= estimate["seconds"]
+    assert 0 < estimate["mfu"] < 0.2
+    assert report["reading"]["cores_a_host"] > 0
+    schedule = report["schedule"]  # 16 videos, twice each, five times
+    assert schedule["steps"] == 10
+    assert schedule["chip_hours"] == pytest.approx(8 * 10 * estimate["seconds"] / 3600)

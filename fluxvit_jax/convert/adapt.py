@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -57,7 +58,8 @@ def resize_positions(table: np.ndarray, native: Grid, grid: Grid) -> np.ndarray:
     Computed in float32 with PyTorch's bicubic kernel; returned in the dtype of the table.
     """
     places = jnp.asarray(table[1:], jnp.float32).reshape(*native, -1)
-    resized = resize_table(places, jnp.asarray(grid, jnp.int32), grid)
+    with jax.default_matmul_precision("highest"):
+        resized = resize_table(places, jnp.asarray(grid, jnp.int32), grid)
     resized = np.asarray(resized).reshape(grid.tokens, -1).astype(table.dtype)
     return np.concatenate([table[:1], resized])
 

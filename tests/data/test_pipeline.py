@@ -371,9 +371,7 @@ def test_every_video_is_evaluated_once(folder, hosts, batch_size):
     b = -(-batch_size // hosts)
     shares = [
         take(
-            evaluate_on(
-                config, source, batch_size=b * hosts, rows=range(host * b, (host + 1) * b)
-            ),
+            evaluate_on(config, source, batch_size=b * hosts, rows=range(host * b, (host + 1) * b)),
             None,
         )
         for host in range(hosts)
