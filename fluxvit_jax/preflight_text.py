@@ -97,7 +97,7 @@ def _estimate(estimate: Report) -> list[str]:
     missing = {name: times for name, times in estimate["not_counted"].items() if times}
     if missing:
         what = ", ".join(f"{times} x {name}" for name, times in missing.items())
-        lines.append(f"    not in the estimate: {what}")
+        lines.append(f"    not in the estimate, or not all of it: {what}")
     if estimate["loops_counted_once"]:
         lines.append(f"    loops of unknown length, counted once: {estimate['loops_counted_once']}")
     return lines

@@ -188,48 +188,39 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-def test_stopped_hosts_go_on_elsewhere(pair, tiny_data, compiled, tmp_path):
-    """From data parallel of two hosts to a pair of tensor parallel devices, on a host each.
+def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled, tmp_path):
+    """From data parallel to a pair of tensor parallel devices, on a host each, with equal clips.
 
-    These see the same clips. There SIGTERM to one host, then, by the same command, Ctrl-C while
-    both evaluate; and last the evaluation that is owed, in one process, fully sharded.
+    There SIGTERM comes to one host; then one process goes on, on a mesh with all axes but one.
     """
     workdir = shutil.copytree(pair, tmp_path / "run")
     unfinish(workdir, 4)
     tensor = arguments(tiny_data, workdir, "--config.parallel.mesh.tensor=2")
-
     code = SIGNALLED.format(hosts="{1}", name="SIGTERM", function="device_batch")
-    both = hosts.run(tmp_path / "1", compiled, *tensor, code=code, devices=1)
+    both = hosts.run(tmp_path / "logs", compiled, *tensor, code=code, devices=1)
     assert [ended.status for ended in both] == [128 + signal.SIGTERM] * 2, both[0].err
+    assert "going on from step 4 of 8" in both[0].err
     assert "stopped at step 7; the same command goes on from there" in both[0].err
-    assert "stopping after this step" not in both[0].err
     assert saved_steps(workdir) == [4, 7]
 
-    code = SIGNALLED.format(hosts="{0, 1}", name="SIGINT", function="evaluate")
-    both = hosts.run(tmp_path / "2", compiled, *tensor, code=code, devices=1)
-    assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
-    assert "going on from step 7 of 8" in both[0].err
-    assert saved_steps(workdir) == [4, 7, 8]
-    assert [line["step"] for line in split_of(workdir, "validation")] == [4]
-
-    fsdp = [*arguments(tiny_data, workdir)[2:], "--config.parallel.mesh.fsdp=2"]
-    process = tiny.start(tiny_data, workdir, compiled, *fsdp, devices=2, quick=True)
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert_same_metrics(workdir, pair)
-
-
-def test_a_run_goes_on_with_fewer_devices(pair, tiny_data, compiled, tmp_path):
-    """Of two hosts with eight to one process with four, two of them for each clip."""
-    workdir = shutil.copytree(pair, tmp_path / "run")
-    unfinish(workdir, 4)
     mesh = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
     more = [*arguments(tiny_data, workdir)[2:], *mesh]
     process = tiny.start(tiny_data, workdir, compiled, *more, devices=4, quick=True)
     _, err = process.communicate()
     assert process.returncode == 0, err
-    assert "going on from step 4 of 8" in err
+    assert "going on from step 7 of 8" in err
     assert_same_metrics(workdir, pair)
+
+
+def test_stopped_while_both_evaluate(pair, tiny_data, compiled, tmp_path):
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    lines = (pair / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))  # the last evaluation is owed
+    code = SIGNALLED.format(hosts="{0, 1}", name="SIGINT", function="evaluate")
+    both = hosts.run(tmp_path / "logs", compiled, *arguments(tiny_data, workdir), code=code)
+    assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
+    assert "stopped at step 8; the same command goes on from there" in both[0].err
+    assert [line["step"] for line in split_of(workdir, "validation")] == [4]
 
 
 # --- Evaluation and search

@@ -20,7 +20,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
+PREFIX = "fluxvit-bundles-"
 SUFFIX = "-final_bundles.txt"
 # A loop over a grid is a pipeline: it fetches a step ahead and stores a step behind.
 PIPELINE_STEPS = 2
@@ -34,10 +36,31 @@ _PIPELINE = "/* phi copy :: iteration index, stage = 0"
 
 @functools.cache
 def folder() -> Path:
-    """Where this process has the compiler write; gone at its end."""
-    path = Path(tempfile.mkdtemp(prefix="fluxvit-bundles-"))
+    """Where this process has the compiler write; gone at its end.
+
+    Those of processes that were killed are removed here: they may hold hundreds of megabytes.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        owner = left.name.removeprefix(PREFIX).partition("-")[0]
+        if (
+            owner.isdecimal()
+            and not Path(f"/proc/{owner}").exists()
+            and Path("/proc/self").exists()
+        ):
+            shutil.rmtree(left, ignore_errors=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def request_dumps() -> None:
@@ -59,20 +82,24 @@ def clear() -> None:
         file.unlink()
 
 
-def read(names: Iterable[str], rows_a_cycle: int) -> dict[str, int]:
-    """Cycles of one run of each of the instructions called `names` that was written.
+class Count(NamedTuple):
+    """Cycles of one run. whole: False if loops count once whose trips are not constant."""
 
-    Of equal kernels only one is written, under its name. Left out are those with loops whose trips
-    are not constant. rows_a_cycle: of a matrix unit.
+    cycles: int
+    whole: bool
+
+
+def read(names: Iterable[str], rows_a_cycle: int) -> dict[str, Count]:
+    """The instructions called `names` that were written; of equal ones only one is, by its name.
+
+    rows_a_cycle: of a matrix unit.
     """
     files = {}
     for file in folder().glob(f"*{SUFFIX}"):
         # "1795634224690787366-splash_mha_fwd.1-01-final_bundles.txt"
         _, _, rest = file.name.removesuffix(SUFFIX).partition("-")
         files[rest.rpartition("-")[0]] = file
-    texts = {name: files[name].read_text() for name in names if name in files}
-    counted = {name: cycles(text, rows_a_cycle) for name, text in texts.items()}
-    return {name: count for name, count in counted.items() if count is not None}
+    return {name: count(files[name].read_text(), rows_a_cycle) for name in names if name in files}
 
 
 class _Loop:
@@ -85,14 +112,12 @@ class _Loop:
         self.inner: list[_Loop] = []
         self.exit: tuple[str, int] | None = None  # what is tested against which bound
 
-    def cycles(self, text: str, rows_a_cycle: int) -> int | None:
-        """None if the trips of it or of an inner loop are not constant."""
-        inner = [loop.cycles(text, rows_a_cycle) for loop in self.inner]
+    def count(self, text: str, rows_a_cycle: int) -> Count:
+        inner = [loop.count(text, rows_a_cycle) for loop in self.inner]
         trips = self._trips(text)
-        if trips is None or None in inner:
-            return None
         own = max(self.own, max(self.rows.values(), default=0) // rows_a_cycle)
-        return trips * (own + sum(inner))
+        cycles = (1 if trips is None else trips) * (own + sum(one.cycles for one in inner))
+        return Count(cycles, trips is not None and all(one.whole for one in inner))
 
     def _trips(self, text: str) -> int | None:
         if self.exit is None:
@@ -103,11 +128,8 @@ class _Loop:
         return max(bound - _start(text, self.begin, counter), 1)
 
 
-def cycles(text: str, rows_a_cycle: int) -> int | None:
-    """Cycles of a run of a kernel, by what the compiler writes of it.
-
-    None if the trips of a loop are not constant.
-    """
+def count(text: str, rows_a_cycle: int) -> Count:
+    """Cycles of a run of a kernel, by what the compiler writes of it."""
     program = _Loop()
     program.exit = "", 1
     stack = [program]
@@ -129,7 +151,7 @@ def cycles(text: str, rows_a_cycle: int) -> int | None:
             # The test may stand in a bundle of the loop around: told by what it tests.
             loop = next((one for one in reversed(stack) if counter in one.begin), stack[depth])
             loop.exit = counter, int(bound)
-    return program.cycles(text, rows_a_cycle)
+    return program.count(text, rows_a_cycle)
 
 
 def _start(text: str, begin: str, counter: str) -> int:

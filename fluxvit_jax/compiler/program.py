@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from fluxvit_jax.compiler import bundles, hlo, memory
+from fluxvit_jax.compiler.bundles import Count
 from fluxvit_jax.compiler.chips import Chip
 from fluxvit_jax.compiler.estimate import Estimate, estimate
 from fluxvit_jax.compiler.memory import Memory, Shortage
@@ -67,7 +68,10 @@ def compile_for(
     if limit is not None and used.used > limit:
         return Program(*spent, limit, shortage=Shortage(used.used, limit), memory=used)
     module = hlo.parse(compiled.as_text())
-    kernels = _kernel_cycles(module, topology.chip) if topology.chip else {}
+    kernels = {}
+    if topology.chip:
+        kernels = _kernel_cycles(module, topology.chip)
+        bundles.clear()
     work = work_of(module, len(devices), kernels)
     return Program(
         *spent,
@@ -78,7 +82,7 @@ def compile_for(
     )
 
 
-def _kernel_cycles(module: hlo.Module, chip: Chip) -> dict[str, int]:
+def _kernel_cycles(module: hlo.Module, chip: Chip) -> dict[str, Count]:
     """Cycles of kernels, and of other instructions for which the program has no estimate."""
     wanted = [
         step.instruction
@@ -89,7 +93,7 @@ def _kernel_cycles(module: hlo.Module, chip: Chip) -> dict[str, int]:
     written = bundles.read({one.name for one in wanted}, chip.rows)
     equals = {_identity(one): written[one.name] for one in wanted if one.name in written}
     found = {one.name: written.get(one.name, equals.get(_identity(one))) for one in wanted}
-    return {name: cycles for name, cycles in found.items() if cycles is not None}
+    return {name: count for name, count in found.items() if count is not None}
 
 
 def _identity(one: hlo.Instruction) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from fluxvit_jax.compiler.bundles import Count
 from fluxvit_jax.compiler.collectives import KINDS, Collective, Finder
 from fluxvit_jax.compiler.hlo import Instruction, Module, called_parts, executed
 from fluxvit_jax.compiler.products import OPCODES, Shape, product_flops
@@ -25,8 +26,8 @@ class Work(NamedTuple):
     cycles: of the instructions for which the compiler estimates them.
     kernel_cycles: of Pallas kernels, and of others that it writes in place of an estimate;
     kernels: {what it is: how often it runs}, the former only.
-    unknown_kernels: runs of kernels whose cycles are not known, and which count none.
-    untimed: {opcode: how often} of other instructions without an estimate, and which count none.
+    unknown_kernels: runs of kernels whose cycles are not known, or not all of them.
+    untimed: {opcode: how often} of other instructions of which that is so.
     unknown_loops: loops whose trips are not to be seen: they count as one trip.
     """
 
@@ -42,9 +43,12 @@ class Work(NamedTuple):
 
 
 def work_of(
-    module: Module, devices: int, kernel_cycles: Mapping[str, int] = MappingProxyType({})
+    module: Module, devices: int, kernel_cycles: Mapping[str, Count] = MappingProxyType({})
 ) -> Work:
-    """Counts a program for so many devices. kernel_cycles: {name of a call: of one run of it}."""
+    """Counts a program for so many devices.
+
+    kernel_cycles: {name: of one run} of instructions for which the program has no estimate.
+    """
     flops = attention = cycles = in_kernels = unknown = loops = 0
     kernels, untimed, exchanges = {}, {}, []
     shapes = _Shapes(module)
@@ -62,15 +66,15 @@ def work_of(
         loops += one.opcode == "while" and not called_parts(module, step.computation, one).known
         if one.cycles is not None:
             cycles += times * one.cycles
-        elif is_kernel(one):
-            kernel = kernel_name(one)
-            kernels[kernel] = kernels.get(kernel, 0) + times
-            in_kernels += times * kernel_cycles.get(one.name, 0)
-            unknown += times * (one.name not in kernel_cycles)
-        elif one.name in kernel_cycles:
-            in_kernels += times * kernel_cycles[one.name]
-        elif takes_time(one):
-            untimed[one.opcode] = untimed.get(one.opcode, 0) + times
+        elif is_kernel(one) or takes_time(one):
+            count = kernel_cycles.get(one.name, Count(0, whole=False))
+            in_kernels += times * count.cycles
+            if is_kernel(one):
+                kernel = kernel_name(one)
+                kernels[kernel] = kernels.get(kernel, 0) + times
+                unknown += times * (not count.whole)
+            elif not count.whole:
+                untimed[one.opcode] = untimed.get(one.opcode, 0) + times
     return Work(
         flops, attention, cycles, in_kernels, kernels, unknown, untimed, loops, tuple(exchanges)
     )
@@ -105,7 +109,7 @@ def takes_time(one: Instruction) -> bool:
 class _Costs:
     """Cycles of an instruction, with the trips of a loop and what they take."""
 
-    def __init__(self, module: Module, kernel_cycles: Mapping[str, int]):
+    def __init__(self, module: Module, kernel_cycles: Mapping[str, Count]):
         self._module = module
         self._kernel_cycles = kernel_cycles
         self._known: dict[str, int] = {}
@@ -117,7 +121,8 @@ class _Costs:
             return 0
         parts = called_parts(self._module, computation, one)
         inside = sum(map(self._of_computation, parts.names))
-        return self._kernel_cycles.get(one.name, 0) + parts.trips * inside
+        kernel = self._kernel_cycles.get(one.name)
+        return (kernel.cycles if kernel else 0) + parts.trips * inside
 
     def _of_computation(self, name: str) -> int:
         if name not in self._known:
