@@ -3,16 +3,18 @@
 import logging
 import os
 import time
-
-from etils import epath
+from typing import TYPE_CHECKING
 
 from fluxvit_jax import storage
 from fluxvit_jax.errors import UserError
 
+if TYPE_CHECKING:  # a server that loads an exported folder does without
+    from etils import epath
+
 OBJECT_SECONDS = 30.0  # at least, between two writes of an object that grows
 
 
-def write(path: epath.Path, content: str | bytes) -> None:
+def write(path: "epath.Path", content: str | bytes) -> None:
     """Writes a file in place of the one that may be there.
 
     Raises OSError; in a bucket, UserError.
@@ -38,7 +40,7 @@ class GrowingObject:
     leaves the object of before.
     """
 
-    def __init__(self, path: epath.Path, content: bytes = b""):
+    def __init__(self, path: "epath.Path", content: bytes = b""):
         self._path = path
         self._content = bytearray(content)
         self._saved = len(content)  # bytes of it that the bucket has
@@ -75,7 +77,7 @@ class LineFile:
     `GrowingObject`: lines of the last half minute may be lost in a kill, unless `save` was called.
     """
 
-    def __init__(self, path: epath.Path):
+    def __init__(self, path: "epath.Path"):
         """Raises OSError; in a bucket, UserError."""
         if storage.is_remote(path):
             with storage.errors(path):

@@ -298,7 +298,8 @@ def find_report(*paths: str | os.PathLike | None) -> Path | None:
 
     A path may be the file, its folder, a workdir with `search/report.json`, or a checkpoint of one.
     """
-    for path in map(storage.path_of, filter(None, paths)):
+    for text in filter(None, paths):
+        path = storage.path_of(text) if storage.is_remote(text) else Path(text)
         if path.is_file() and path.suffix == ".json":
             return path
         folders = [path, path / FOLDER]

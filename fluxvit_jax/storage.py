@@ -16,11 +16,12 @@ import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
-
-from etils import epath
+from typing import TYPE_CHECKING, Any
 
 from fluxvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 SCHEME = "gs://"
 
@@ -35,12 +36,14 @@ def is_remote(path: PathLike) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def path_of(text: PathLike) -> epath.Path:
+def path_of(text: PathLike) -> "epath.Path":
     """A path as it was typed. Raises UserError for one of a bucket if gcsfs is not installed."""
     if is_remote(text):
         _require_gcsfs(text)
     elif "://" in os.fspath(text):
         raise UserError(f"{os.fspath(text)}: neither of this machine nor of a bucket, gs://")
+    from etils import epath  # late: a server that loads an exported folder does without
+
     return epath.Path(text)
 
 
@@ -75,7 +78,7 @@ def check(folder: PathLike) -> None:
             system.ls(name)
 
 
-def make_folder(folder: epath.Path) -> None:
+def make_folder(folder: "epath.Path") -> None:
     """Makes a folder and those above it. In a bucket they come with the first object."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)

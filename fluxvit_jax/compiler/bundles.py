@@ -4,7 +4,8 @@ A TPU core issues one bundle of instructions a cycle, so a kernel takes at least
 it issues bundles, and at least as many as its matrix units need for the rows that are given to
 them. libtpu can write each kernel's bundles, and marks its loops. Counted is the larger of the two
 for each loop, times its trips, the steps of the grid among them, as if every branch were taken;
-what the core waits for memory is not seen. The same goes for the few instructions of a program for
+what the core waits for memory is not seen. Where trips are not constant they count as one, and that
+is told. The same goes for the few instructions of a program for
 which the compiler makes no estimate of its own, such as sorting.
 
 The text of a bundle, "0x29 LB: >> { ... }", has its number, whether a loop's body begins, and as

@@ -177,7 +177,7 @@ class FluxViT(nnx.Module):
         """
         places = sequence.of(kept.index.shape[1], self.config.attention)
         x = places.pad(self.embed(patches, grid, kept.index, limits))
-        return places.cut(self._run_blocks(x, places.real(len(x), kept.valid), key))
+        return places.cut(self._run_blocks(x, places.real(x.shape[0], kept.valid), key))
 
     def merge_tokens(
         self, patches: jax.Array, grid: jax.Array, budget: int, limits: GridLimits
