@@ -260,8 +260,7 @@ class Block(nnx.Module):
 def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), whose backward pass starts from the inputs and keeps nothing else.
 
-    As `jax.checkpoint` does it, but that rounds what it keeps in a pass of its own, which costs a
-    block 15 % more time on a TPU.
+    As `jax.checkpoint` does it, but that rounds what it keeps by a name in a pass of its own.
     """
     segment = jax.custom_vjp(function)
 
