@@ -183,7 +183,7 @@ def _system(path: PathLike) -> tuple[Any, str]:
 
 def _require_gcsfs(path: PathLike) -> None:
     if not _gcsfs_is_ready():
-        raise UserError(f"{os.fspath(path)}: needs gcsfs: pip install 'fluxvit_jax[gcs]'")
+        raise UserError(f"{os.fspath(path)}: needs gcsfs: pip install gcsfs")
 
 
 @functools.cache

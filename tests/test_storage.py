@@ -402,5 +402,5 @@ def test_files_of_this_machine_need_none_of_it(tiny_data):
         cwd=tiny.ROOT,
     )
     assert process.returncode == 0, process.stderr
-    message = "gs://bucket/train.csv: needs gcsfs: pip install 'fluxvit_jax[gcs]'\n"
+    message = "gs://bucket/train.csv: needs gcsfs: pip install gcsfs\n"
     assert process.stdout == 4 * message
