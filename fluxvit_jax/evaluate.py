@@ -117,8 +117,7 @@ def evaluate(
     settings = settings or settings_of(config)
     model = model_config(config, parallel.platform_of(mesh))
     programs = [predictor(model, setting, config.seed, mesh) for setting in settings]
-    shards = parallel.clip_shards(mesh)
-    batch_size = -(-config.eval.batch_size // shards) * shards
+    batch_size = parallel.filled(config.eval.batch_size, mesh)
     batches = evaluation_batches(
         config,
         source,

@@ -80,6 +80,12 @@ def clip_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in CLIP_AXES)
 
 
+def filled(clips: int, mesh: Mesh) -> int:
+    """So many clips, and those that it takes to give every part of the batch as many."""
+    shards = clip_shards(mesh)
+    return -(-clips // shards) * shards
+
+
 def on_mesh(function: Callable, mesh: Mesh) -> Callable:
     """The function, traced where the network finds this mesh (see `models.placement`)."""
 

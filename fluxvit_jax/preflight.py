@@ -195,8 +195,7 @@ class Target:
     @property
     def evaluation_batch(self) -> int:
         """Videos at once: `eval.batch_size`, filled up to what the mesh divides."""
-        shards = parallel.clip_shards(self.mesh)
-        return -(-self.config.eval.batch_size // shards) * shards
+        return parallel.filled(self.config.eval.batch_size, self.mesh)
 
     def _announced(self, what: str) -> contextlib.AbstractContextManager:
         return _announced(f"{self.where.name}: compiling the {what}")

@@ -281,8 +281,7 @@ class Search:
 
     def _chunk(self) -> int:
         """Videos that are decoded at once, over all hosts."""
-        shards = parallel.clip_shards(self._mesh)
-        return -(-self._config.eval.batch_size // shards) * shards
+        return parallel.filled(self._config.eval.batch_size, self._mesh)
 
     def _see(self, split: Split, cells: Sequence[Cell], start: int, stop: int) -> None:
         """Cells see videos `start` to `stop` of a split, but for what they have seen before."""
