@@ -59,11 +59,15 @@ def make_train_step(
     Measured are the objective's terms, "gradient_norm" before clipping, both float32, "bad_clips",
     how many were replaced in the run so far, and "stop", the highest of the batch.
     """
+    model = model_config(config)
     group, parts = config.data.grid_group, config.train.accumulate
     places = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
 
     def of_clips(params: Tree, clips: Tree) -> tuple[Tree, Tree]:
-        return accumulate(objective, params, clips, group, parts)
+        gradients, measured = accumulate(
+            objective, fluxvit.for_passes(params, model), clips, group, parts
+        )
+        return fluxvit.stack_layers(gradients), measured
 
     def train_step(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params = state["params"]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,8 +172,9 @@ class FluxViT(nnx.Module):
     ) -> jax.Array:
         """The tokens after the last block: [B, 1 + N, C], CLS first.
 
-        patches: [B, N, 588], the kept ones; grid: int32 [G, 3] where G divides B, one grid for
-        each run of B / G clips; key: [B], one for each clip; drop path, training only.
+        patches: [B, 1 + N, 588], the kept ones as `take` puts them; grid: int32 [G, 3] where G
+        divides B, one grid for each run of B / G clips; key: [B], one for each clip; drop path,
+        training only.
         """
         places = sequence.of(kept.index.shape[1], self.config.attention)
         x = places.pad(self.embed(patches, grid, kept.index, limits))
@@ -193,7 +194,7 @@ class FluxViT(nnx.Module):
         if config.merge_blocks > config.depth:
             raise ValueError(f"{config.merge_blocks} of {config.depth} blocks cannot merge")
         B, P, _ = patches.shape
-        x = self.embed(patches, grid, _all_places(B, P), limits)
+        x = self.embed(_with_cls_place(patches), grid, _all_places(B, P), limits)
         size = jnp.ones(x.shape[:2], jnp.float32)
         left = merging.schedule(P, self.patch_budget(budget), config.merge_blocks)
         for number, keep in enumerate(left):
@@ -206,13 +207,17 @@ class FluxViT(nnx.Module):
     def embed(
         self, patches: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
     ) -> jax.Array:
-        """Patches at places `index`, [B, N], as tokens with positions: [B, 1 + N, C], CLS first."""
+        """Tokens with positions: [B, 1 + N, C], CLS first.
+
+        patches: [B, 1 + N, 588], the first of which counts for nothing; index: int32 [B, N], the
+        places of the others. So all arrays have as many rows as the blocks will see, a round number
+        in training: no array of one row less is ever shifted by one.
+        """
         x = self.patch_embed(placement.by_clip(patches))
-        x = x + self.position(grid, index, limits).astype(x.dtype)
+        x = x + self.position(grid, _with_cls_place(index), limits).astype(x.dtype)
         cls = self.cls_token[...] + self.pos_embed[...][0]
-        return jnp.concatenate(
-            [jnp.broadcast_to(cls.astype(x.dtype), (x.shape[0], 1, x.shape[-1])), x], 1
-        )
+        first = jnp.arange(x.shape[1])[:, None] == 0
+        return jnp.where(first, cls.astype(x.dtype), x)
 
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
         """Position embeddings of kept places. grid: int32 [G, 3]; index: [B, N] -> [B, N, C]."""
@@ -250,8 +255,12 @@ class FluxViT(nnx.Module):
         if config.remat == "full":
             # The compiler cannot undo it inside a loop: barriers against that would only cost.
             body = jax.checkpoint(body, prevent_cse=not config.scan)
-        layers_left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
-        return jax.lax.scan(body, x, layers_left, unroll=not config.scan)[0]
+        if config.scan:
+            left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
+            return jax.lax.scan(body, x, left)[0]
+        for number in range(first, config.depth):
+            x, _ = body(x, tuple(_layer(tree, number) for tree in (stacked, rates, keys)))
+        return x
 
     def pool_tokens(
         self, tokens: jax.Array, kept: Selection, head: int, size: jax.Array | None = None
@@ -337,8 +346,8 @@ def normalise(patches: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 
 def take(patches: jax.Array, kept: Selection) -> jax.Array:
-    """The kept patches: [B, P, 588] -> [B, N, 588]."""
-    return jnp.take_along_axis(patches, kept.index[..., None], axis=1)
+    """The kept patches behind one that stands where CLS will: [B, P, 588] -> [B, 1 + N, 588]."""
+    return jnp.take_along_axis(patches, _with_cls_place(kept.index)[..., None], axis=1)
 
 
 def with_cls(valid: jax.Array | None) -> jax.Array | None:
@@ -355,6 +364,34 @@ def split(model: FluxViT) -> tuple[nnx.GraphDef, dict]:
 def merge(graph: nnx.GraphDef, params: dict) -> FluxViT:
     """The model again; for use inside functions that JAX transforms."""
     return nnx.merge(graph, nnx.State(params))
+
+
+def for_passes(params: dict, config: FluxViTConfig) -> dict:
+    """Parameters in the form in which the passes of a training step read them: made once a step.
+
+    Kernels of the blocks are in the compute dtype. Where blocks are not scanned each layer's arrays
+    lie apart, tuples in place of arrays [depth, ...]: products that read and write whole arrays,
+    not parts of a stack, are the same program in every layer, which is compiled once.
+    """
+    dtype = jnp.dtype(config.dtype)
+
+    def prepare(path: tuple, leaf: jax.Array) -> jax.Array | tuple[jax.Array, ...]:
+        leaf = leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+        return leaf if config.scan else tuple(leaf)
+
+    blocks = jax.tree_util.tree_map_with_path(prepare, params["blocks"])
+    # Otherwise the compiler takes the parts out of the stack in every product again.
+    return params | {"blocks": jax.lax.optimization_barrier(blocks)}
+
+
+def stack_layers(tree: dict) -> dict:
+    """What is of the structure of `for_passes`, such as gradients, in the structure of `params`."""
+
+    def stack(leaf: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+        # Not by the products themselves: see `for_passes`.
+        return jnp.stack(jax.lax.optimization_barrier(leaf)) if isinstance(leaf, tuple) else leaf
+
+    return jax.tree.map(stack, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def initialise(config: FluxViTConfig, key: jax.Array) -> dict:
@@ -375,6 +412,11 @@ def structure(config: FluxViTConfig) -> nnx.GraphDef:
     return graph
 
 
+def _with_cls_place(x: jax.Array) -> jax.Array:
+    """[B, N, ...] -> [B, 1 + N, ...], zeros in front."""
+    return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
 def _all_places(clips: int, places: int) -> jax.Array:
     """Every patch of every clip, in the order t, h, w: int32 [B, P]."""
     return jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (clips, places))
@@ -388,7 +430,12 @@ def _stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -
 def _unstack(stacked: nnx.Module, index: int) -> nnx.Module:
     """One of the modules that `_stack` made."""
     graph, state = nnx.split(stacked)
-    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))
+    return nnx.merge(graph, _layer(state, index))
+
+
+def _layer(stacked: Any, index: int) -> Any:
+    """One layer of arrays [depth, ...], or of what `for_passes` made of them."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _rescale_by_depth(blocks: layers.Block, depth: int) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from fluxvit_jax.models import fluxvit
@@ -40,7 +41,7 @@ class Supervised:
     selector: str = "group_dynamic"
 
     def gradients(self, params: dict, batch: dict) -> tuple[dict, dict]:
-        """Gradients, a tree like `params`, and the step's metrics, float32 scalars.
+        """Gradients, a tree like `params` in float32, and the step's metrics, float32 scalars.
 
         batch: patches uint8 [B, P, 588], grid int32 [B, 3], label int32 [B], and key [B], by which
         all is drawn that is random about a clip, so that it does not depend on how a batch is cut.
@@ -67,6 +68,7 @@ class Supervised:
                 anchor,
                 _fold_in(drop_keys, head) if self.drop_path else None,
             )
+            passed = optax.tree.cast(passed, jnp.float32)
             gradients = passed if gradients is None else jax.tree.map(jnp.add, gradients, passed)
             anchor = l2_normalise(pooled) if anchor is None else anchor
             metrics["loss"] += sum(terms[name] for name in ("ce", "align") if name in terms)
