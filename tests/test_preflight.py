@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxvit_jax import preflight
 from fluxvit_jax.config import default_config
-from fluxvit_jax.preflight import PROBES, Tried, search_largest
-from fluxvit_jax.preflight_text import text_of
+from fluxvit_jax.preflight.largest_batch import PROBES, Tried, search_largest
+from fluxvit_jax.preflight.programs import model_flops
+from fluxvit_jax.preflight.text import text_of
 from tests import tiny
 
 GIB = 2**30
@@ -85,13 +85,13 @@ def test_a_batch_of_one_unit_is_tried_before_none_is_said_to_fit():
 def test_flops_of_the_model(variant, teraflops):
     """Of a clip at three budgets, forward and backward, as the paper's GFLOPs have it."""
     config = default_config(variant)
-    flops = preflight.model_flops(config)
+    flops = model_flops(config)
     assert flops.all / 1e12 == pytest.approx(teraflops, rel=0.05)
     tokens = [budget + 1 for budget in config.train.budgets]
     width, depth = {"S": (384, 12), "B": (768, 12)}[variant]
     assert flops.attention == sum(6 * depth * 2 * n**2 * width for n in tokens)
     config.model.cls = "inside"
-    assert preflight.model_flops(config).all < flops.all
+    assert model_flops(config).all < flops.all
 
 
 def test_a_report_as_text():

@@ -43,11 +43,7 @@ def folder() -> Path:
     """
     for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         owner = left.name.removeprefix(PREFIX).partition("-")[0]
-        if (
-            owner.isdecimal()
-            and not Path(f"/proc/{owner}").exists()
-            and Path("/proc/self").exists()
-        ):
+        if owner.isdecimal() and not _runs(int(owner)):
             shutil.rmtree(left, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)

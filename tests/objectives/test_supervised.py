@@ -1,5 +1,7 @@
 """The Flux-Multi loss, its terms and its gradients against the official training code."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,13 +24,14 @@ class Prepared(Supervised):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-@pytest.mark.parametrize("padding", [0, 30])
-def test_loss_and_gradients(case, padding):
+@pytest.mark.parametrize(("padding", "scan"), [(0, True), (30, True), (0, False)])
+def test_loss_and_gradients(case, padding, scan):
+    model = replace(golden.TINY, scan=scan)
     stored = golden.arrays("loss_case")
     video = stored[f"{case['id']}.x"]
     patches, grid = golden.batch(video, case["total_tokens"] + padding)
     objective = Prepared(
-        graph=fluxvit.structure(golden.TINY),
+        graph=fluxvit.structure(model),
         limits=golden.limits_of(tuple(grid[0].tolist())),
         budgets=tuple(case["budgets"]),
         classes=10,
@@ -41,7 +44,8 @@ def test_loss_and_gradients(case, padding):
         "targets": stored[f"{case['id']}.targets"],
         "key": jax.random.split(jax.random.key(0), len(video)),
     }
-    gradients, metrics = jax.jit(objective.gradients)(golden.tiny_params(), batch)
+    params = fluxvit.for_passes(golden.tiny_params(), model)
+    gradients, metrics = jax.jit(objective.gradients)(params, batch)
 
     def close(ours, official):
         np.testing.assert_allclose(ours, official, rtol=1e-5)
@@ -52,7 +56,7 @@ def test_loss_and_gradients(case, padding):
         if i:
             close(metrics[f"align_{budget}"], case["align"][i - 1])
 
-    ours = names.to_official(gradients)
+    ours = names.to_official(fluxvit.stack_layers(gradients))
     norm = np.sqrt(sum(float(np.sum(np.square(g, dtype=np.float64))) for g in ours.values()))
     close(norm, case["grad_global_l2_f64"])
     for name, length in case["all_grad_l2"].items():
@@ -63,6 +67,22 @@ def test_loss_and_gradients(case, padding):
         if name not in case["zero_grad_params"]:
             error = np.linalg.norm(ours[name].reshape(official.shape) - official)
             assert error <= 1e-5 * np.linalg.norm(official), name
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_what_the_passes_read(scan):
+    """Kernels of the blocks in the compute dtype, layers apart where they are not scanned."""
+    params = golden.tiny_params()
+    model = replace(golden.TINY, scan=scan, dtype="bfloat16")
+    found = fluxvit.for_passes(params, model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        kernel = path[0].key == "blocks" and path[-1 if scan else -2].key == "kernel"
+        assert leaf.dtype == (jnp.bfloat16 if kernel else jnp.float32), path
+    assert isinstance(found["blocks"]["mlp"]["fc1"]["kernel"], jax.Array if scan else tuple)
+    again = fluxvit.stack_layers(found)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    for own, other in zip(jax.tree.leaves(again), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(own, other, rtol=2**-8)
 
 
 def test_an_exact_budget_needs_one_sort():
