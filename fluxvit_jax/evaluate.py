@@ -165,7 +165,7 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
     graph = fluxvit.structure(model)
 
     def add_view(params, total, patches, video, view):
-        network = fluxvit.merge(graph, params)
+        network = fluxvit.merge(graph, fluxvit.for_passes(params, model))
         patches = fluxvit.normalise(patches, jnp.dtype(model.dtype))
         keys = None
         if model.selector in NOISY_SELECTORS:

@@ -367,7 +367,7 @@ def merge(graph: nnx.GraphDef, params: dict) -> FluxViT:
 
 
 def for_passes(params: dict, config: FluxViTConfig) -> dict:
-    """Parameters in the form in which the passes of a training step read them: made once a step.
+    """Parameters in the form in which forward and backward passes read them: made once a step.
 
     Kernels of the blocks are in the compute dtype. Where blocks are not scanned each layer's arrays
     lie apart, tuples in place of arrays [depth, ...]: products that read and write whole arrays,
