@@ -179,6 +179,7 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
         parallel.on_mesh(add_view, mesh),
         in_shardings=(None, cut, cut, cut, everywhere),  # parameters lie as they come
         out_shardings=cut,
+        compiler_options=parallel.compiler_options(mesh),
     )
 
 

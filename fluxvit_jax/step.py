@@ -95,6 +95,7 @@ def make_train_step(
         in_shardings=(places, parallel.by_clip(mesh)),
         out_shardings=(places, parallel.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=parallel.compiler_options(mesh),
     )
 
 
