@@ -92,16 +92,15 @@ def lower(
 
     def make() -> dict:
         nonlocal graph
-        block = layers.Block(
-            variant.width,
-            variant.heads,
-            kernel,
-            exact=False,
-            layer_scale=1e-5,
+        config = layers.BlockConfig(
+            width=variant.width,
+            heads=variant.heads,
+            hidden=4 * variant.width,
+            kernel=kernel,
             dtype=jnp.bfloat16,
-            rngs=nnx.Rngs(0),
             recompute=remat == "names",
         )
+        block = layers.Block(config, nnx.Rngs(0))
         graph, state = nnx.split(block, nnx.Param)
         return nnx.to_pure_dict(state)
 

@@ -1,10 +1,12 @@
 """Our parameter tree <-> the names, shapes and layouts of the official PyTorch code.
 
-`LEAVES` says it all: one row a tensor. The official state is flat, its blocks, pooling heads,
-classifiers and align projectors numbered in the name; ours is a nested dict in which each of
-these is stacked on a leading axis. Needs numpy only; any dtype passes through untouched.
+An `Architecture` says it all, `FLUXVIT` or its teacher `INTERNVIDEO2`: one row a tensor. The
+official state is flat, its blocks, pooling heads, classifiers and align projectors numbered in the
+name; ours is a nested dict in which each of these is stacked on a leading axis. Needs numpy only;
+any dtype passes through untouched.
 
-Official names: facts of the released files, checked against tests/golden/full_manifest.json.
+Official names: facts of the released files, checked against tests/golden/full_manifest.json and
+tests/golden/internvideo2/manifest.json.
 """
 
 import re
@@ -17,12 +19,6 @@ import numpy as np
 from fluxvit_jax.errors import UserError
 
 PATCH_SHAPE = (3, 1, 14, 14)  # channels, frames, height, width of a patch in the official kernel
-STACKED = {  # our branch: the official prefix that a number follows
-    "blocks": "blocks",
-    "pool": "clip_projector",
-    "heads": "head",
-    "align": "final_clip_decoder_for_projs",
-}
 NAMED_AT_MOST = 5  # tensors of one kind listed in an error
 
 
@@ -68,6 +64,39 @@ class Leaf(NamedTuple):
         return self.path.split(".")[0]
 
 
+class Architecture(NamedTuple):
+    """The tensors of a network.
+
+    name: in errors; stacked: our branches whose members are numbered, and the official prefix that
+    the number follows; counts: how many members each has, from the highest numbers found.
+    """
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    stacked: Mapping[str, str]
+    counts: Callable[[Mapping[str, int]], dict[str, int]]
+
+    def names(self, leaf: Leaf, counts: Mapping[str, int]) -> list[str]:
+        """The official names of a leaf: one, or one for each member of its stack."""
+        if leaf.branch not in self.stacked:
+            return [leaf.name]
+        return [leaf.name.format(i) for i in range(counts[leaf.branch])]
+
+    def all_names(self, state: Mapping[str, np.ndarray]) -> dict[str, Leaf]:
+        """The official names of a network with as many members as those in `state` speak of."""
+        counts = self.count(state)
+        return {name: leaf for leaf in self.leaves for name in self.names(leaf, counts)}
+
+    def count(self, state: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """How many members of each stack the names in a state speak of."""
+        found = {branch: 0 for branch in self.stacked}
+        for branch, prefix in self.stacked.items():
+            for name in state:
+                if number := re.match(rf"{prefix}\.(\d+)\.", name):
+                    found[branch] = max(found[branch], int(number[1]) + 1)
+        return self.counts(found)
+
+
 def _affine(path: str, name: str, width: str) -> list[Leaf]:
     return [
         Leaf(f"{path}.scale", f"{name}.weight", (width,)),
@@ -89,47 +118,89 @@ def _depthwise(path: str, name: str) -> list[Leaf]:
     ]
 
 
-def _pooling_input(letter: str) -> list[Leaf]:
-    """Norm and projection of the queries, keys or values of a pooling head."""
-    attention = "clip_projector.{}.cross_attn"
+def _patch_embedding(path: str) -> list[Leaf]:
     return [
-        *_affine(f"pool.norm_{letter}", f"clip_projector.{{}}.norm1_{letter}", "C"),
-        Leaf(f"pool.{letter}.kernel", f"{attention}.{letter}.weight", ("C", "C"), LINEAR),
-        Leaf(f"pool.{letter}.bias", f"{attention}.{letter}_bias", ("C",)),
+        Leaf(f"{path}.kernel", "patch_embed.proj.weight", ("C", *PATCH_SHAPE), PATCH),
+        Leaf(f"{path}.bias", "patch_embed.proj.bias", ("C",)),
     ]
 
 
-LEAVES = (
+def _pooling(name: str) -> list[Leaf]:
+    """A pooling head, or all of them if `name` has a place for their number."""
+    leaves = _linear("pool.proj", f"{name}.cross_attn.proj", "C", "E")
+    for letter in "qkv":
+        leaves += [
+            *_affine(f"pool.norm_{letter}", f"{name}.norm1_{letter}", "C"),
+            Leaf(f"pool.{letter}.kernel", f"{name}.cross_attn.{letter}.weight", ("C", "C"), LINEAR),
+            Leaf(f"pool.{letter}.bias", f"{name}.cross_attn.{letter}_bias", ("C",)),
+        ]
+    return leaves
+
+
+_TABLES = (
     Leaf("cls_token", "cls_token", (1, 1, "C"), CLS),
     Leaf("pos_embed", "pos_embed", (1, "L", "C"), POSITIONS),
-    *_depthwise("gpe", "gpe_proj"),
-    Leaf("patch_embed.norm_before.scale", "patch_embed.norm_before.weight", (588,)),
-    Leaf("patch_embed.proj.kernel", "patch_embed.proj.weight", ("C", *PATCH_SHAPE), PATCH),
-    Leaf("patch_embed.proj.bias", "patch_embed.proj.bias", ("C",)),
-    Leaf("patch_embed.norm.scale", "patch_embed.norm.weight", ("C",)),
+)
+_BLOCKS = (
     Leaf("blocks.norm1.scale", "blocks.{}.norm1.weight", ("C",)),
     Leaf("blocks.attn.qkv.kernel", "blocks.{}.attn.qkv.weight", ((3, "C"), "C"), QKV),
     Leaf("blocks.attn.q_norm.scale", "blocks.{}.attn.q_norm.weight", ("C",)),
     Leaf("blocks.attn.k_norm.scale", "blocks.{}.attn.k_norm.weight", ("C",)),
-    *_depthwise("blocks.attn.lpe", "blocks.{}.attn.lpe"),
     *_linear("blocks.attn.proj", "blocks.{}.attn.proj", "C", "C"),
     Leaf("blocks.ls1.gamma", "blocks.{}.ls1.gamma", ("C",)),
     Leaf("blocks.norm2.scale", "blocks.{}.norm2.weight", ("C",)),
     *_linear("blocks.mlp.fc1", "blocks.{}.mlp.fc1", "C", "M"),
     *_linear("blocks.mlp.fc2", "blocks.{}.mlp.fc2", "M", "C"),
     Leaf("blocks.ls2.gamma", "blocks.{}.ls2.gamma", ("C",)),
-    *_pooling_input("q"),
-    *_pooling_input("k"),
-    *_pooling_input("v"),
-    *_linear("pool.proj", "clip_projector.{}.cross_attn.proj", "C", "E"),
-    *_affine("fc_norm", "fc_norm", "E"),
-    *_linear("heads", "head.{}", "E", "K"),
-    *_linear("align.head", "final_clip_decoder_for_projs.{}.head", "E", "E"),
-    *_affine("align.norm", "final_clip_decoder_for_projs.{}.norm", "E"),
 )
 
 
-def from_official(state: Mapping[str, np.ndarray], heads: int) -> dict[str, Any]:
+def _fluxvit_counts(found: Mapping[str, int]) -> dict[str, int]:
+    budgets = max(found["pool"], found["heads"], found["align"] + 1, 2)
+    # Every budget has a pooling head and a classifier; all but the largest are aligned to that.
+    return {
+        "blocks": max(found["blocks"], 1),
+        "pool": budgets,
+        "heads": budgets,
+        "align": budgets - 1,
+    }
+
+
+FLUXVIT = Architecture(
+    "a FluxViT",
+    (
+        *_TABLES,
+        *_depthwise("gpe", "gpe_proj"),
+        Leaf("patch_embed.norm_before.scale", "patch_embed.norm_before.weight", (588,)),
+        *_patch_embedding("patch_embed.proj"),
+        Leaf("patch_embed.norm.scale", "patch_embed.norm.weight", ("C",)),
+        *_BLOCKS,
+        *_depthwise("blocks.attn.lpe", "blocks.{}.attn.lpe"),
+        *_pooling("clip_projector.{}"),
+        *_affine("fc_norm", "fc_norm", "E"),
+        *_linear("heads", "head.{}", "E", "K"),
+        *_linear("align.head", "final_clip_decoder_for_projs.{}.head", "E", "E"),
+        *_affine("align.norm", "final_clip_decoder_for_projs.{}.norm", "E"),
+    ),
+    {
+        "blocks": "blocks",
+        "pool": "clip_projector",
+        "heads": "head",
+        "align": "final_clip_decoder_for_projs",
+    },
+    _fluxvit_counts,
+)
+INTERNVIDEO2 = Architecture(
+    "an InternVideo2 vision encoder",
+    (*_TABLES, *_patch_embedding("patch_embed"), *_BLOCKS, *_pooling("clip_projector")),
+    {"blocks": "blocks"},
+    lambda found: {"blocks": max(found["blocks"], 1)},
+)
+
+
+def from_official(
+    state: Mapping[str, np.ndarray], heads: int, of: Architecture = FLUXVIT
+) -> dict[str, Any]:
     """The official state (prefixes already removed) as our nested parameter tree.
 
     Args:
@@ -141,25 +212,24 @@ def from_official(state: Mapping[str, np.ndarray], heads: int) -> dict[str, Any]
         UserError: a tensor is missing, unexpected or of the wrong shape (all are counted, the
             first few named), or `heads` does not divide the width.
     """
-    check(state)
-    counts = _stack_counts(state)
+    check(state, of)
+    counts = of.count(state)
     width = state["cls_token"].shape[-1]
     if heads < 1 or width % heads:
         raise UserError(f"the weights' width {width} cannot be split into {heads} attention heads")
     tree: dict[str, Any] = {}
-    for leaf in LEAVES:
+    for leaf in of.leaves:
         tensors = [
-            leaf.layout.to_ours(np.asarray(state[name]), heads) for name in _names(leaf, counts)
+            leaf.layout.to_ours(np.asarray(state[name]), heads) for name in of.names(leaf, counts)
         ]
-        stacked = leaf.branch in STACKED
+        stacked = leaf.branch in of.stacked
         insert(tree, leaf.path, np.stack(tensors) if stacked else tensors[0].copy())
     return tree
 
 
-def check(state: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError unless exactly the tensors of `LEAVES` are there, in shapes that agree."""
-    counts = _stack_counts(state)
-    shapes = {name: leaf.shape for leaf in LEAVES for name in _names(leaf, counts)}
+def check(state: Mapping[str, np.ndarray], of: Architecture = FLUXVIT) -> None:
+    """Raises UserError unless exactly the tensors of `of` are there, in shapes that agree."""
+    shapes = {name: leaf.shape for name, leaf in of.all_names(state).items()}
     present = [name for name in shapes if name in state]
     sizes = _bind({name: (shapes[name], state[name].shape) for name in present})
     wrong = []
@@ -167,45 +237,49 @@ def check(state: Mapping[str, np.ndarray]) -> None:
         expected = tuple(_size(symbol, sizes) for symbol in shapes[name])
         if tuple(state[name].shape) != expected:
             wrong.append(f"{name} {tuple(state[name].shape)} instead of {expected}")
-    _refuse({"missing": missing(state), "unexpected": unexpected(state), "wrong shape": wrong})
+    faults = {"missing": missing(state, of), "unexpected": unexpected(state, of)}
+    _refuse(faults | {"wrong shape": wrong}, of)
 
 
-def missing(state: Mapping[str, np.ndarray]) -> list[str]:
+def missing(state: Mapping[str, np.ndarray], of: Architecture = FLUXVIT) -> list[str]:
     """The official names that a state lacks."""
-    counts = _stack_counts(state)
-    return [name for leaf in LEAVES for name in _names(leaf, counts) if name not in state]
+    return [name for name in of.all_names(state) if name not in state]
 
 
-def unexpected(state: Mapping[str, np.ndarray]) -> list[str]:
-    """The names in a state that are none of a FluxViT's."""
-    counts = _stack_counts(state)
-    known = {name for leaf in LEAVES for name in _names(leaf, counts)}
+def unexpected(state: Mapping[str, np.ndarray], of: Architecture = FLUXVIT) -> list[str]:
+    """The names in a state that are none of the network's."""
+    known = of.all_names(state)
     return [name for name in state if name not in known]
 
 
-def to_official(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_official(params: Mapping[str, Any], of: Architecture = FLUXVIT) -> dict[str, np.ndarray]:
     """Our nested parameter tree as the official flat state, in C order.
 
     Raises:
         UserError: as `from_official`.
     """
     ours = dict(flatten(params))
+    known = {leaf.path for leaf in of.leaves}
     _refuse(
-        {"missing": [x.path for x in LEAVES if x.path not in ours], "unexpected": _unknown(ours)}
+        {
+            "missing": [leaf.path for leaf in of.leaves if leaf.path not in ours],
+            "unexpected": [path for path in ours if path not in known],
+        },
+        of,
     )
-    counts = {leaf.branch: len(ours[leaf.path]) for leaf in LEAVES if leaf.branch in STACKED}
+    counts = {leaf.branch: len(ours[leaf.path]) for leaf in of.leaves if leaf.branch in of.stacked}
     state, wrong = {}, []
-    for leaf in LEAVES:
+    for leaf in of.leaves:
         tensor = np.asarray(ours[leaf.path])
-        names = _names(leaf, counts)
-        slices = tensor if leaf.branch in STACKED else tensor[None]
+        names = of.names(leaf, counts)
+        slices = tensor if leaf.branch in of.stacked else tensor[None]
         try:
             tensors = [np.ascontiguousarray(leaf.layout.to_official(x)) for x in slices]
             state |= dict(zip(names, tensors, strict=True))
         except (ValueError, IndexError):
             wrong.append(f"{leaf.path} {tensor.shape}")
-    _refuse({"wrong shape": wrong})
-    check(state)
+    _refuse({"wrong shape": wrong}, of)
+    check(state, of)
     return state
 
 
@@ -224,35 +298,6 @@ def insert(tree: dict[str, Any], path: str, value: Any) -> None:
     for branch in branches:
         tree = tree.setdefault(branch, {})
     tree[last] = value
-
-
-def _unknown(ours: Mapping[str, Any]) -> list[str]:
-    known = {leaf.path for leaf in LEAVES}
-    return [path for path in ours if path not in known]
-
-
-def _names(leaf: Leaf, counts: Mapping[str, int]) -> list[str]:
-    """The official names of a leaf: one, or one for each member of its stack."""
-    if leaf.branch not in STACKED:
-        return [leaf.name]
-    return [leaf.name.format(i) for i in range(counts[leaf.branch])]
-
-
-def _stack_counts(state: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """How many blocks, pooling heads, classifiers and align projectors the names speak of."""
-    found = {branch: 0 for branch in STACKED}
-    for branch, prefix in STACKED.items():
-        for name in state:
-            if number := re.match(rf"{prefix}\.(\d+)\.", name):
-                found[branch] = max(found[branch], int(number[1]) + 1)
-    budgets = max(found["pool"], found["heads"], found["align"] + 1, 2)
-    # Every budget has a pooling head and a classifier; all but the largest are aligned to that.
-    return {
-        "blocks": max(found["blocks"], 1),
-        "pool": budgets,
-        "heads": budgets,
-        "align": budgets - 1,
-    }
 
 
 def _bind(shapes: Mapping[str, tuple[tuple, tuple]]) -> dict[str, int]:
@@ -275,9 +320,9 @@ def _size(symbol: int | str | tuple[int, str], sizes: Mapping[str, int]) -> int 
     return times * sizes[letter] if letter in sizes else f"{times}{letter}"
 
 
-def _refuse(faults: Mapping[str, list[str]]) -> None:
+def _refuse(faults: Mapping[str, list[str]], of: Architecture) -> None:
     if described := describe_faults(faults):
-        raise UserError(f"these are not the weights of a FluxViT; {described}")
+        raise UserError(f"these are not the weights of {of.name}; {described}")
 
 
 def describe_faults(faults: Mapping[str, list[str]]) -> str:

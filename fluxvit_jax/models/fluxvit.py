@@ -1,9 +1,8 @@
 """FluxViT: patches and their grid in, a clip vector and class scores out, at any token budget."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,34 +98,30 @@ class FluxViT(nnx.Module):
         )
         self.gpe = layers.Affine(C, config.position_scale)
         self.patch_embed = PatchEmbed(C, dtype, rngs)
-        exact = config.gelu == "erf"
-        self.blocks = _stack(
-            config.depth,
-            rngs,
-            lambda r: layers.Block(
-                C,
-                config.heads,
-                config.attention,
-                exact,
-                config.layer_scale,
-                dtype,
-                r,
-                config.remat == "names",
-            ),
+        block = layers.BlockConfig(
+            width=C,
+            heads=config.heads,
+            hidden=4 * C,
+            kernel=config.attention,
+            exact=config.gelu == "erf",
+            layer_scale=config.layer_scale,
+            dtype=dtype,
+            recompute=config.remat == "names",
         )
+        self.blocks = layers.stack(config.depth, rngs, partial(layers.Block, block))
         _rescale_by_depth(self.blocks, config.depth)
-        self.pool = _stack(
+        self.pool = layers.stack(
             config.budgets,
             rngs,
             lambda r: layers.AttentionPool(C, config.pool_width, config.pool_heads, dtype, r),
         )
         self.fc_norm = layers.LayerNorm(config.pool_width, rngs=rngs)
-        self.heads = _stack(
+        self.heads = layers.stack(
             config.budgets,
             rngs,
             lambda r: layers.Linear(config.pool_width, config.classes, rngs=r),
         )
-        self.align = _stack(
+        self.align = layers.stack(
             max(config.budgets - 1, 1),
             rngs,
             lambda r: layers.AlignProjector(config.pool_width, dtype, r),
@@ -194,11 +189,11 @@ class FluxViT(nnx.Module):
         if config.merge_blocks > config.depth:
             raise ValueError(f"{config.merge_blocks} of {config.depth} blocks cannot merge")
         B, P, _ = patches.shape
-        x = self.embed(_with_cls_place(patches), grid, _all_places(B, P), limits)
+        x = self.embed(sequence.behind_cls(patches), grid, _all_places(B, P), limits)
         size = jnp.ones(x.shape[:2], jnp.float32)
         left = merging.schedule(P, self.patch_budget(budget), config.merge_blocks)
         for number, keep in enumerate(left):
-            block = _unstack(self.blocks, number)
+            block = layers.unstack(self.blocks, number)
             x, keys = block.attend(x, size)
             x, size = merging.merge(x, jnp.mean(keys, axis=2, dtype=jnp.float32), size, keep)
             x = block.transform(x)
@@ -210,29 +205,18 @@ class FluxViT(nnx.Module):
         """Tokens with positions: [B, 1 + N, C], CLS first.
 
         patches: [B, 1 + N, 588], the first of which counts for nothing; index: int32 [B, N], the
-        places of the others. So all arrays have as many rows as the blocks will see, a round number
-        in training: no array of one row less is ever shifted by one.
+        places of the others.
         """
         x = self.patch_embed(placement.by_clip(patches))
-        x = x + self.position(grid, _with_cls_place(index), limits).astype(x.dtype)
-        cls = self.cls_token[...] + self.pos_embed[...][0]
-        first = jnp.arange(x.shape[1])[:, None] == 0
-        return jnp.where(first, cls.astype(x.dtype), x)
+        x = x + self.position(grid, sequence.behind_cls(index), limits).astype(x.dtype)
+        return sequence.put_cls(x, self.cls_token[...] + self.pos_embed[...][0])
 
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
         """Position embeddings of kept places. grid: int32 [G, 3]; index: [B, N] -> [B, N, C]."""
         config = self.config
         native = (config.frames, config.rows, config.columns, config.width)
         table = self.gpe(self.pos_embed[...][1:]).reshape(native)
-        tables = jax.vmap(lambda one: positions.resize_table(table, one, limits[:3]))(grid)
-        tables = tables.reshape(grid.shape[0], -1, config.width)
-        grouped = index.reshape(grid.shape[0], -1)
-        _, rows, columns = grid[:, :, None].transpose(1, 0, 2)
-        t, in_frame = grouped // (rows * columns), grouped % (rows * columns)
-        place = (t * limits.rows + in_frame // columns) * limits.columns + in_frame % columns
-        # Padding lies beyond the table; it is masked, so any row does.
-        chosen = jnp.take_along_axis(tables, place[..., None], axis=1, mode="clip")
-        return chosen.reshape(*index.shape, config.width)
+        return positions.at_places(table, grid, index, limits[:3])
 
     def _run_blocks(
         self,
@@ -259,7 +243,7 @@ class FluxViT(nnx.Module):
             left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
             return jax.lax.scan(body, x, left)[0]
         for number in range(first, config.depth):
-            x, _ = body(x, tuple(_layer(tree, number) for tree in (stacked, rates, keys)))
+            x, _ = body(x, tuple(layers.layer(tree, number) for tree in (stacked, rates, keys)))
         return x
 
     def pool_tokens(
@@ -269,15 +253,15 @@ class FluxViT(nnx.Module):
 
         size: of merged tokens, float32 [B, 1 + N].
         """
-        return _unstack(self.pool, head)(tokens, with_cls(kept.valid), size)
+        return layers.unstack(self.pool, head)(tokens, sequence.with_cls(kept.valid), size)
 
     def classify(self, pooled: jax.Array, head: int) -> jax.Array:
         """Class scores of one head: [B, pool_width] -> float32 [B, classes]."""
-        return _unstack(self.heads, head)(self.fc_norm(pooled))
+        return layers.unstack(self.heads, head)(self.fc_norm(pooled))
 
     def project(self, pooled: jax.Array, projector: int) -> jax.Array:
         """A smaller budget's vector made comparable with the largest's: unit [B, pool_width]."""
-        return _unstack(self.align, projector)(pooled)
+        return layers.unstack(self.align, projector)(pooled)
 
     def __call__(
         self,
@@ -347,12 +331,7 @@ def normalise(patches: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 def take(patches: jax.Array, kept: Selection) -> jax.Array:
     """The kept patches behind one that stands where CLS will: [B, P, 588] -> [B, 1 + N, 588]."""
-    return jnp.take_along_axis(patches, _with_cls_place(kept.index)[..., None], axis=1)
-
-
-def with_cls(valid: jax.Array | None) -> jax.Array | None:
-    """The mask of patches, bool [B, N] or None, with CLS before: [B, 1 + N]."""
-    return None if valid is None else jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)
+    return jnp.take_along_axis(patches, sequence.behind_cls(kept.index)[..., None], axis=1)
 
 
 def split(model: FluxViT) -> tuple[nnx.GraphDef, dict]:
@@ -387,11 +366,11 @@ def for_passes(params: dict, config: FluxViTConfig) -> dict:
 def stack_layers(tree: dict) -> dict:
     """What is of the structure of `for_passes`, such as gradients, in the structure of `params`."""
 
-    def stack(leaf: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
+    def together(leaf: jax.Array | tuple[jax.Array, ...]) -> jax.Array:
         # Not by the products themselves: see `for_passes`.
         return jnp.stack(jax.lax.optimization_barrier(leaf)) if isinstance(leaf, tuple) else leaf
 
-    return jax.tree.map(stack, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return jax.tree.map(together, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def initialise(config: FluxViTConfig, key: jax.Array) -> dict:
@@ -412,30 +391,9 @@ def structure(config: FluxViTConfig) -> nnx.GraphDef:
     return graph
 
 
-def _with_cls_place(x: jax.Array) -> jax.Array:
-    """[B, N, ...] -> [B, 1 + N, ...], zeros in front."""
-    return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
-
-
 def _all_places(clips: int, places: int) -> jax.Array:
     """Every patch of every clip, in the order t, h, w: int32 [B, P]."""
     return jnp.broadcast_to(jnp.arange(places, dtype=jnp.int32), (clips, places))
-
-
-def _stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-    """`count` modules as one, each parameter with a leading axis."""
-    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
-
-
-def _unstack(stacked: nnx.Module, index: int) -> nnx.Module:
-    """One of the modules that `_stack` made."""
-    graph, state = nnx.split(stacked)
-    return nnx.merge(graph, _layer(state, index))
-
-
-def _layer(stacked: Any, index: int) -> Any:
-    """One layer of arrays [depth, ...], or of what `for_passes` made of them."""
-    return jax.tree.map(lambda leaf: leaf[index], stacked, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _rescale_by_depth(blocks: layers.Block, depth: int) -> None:

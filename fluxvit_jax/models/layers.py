@@ -6,6 +6,7 @@ Linear layers and CLS start as in the official code: normal with deviation 0.02 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -97,21 +98,42 @@ class HeadsAffine(Affine):
         return x * scale.astype(x.dtype) + bias.astype(x.dtype)
 
 
+@dataclass(frozen=True)
+class BlockConfig:
+    """A transformer block of FluxViT or InternVideo2.
+
+    hidden: width inside the MLP; kernel: of attention, one of `attention.KERNELS`; exact: GELU by
+    erf, not its tanh approximation; layer_scale: what LayerScale starts at; lpe: whether v has the
+    local position term; recompute: see `Block`.
+    """
+
+    width: int
+    heads: int
+    hidden: int
+    kernel: str = "xla"
+    exact: bool = False
+    layer_scale: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    lpe: bool = True
+    recompute: bool = False
+
+
 class Attention(nnx.Module):
-    """Self-attention with RMS-normalised q and k and the local position term (LPE) on v.
+    """Self-attention with RMS-normalised q and k and, if asked, the local position term on v.
 
     q and k are normalised over the whole width, all heads together. It is `project`, `attend` and
     `join`, in whose order of axes the arrays between them are: that of the attention kernel.
     """
 
-    def __init__(self, width: int, heads: int, kernel: str, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.qkv = FusedQKV(width, heads, dtype, rngs)
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
+        width, dtype = config.width, config.dtype
+        self.qkv = FusedQKV(width, config.heads, dtype, rngs)
         self.q_norm = HeadsNorm(width)
         self.k_norm = HeadsNorm(width)
-        self.lpe = HeadsAffine(width)
+        self.lpe = HeadsAffine(width) if config.lpe else None
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
-        self.heads = heads
-        self.kernel = kernel
+        self.heads = config.heads
+        self.kernel = config.kernel
 
     def __call__(
         self,
@@ -147,7 +169,9 @@ class Attention(nnx.Module):
         order = self._order(size)
         kernel, bias = scaled(self.proj, gamma)
         kernel = kernel.reshape(self.heads, -1, kernel.shape[-1])
-        return jnp.einsum(order.join, attended + self.lpe(v, order), kernel) + bias
+        if self.lpe is not None:
+            attended += self.lpe(v, order)
+        return jnp.einsum(order.join, attended, kernel) + bias
 
     def _kernel(self, size: jax.Array | None) -> str:
         return self.kernel if size is None else "xla"  # no other takes a bias
@@ -177,7 +201,7 @@ class MLP(nnx.Module):
         return self.finish(self.fc1(x), None)
 
     def finish(self, hidden: jax.Array, gamma: jax.Array | None) -> jax.Array:
-        """What `fc1` puts out, [B, N, 4C], to [B, N, C], times `gamma` if given."""
+        """What `fc1` puts out, [B, N, hidden], to [B, N, C], times `gamma` if given."""
         kernel, bias = scaled(self.fc2, gamma)
         return jax.nn.gelu(hidden, approximate=not self.exact) @ kernel + bias
 
@@ -185,30 +209,21 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer block with LayerScale and drop path.
 
-    recompute: the backward pass has of the forward pass the input, q, k and v, what they attend to,
-    the tokens after attention and the output of fc1, 10 numbers of a token and channel (and what
-    kernels other than ours keep); all else it computes anew, none of it a product of matrices.
-    Gradients are the same.
+    With `recompute` the backward pass has of the forward pass the input, q, k and v, what they
+    attend to, the tokens after attention and the output of fc1, 10 numbers of a token and channel
+    (and what kernels other than ours keep); all else it computes anew, none of it a product of
+    matrices. Gradients are the same.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        kernel: str,
-        exact: bool,
-        layer_scale: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-        recompute: bool = False,
-    ):
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
+        width = config.width
         self.norm1 = RMSNorm(width)
-        self.attn = Attention(width, heads, kernel, dtype, rngs)
-        self.ls1 = LayerScale(width, layer_scale)
+        self.attn = Attention(config, rngs)
+        self.ls1 = LayerScale(width, config.layer_scale)
         self.norm2 = RMSNorm(width)
-        self.mlp = MLP(width, 4 * width, exact, dtype, rngs)
-        self.ls2 = LayerScale(width, layer_scale)
-        self.recompute = recompute
+        self.mlp = MLP(width, config.hidden, config.exact, config.dtype, rngs)
+        self.ls2 = LayerScale(width, config.layer_scale)
+        self.recompute = config.recompute
 
     def __call__(
         self,
@@ -306,14 +321,32 @@ class AttentionPool(nnx.Module):
         """x: [B, N, C]; valid: bool [B, N] or None; size: as in `size_bias`, and each token has
         its share in the mean. Returns float32 [B, out].
         """
-        where = None if valid is None else valid[..., None]
         share = 1 if size is None else (size / jnp.mean(size, axis=1, keepdims=True))[..., None]
-        mean = jnp.mean(x * share, axis=1, keepdims=True, where=where, dtype=jnp.float32)
-        q, k, v = self.q(self.norm_q(mean)), self.k(self.norm_k(x)), self.v(self.norm_v(x))
-        heads = partial(jnp.reshape, shape=(x.shape[0], -1, self.heads, x.shape[-1] // self.heads))
+        q, k = self.query(x * share, valid), self._heads(self.k(self.norm_k(x)))
+        v = self._heads(self.v(self.norm_v(x)))
         mask = None if valid is None else valid[:, None, None]
-        pooled = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), size_bias(size), mask)
-        return self.proj(pooled.reshape(q.shape)[:, 0]).astype(jnp.float32)
+        pooled = jax.nn.dot_product_attention(q, k, v, size_bias(size), mask)
+        return self.proj(pooled.reshape(len(x), -1)).astype(jnp.float32)
+
+    def query(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """The one query of each head, from the mean of x, [B, N, C]: [B, 1, heads, K]."""
+        where = None if valid is None else valid[..., None]
+        mean = jnp.mean(x, axis=1, keepdims=True, where=where, dtype=jnp.float32)
+        return self._heads(self.q(self.norm_q(mean)))
+
+    def weights(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
+        """How much each token is attended to, the mean of all heads: float32 [B, N].
+
+        The weights of a clip add up to 1.
+        """
+        q, k = self.query(x, valid), self._heads(self.k(self.norm_k(x)))
+        logits = jnp.einsum("bqhk,bnhk->bhn", q, k, preferred_element_type=jnp.float32)
+        where = None if valid is None else valid[:, None]
+        return jnp.mean(jax.nn.softmax(logits / q.shape[-1] ** 0.5, where=where), axis=1)
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        """[B, N, C] -> [B, N, heads, K]."""
+        return x.reshape(*x.shape[:2], self.heads, -1)
 
 
 class AlignProjector(nnx.Module):
@@ -330,3 +363,19 @@ class AlignProjector(nnx.Module):
 def l2_normalise(x: jax.Array) -> jax.Array:
     """x over its Euclidean norm along the last axis."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+
+
+def stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """`count` modules as one, each parameter with a leading axis."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)
+
+
+def unstack(stacked: nnx.Module, index: int) -> nnx.Module:
+    """One of the modules that `stack` made."""
+    graph, state = nnx.split(stacked)
+    return nnx.merge(graph, layer(state, index))
+
+
+def layer(stacked: Any, index: int) -> Any:
+    """One layer of arrays [depth, ...], or of tuples of so many (see `fluxvit.for_passes`)."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked, is_leaf=lambda x: isinstance(x, tuple))

@@ -94,3 +94,23 @@ def resize_table(table: jax.Array, grid: jax.Array, limits: tuple[int, int, int]
     frame = (row[:, None, :, None] * column[None, :, None]).reshape(H * W, H0 * W0)
     table = (time @ table.reshape(T0, -1)).reshape(T, H0 * W0, C)
     return jnp.einsum("ps,fsc->fpc", frame, table).reshape(T, H, W, C)
+
+
+def at_places(
+    table: jax.Array, grid: jax.Array, index: jax.Array, limits: tuple[int, int, int]
+) -> jax.Array:
+    """The embeddings of patch places of resized tables: float32 [B, N, C].
+
+    table: [T0, H0, W0, C]; grid: int32 [G, 3] where G divides B, one grid for each run of B / G
+    clips; index: int32 [B, N], places in the order t, h, w. Those past a grid are padding, which is
+    masked, so that any embedding does.
+    """
+    _, H, W = limits
+    tables = jax.vmap(lambda one: resize_table(table, one, limits))(grid)
+    tables = tables.reshape(grid.shape[0], -1, table.shape[-1])
+    grouped = index.reshape(grid.shape[0], -1)
+    _, rows, columns = grid[:, :, None].transpose(1, 0, 2)
+    t, in_frame = grouped // (rows * columns), grouped % (rows * columns)
+    place = (t * H + in_frame // columns) * W + in_frame % columns
+    chosen = jnp.take_along_axis(tables, place[..., None], axis=1, mode="clip")
+    return chosen.reshape(*index.shape, -1)

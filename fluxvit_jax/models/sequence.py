@@ -82,3 +82,22 @@ class Sequence(NamedTuple):
 def of(patches: int, kernel: str) -> Sequence:
     """The sequence of so many patches and CLS, for an attention kernel."""
     return Sequence(1 + patches, length_for(1 + patches, kernel))
+
+
+def behind_cls(x: jax.Array) -> jax.Array:
+    """A place for CLS in front of each clip's tokens: [B, N, ...] -> [B, 1 + N, ...], zeros there.
+
+    What comes of them counts for nothing: `put_cls` overwrites it. So every array has as many rows
+    as the blocks will see, a round number in training, and none is ever shifted by one.
+    """
+    return jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+def put_cls(x: jax.Array, cls: jax.Array) -> jax.Array:
+    """x, [B, 1 + N, C], with CLS, [C], as the first token of each clip."""
+    return jnp.where(jnp.arange(x.shape[1])[:, None] == 0, cls.astype(x.dtype), x)
+
+
+def with_cls(valid: jax.Array | None) -> jax.Array | None:
+    """The mask of patches, bool [B, N] or None, with CLS before: [B, 1 + N]."""
+    return None if valid is None else jnp.pad(valid, ((0, 0), (1, 0)), constant_values=True)

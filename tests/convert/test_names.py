@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxvit_jax.convert.names import LEAVES, from_official, to_official
+from fluxvit_jax.convert.names import FLUXVIT, from_official, to_official
 from fluxvit_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -81,8 +81,8 @@ def test_patch_kernel_gives_the_official_embeddings():
 
 
 def test_table_names_every_tensor_once():
-    paths = [leaf.path for leaf in LEAVES]
-    names = [leaf.name for leaf in LEAVES]
+    paths = [leaf.path for leaf in FLUXVIT.leaves]
+    names = [leaf.name for leaf in FLUXVIT.leaves]
     assert len(set(paths)) == len(paths) == len(set(names))
 
 

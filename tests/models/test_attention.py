@@ -267,9 +267,10 @@ def test_the_network_in_bfloat16():
 def test_what_a_block_keeps(remat):
     """10 numbers of a channel and token for the backward pass where it recomputes."""
     B, N, C = 2, 256, 48
-    block = layers.Block(
-        C, 3, "pallas", False, 1.0, jnp.bfloat16, fluxvit.nnx.Rngs(0), remat == "names"
+    config = layers.BlockConfig(
+        C, 3, 4 * C, "pallas", layer_scale=1.0, dtype=jnp.bfloat16, recompute=remat == "names"
     )
+    block = layers.Block(config, fluxvit.nnx.Rngs(0))
     graph, state = fluxvit.nnx.split(block)
 
     def kept(state, x):

@@ -198,7 +198,7 @@ def repeated(rng, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_a_block_attends_by_size():
     x, size, copies = repeated(np.random.default_rng(0), golden.TINY.width)
-    block = fluxvit._unstack(golden.tiny_model().blocks, 0)
+    block = layers.unstack(golden.tiny_model().blocks, 0)
     first = np.cumsum(size[0].astype(int)) - size[0].astype(int)
     expected = block(copies, None, 0.0, None)[:, first]
     close(block(x, None, 0.0, None, size), expected)
@@ -207,7 +207,7 @@ def test_a_block_attends_by_size():
 
 def test_pooling_weights_by_size():
     x, size, copies = repeated(np.random.default_rng(0), golden.TINY.width)
-    pool = fluxvit._unstack(golden.tiny_model().pool, 1)
+    pool = layers.unstack(golden.tiny_model().pool, 1)
     close(pool(x, None, size), pool(copies, None))
     assert np.abs(pool(x, None) - pool(copies, None)).max() > 1e-3
 
@@ -268,8 +268,8 @@ def test_every_patch_is_in_one_token():
 def test_a_block_merges_between_attention_and_mlp():
     """The network of one merging block by hand, with the plain reading of ToMe on its keys."""
     model = golden.tiny_model(merge_blocks=1)
-    first, *others = (fluxvit._unstack(model.blocks, number) for number in range(3))
-    pool = fluxvit._unstack(model.pool, 1)
+    first, *others = (layers.unstack(model.blocks, number) for number in range(3))
+    pool = layers.unstack(model.pool, 1)
 
     @jax.jit
     def attend(patches):
