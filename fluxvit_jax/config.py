@@ -700,10 +700,11 @@ def _check_batch(config: ConfigDict) -> None:
             f"config.data.grid_group: {group} clips that share a grid are no multiple of "
             f"data.repeats={repeats}, the clips of one video"
         )
-    if batch % (group * config.train.accumulate):
+    if batch % (unit := group * config.train.accumulate):
         raise UserError(
             f"config.train.batch_size: {batch} clips do not split into groups of "
-            f"data.grid_group={group} in each of train.accumulate={config.train.accumulate} parts"
+            f"data.grid_group={group} in each of train.accumulate={config.train.accumulate} parts; "
+            f"the nearest that does is {max(1, round(batch / unit)) * unit}"
         )
     if group == 1 and (config.train.mixup or config.train.cutmix):
         raise UserError(

@@ -255,7 +255,7 @@ WRONG = {
     "eval.settings=((1024,12,170),)": "170 px is no multiple of the patch size 14",
     "eval.settings=((1024,0,168),)": "must be above 0",
     "eval.settings=((1024,12,168),(1024,4,224))": "1024 tokens twice",
-    "train.batch_size=100": "data.grid_group=8",
+    "train.batch_size=100": "the nearest that does is 96",
     "train.accumulate=3": "train.accumulate=3",
     "data.repeats=3": "no multiple of data.repeats=3",
     "train.budgets=(1024,2048)": "largest first",
