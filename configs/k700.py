@@ -10,10 +10,11 @@ recipe for K700: every number is what it gives for K400, as InternVideo2's scrip
 Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k400_single.sh of the
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
-Hardware: on a TPU v5e-16 about 1.3 h (small), 1.9 h (base) or 7 h (large) for 530 thousand
-videos. An estimate: 1.6, 4.8 and 17 TFLOP a clip (small and base from the paper's GFLOPs, large by
-its size), at the 28-37 % of the chip's peak that the TPU compiler estimates. On TPU add
---config.model.cls=inside: one token more than the budget costs a tenth more.
+Hardware: on a TPU v5e-16 about 0.9 h (small), 1.3 h (base) or 5 h (large) for 530 thousand videos.
+An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 % of the chip's peak that the TPU
+compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
+costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
+--mode=preflight tells.
 
 Published result: none.
 """

@@ -11,10 +11,11 @@ K400 ones as a stand-in. FluxViT-L is not published: InternVideo2-L's epochs (L1
 Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k400_single.sh of the
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
-Hardware: on a TPU v5e-16 about 12 h (small), 16 h (base) or 40 h (large) for 650 thousand videos.
-An estimate: 1.6, 4.8 and 17 TFLOP a clip (small and base from the paper's GFLOPs, large by its
-size), at the 28-37 % of the chip's peak that the TPU compiler estimates. On TPU add
---config.model.cls=inside: one token more than the budget costs a tenth more.
+Hardware: on a TPU v5e-16 about 7 h (small), 11 h (base) or 28 h (large) for 650 thousand videos. An
+estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 % of the chip's peak that the TPU
+compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
+costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
+--mode=preflight tells.
 
 Published result: none on K710 itself; its weights are what configs/k400.py starts from.
 """

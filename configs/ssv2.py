@@ -11,10 +11,11 @@ with FluxViT's grids and budgets. It starts from pre-trained weights; K400 ones 
 Sources: "script" is full_tuning/ssv2/S14_ft_ssv2_f8.sh of InternVideo2, "parser" the defaults of
 its run_finetuning.py, "official code" FluxViT's, "table" of the paper (arXiv 2503.14237).
 
-Hardware: on a TPU v5e-16 about 5 h (small), 12 h (base) or 43 h (large) for 169 thousand videos. An
-estimate: 1.6, 4.8 and 17 TFLOP a clip (small and base from the paper's GFLOPs, large by its size),
-at the 28-37 % of the chip's peak that the TPU compiler estimates. On TPU add
---config.model.cls=inside: one token more than the budget costs a tenth more.
+Hardware: on a TPU v5e-16 about 3.3 h (small), 8 h (base) or 31 h (large) for 169 thousand videos.
+An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 % of the chip's peak that the TPU
+compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
+costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
+--mode=preflight tells.
 
 Published top-1 of the paper, 2 x 3 views, plain | with Token Optimization:
     tokens      3072          2048          1024          512

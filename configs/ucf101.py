@@ -11,8 +11,8 @@ Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
 Hardware: on one H100 with --config.train.accumulate=2 about 0.5 h (small), 1 h (base) or 3 h
-(large) for 9.5 thousand videos. An estimate: 1.6, 4.8 and 17 TFLOP a clip (small and base from the
-paper's GFLOPs, large by its size), at 35 % of the card's peak (assumed), if decoding keeps up.
+(large) for 9.5 thousand videos. An estimate: 1.6, 4.8 and 15.6 TFLOP a clip, at 35 % of the card's
+peak (assumed), if decoding keeps up.
 
 Published result: none.
 """
