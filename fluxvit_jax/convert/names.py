@@ -1,6 +1,7 @@
 """Our parameter tree <-> the names, shapes and layouts of the official PyTorch code.
 
-An `Architecture` says it all, `FLUXVIT` or its teacher `INTERNVIDEO2`: one row a tensor. The
+An `Architecture` says it all, `FLUXVIT`, its teacher `INTERNVIDEO2` or the `DECODERS` that one has
+for the other: one row a tensor. The
 official state is flat, its blocks, pooling heads, classifiers and align projectors numbered in the
 name; ours is a nested dict in which each of these is stacked on a leading axis. Needs numpy only;
 any dtype passes through untouched.
@@ -32,6 +33,8 @@ class Layout(NamedTuple):
 def _split_qkv(weight: np.ndarray, heads: int) -> np.ndarray:
     """[3C, C] -> [C, 3, heads, head_dim]."""
     width = weight.shape[1]
+    if heads < 1 or width % heads:
+        raise UserError(f"the weights' width {width} cannot be split into {heads} attention heads")
     return weight.T.reshape(width, 3, heads, width // heads)
 
 
@@ -51,7 +54,8 @@ class Leaf(NamedTuple):
     """One tensor: our path, the official name (`{}` is the number in the stack) and shape.
 
     The shape is in symbols that the state itself binds: C width, L positions with CLS, M hidden
-    width of the MLP, E width after pooling, K classes; (3, "C") is 3 times C.
+    width of the MLP, E width after pooling, K classes, D and F the teacher's C and E; (3, "C") is 3
+    times C.
     """
 
     path: str
@@ -198,15 +202,35 @@ INTERNVIDEO2 = Architecture(
 )
 
 
+def _decoder(path: str, name: str, width: str, out: str) -> list[Leaf]:
+    return [
+        *_linear(f"{path}.fc1", f"{name}.head.0", width, width),
+        *_linear(f"{path}.fc2", f"{name}.head.2", width, out),
+        *_affine(f"{path}.norm", f"{name}.norm", out),
+    ]
+
+
+DECODERS = Architecture(
+    "the decoders of an InternVideo2 student",
+    (
+        Leaf("pos_embed", "clip_pos_embed", (1, "L", "C"), POSITIONS),
+        *_decoder("tokens", "clip_decoder.{}", "C", "D"),
+        *_decoder("pooled", "final_clip_decoder", "E", "F"),
+    ),
+    {"tokens": "clip_decoder"},
+    lambda found: {"tokens": max(found["tokens"], 1)},
+)
+
+
 def from_official(
-    state: Mapping[str, np.ndarray], heads: int, of: Architecture = FLUXVIT
+    state: Mapping[str, np.ndarray], heads: int = 0, of: Architecture = FLUXVIT
 ) -> dict[str, Any]:
     """The official state (prefixes already removed) as our nested parameter tree.
 
     Args:
         state: PyTorch name -> array. Depth, widths, classes and the number of budgets follow
             from it.
-        heads: attention heads of a block; the weights do not tell.
+        heads: attention heads of a block, where there are blocks; the weights do not tell.
 
     Raises:
         UserError: a tensor is missing, unexpected or of the wrong shape (all are counted, the
@@ -214,9 +238,6 @@ def from_official(
     """
     check(state, of)
     counts = of.count(state)
-    width = state["cls_token"].shape[-1]
-    if heads < 1 or width % heads:
-        raise UserError(f"the weights' width {width} cannot be split into {heads} attention heads")
     tree: dict[str, Any] = {}
     for leaf in of.leaves:
         tensors = [

@@ -229,6 +229,17 @@ def select(
     return Selection(index, jnp.arange(N)[None] < kept[:, None])
 
 
+def draw(attention: jax.Array, noise: jax.Array) -> jax.Array:
+    """Places of tokens in the order in which they are drawn by their attention: int32 [B, N].
+
+    attention: float32 [B, N], at least 0; noise: float32 [B, N], exponential with mean 1. The first
+    n are n tokens drawn without replacement, each next one of those left in proportion to its
+    attention: what the official code has `torch.multinomial` do. So fewer tokens are a prefix of
+    more. Without noise (ones) the most attended come first; equal attention draws evenly.
+    """
+    return jax.lax.top_k(attention / noise, attention.shape[1])[1]
+
+
 def mask(selection: Selection, places: int) -> jax.Array:
     """Which of a clip's patch places are kept: bool [B, places]."""
     index, valid = selection
