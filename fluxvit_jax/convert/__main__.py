@@ -1,23 +1,30 @@
-"""Converts the weights of a FluxViT: python -m fluxvit_jax.convert SOURCE TARGET
+"""Converts the weights of a FluxViT, or of its teacher: python -m fluxvit_jax.convert SOURCE TARGET
 
 SOURCE is a .pth file as the official code or DeepSpeed writes it, a .safetensors file, a folder
 with config.json and model.safetensors, or a workdir (its best step) of this program. TARGET is
 likewise a .pth file, a .safetensors file or a folder, by its name; --workdir makes it a workdir.
 All but workdirs hold the tensors under the official names, in SOURCE's dtype, bit for bit. A folder
 also holds the network in plain PyTorch, torch_fluxvit.py, and needs nothing of this program.
+
+--network=internvideo2 is for the vision encoder of InternVideo2 (1B, 6B): SOURCE is an official
+file of stage 1 or stage 2, or what this command made of one; TARGET a folder or .safetensors.
 """
 
 import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.convert import adapt, files
+from fluxvit_jax.convert import adapt, files, teacher
 from fluxvit_jax.convert.files import Pretrained
 from fluxvit_jax.errors import ArgumentParser, UserError
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.models.internvideo2 import InternVideo2Config
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="weights to read")
     add("target", metavar="TARGET", help="file or folder to write")
+    add("--network", choices=("fluxvit", "internvideo2"), default="fluxvit", help="whose weights")
     add("--workdir", action="store_true", help="TARGET is a workdir, for --mode=evaluate")
     add("--overwrite", action="store_true", help="TARGET may be there already")
     add(
@@ -82,6 +90,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"{args.target} is there already; add --overwrite to replace it")
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise UserError("SOURCE and TARGET are the same")
+    if args.network == "internvideo2":
+        return _convert_teacher(args, grid)
     pretrained = files.read(
         args.source,
         files.read_config(args.config) if args.config else None,
@@ -95,6 +105,21 @@ def _convert(args: argparse.Namespace) -> None:
     write = files.write_workdir if args.workdir else files.write
     write(adapted, args.target)
     print(f"{args.target}: {describe(adapted)}")
+
+
+def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
+    for option in ("workdir", "classes", "allow_missing"):
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')}: not for --network=internvideo2")
+    given = files.read_config(args.config) if args.config else None
+    found = teacher.read(args.source, given, args.allow_unexpected)
+    for note in found.notes:
+        print(note)
+    print(f"{args.source}: {_describe(found.state, found.config)}")
+    adapted = teacher.resize_grid(found, grid) if grid else found
+    adapted = teacher.cast(adapted, args.dtype) if args.dtype else adapted
+    teacher.write(adapted, args.target)
+    print(f"{args.target}: {_describe(adapted.state, adapted.config)}")
 
 
 def _adapt(
@@ -118,13 +143,19 @@ def _grid(text: str) -> Grid:
 
 def describe(pretrained: Pretrained) -> str:
     """What the weights are, in a line."""
-    model, state = pretrained.config.model, pretrained.state
+    model = pretrained.config.model
+    return _describe(pretrained.state, model, f"{model.classes} classes, ")
+
+
+def _describe(
+    state: Mapping[str, np.ndarray], model: FluxViTConfig | InternVideo2Config, more: str = ""
+) -> str:
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
     millions = sum(tensor.size for tensor in state.values()) / 1e6
     return (
         f"{len(state)} tensors, {millions:.1f} M parameters, {dtypes}; width {model.width}, depth "
-        f"{model.depth}, {model.classes} classes, native grid of {model.frames} frames x "
-        f"{model.rows * PATCH} x {model.columns * PATCH} px"
+        f"{model.depth}, {more}native grid of {model.frames} frames x {model.rows * PATCH} x "
+        f"{model.columns * PATCH} px"
     )
 
 

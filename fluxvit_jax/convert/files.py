@@ -96,11 +96,11 @@ def read(
     given = {**found.config, **(config or {})}
     state, notes = dict(found.state), []
     for name in names.unexpected(state):
-        if _allowed(name, allow_unexpected):
+        if is_named(name, allow_unexpected):
             del state[name]
             notes.append(f"{source}: {name} is left out")
     lacking = names.missing(state)
-    if not all(_allowed(name, allow_missing) for name in lacking):
+    if not all(is_named(name, allow_missing) for name in lacking):
         _check(state, source)
     described = config_json.describe(state, given, found.preprocessor, str(source), default)
     if lacking:
@@ -132,6 +132,11 @@ def _find(source: Path) -> _Found:
         return _find_folder(source)
     if source.is_dir():
         return _find_workdir(source)
+    found = _find_file(source)
+    return found._replace(state=_without_prefixes(found.state, source))
+
+
+def _find_file(source: Path) -> _Found:
     if not source.exists():
         raise UserError(f"{source}: there are no weights: no such file or folder")
     tensors, texts = _reader(source)(source)
@@ -140,7 +145,7 @@ def _find(source: Path) -> _Found:
         config, preprocessor = embedded.get("config", {}), embedded.get("preprocessor", {})
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source}: the config it carries is damaged: {error}") from error
-    return _Found(_without_prefixes(tensors, source), config, preprocessor)
+    return _Found(tensors, config, preprocessor)
 
 
 def _find_folder(folder: Path) -> _Found:
@@ -150,6 +155,21 @@ def _find_folder(folder: Path) -> _Found:
         for name in (CONFIG, PREPROCESSOR)
     )
     return _Found(_without_prefixes(tensors, folder), config, preprocessor)
+
+
+def read_tensors(source: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a file, or of a folder's model.safetensors, as they are named there.
+
+    Beside them the config that goes with them, as far as there is one.
+
+    Raises UserError: there are none, or they are damaged.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        found = _find_file(source)
+        return dict(found.state), found.config
+    config = read_config(source / CONFIG) if (source / CONFIG).exists() else {}
+    return _read_safetensors(source / WEIGHTS)[0], config
 
 
 def _find_workdir(workdir: Path) -> _Found:
@@ -197,7 +217,8 @@ def _check(state: Mapping[str, np.ndarray], source: Path) -> None:
         raise UserError(f"{source}: {error}") from error
 
 
-def _allowed(name: str, allowed: Sequence[str]) -> bool:
+def is_named(name: str, allowed: Sequence[str]) -> bool:
+    """Whether a tensor is one of those allowed, by its name or its beginning up to a dot."""
     return any(name == one or name.startswith(f"{one}.") for one in allowed)
 
 
@@ -266,15 +287,19 @@ def _write_folder(pretrained: Pretrained, folder: Path) -> None:
     for name, content in _configs(pretrained.config).items():
         text = json.dumps(content, indent=2) + "\n"
         file = folder / (CONFIG if name == "config" else PREPROCESSOR)
-        _replace(file, lambda path, text=text: path.write_text(text))
-    _replace(folder / NETWORK, lambda path: shutil.copyfile(Path(__file__).parent / NETWORK, path))
+        replace(file, lambda path, text=text: path.write_text(text))
+    replace(folder / NETWORK, lambda path: shutil.copyfile(Path(__file__).parent / NETWORK, path))
 
 
 def _write_safetensors(pretrained: Pretrained, path: Path) -> None:
+    write_tensors(pretrained.state, _configs(pretrained.config), path)
+
+
+def write_tensors(state: Mapping[str, np.ndarray], configs: Mapping[str, Any], path: Path) -> None:
+    """A .safetensors file that carries configs; OSError if it cannot be written."""
     # "format" is what the loaders of PyTorch and Transformers look for.
-    texts = {"format": "pt", EMBEDDED: json.dumps(_configs(pretrained.config))}
-    state = pretrained.state
-    _replace(path, lambda new: safetensors.numpy.save_file(state, new, metadata=texts))
+    texts = {"format": "pt", EMBEDDED: json.dumps(configs)}
+    replace(path, lambda new: safetensors.numpy.save_file(state, new, metadata=texts))
 
 
 def _write_pth(pretrained: Pretrained, path: Path) -> None:
@@ -292,7 +317,7 @@ def _write_pth(pretrained: Pretrained, path: Path) -> None:
 
     weights = {name: tensor(array) for name, array in pretrained.state.items()}
     whole = {"model": weights, EMBEDDED: json.dumps(_configs(pretrained.config))}
-    _replace(path, lambda new: torch.save(whole, new))
+    replace(path, lambda new: torch.save(whole, new))
 
 
 def _configs(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
@@ -302,7 +327,8 @@ def _configs(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def _replace(path: Path, write_to: Callable[[Path], Any]) -> None:
+def replace(path: Path, write_to: Callable[[Path], Any]) -> None:
+    """Has a file written whole or not at all, in place of the one that is there."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.touch()
