@@ -109,10 +109,13 @@ def _selection_work(model: FluxViTConfig, grid: Grid) -> int:
 
 
 def _encoding_work(model: FluxViTConfig, patches: int) -> int:
-    """From so many patches to class scores, all of them in every block."""
+    """From so many patches to class scores, all of them in every block.
+
+    CLS has a row in the embedding as well, of which nothing comes (`sequence.behind_cls`).
+    """
     tokens = patches + 1
     blocks = model.depth * _block_work(model, tokens, tokens)
-    return _embedding_work(model, patches) + blocks + _head_work(model, tokens)
+    return _embedding_work(model, tokens) + blocks + _head_work(model, tokens)
 
 
 def _merging_work(model: FluxViTConfig, grid: Grid, patch_budget: int) -> int:
@@ -124,7 +127,7 @@ def _merging_work(model: FluxViTConfig, grid: Grid, patch_budget: int) -> int:
         for before, after in itertools.pairwise(counts)
     )
     others = (model.depth - model.merge_blocks) * _block_work(model, last + 1, last + 1)
-    return _embedding_work(model, grid.tokens) + merging + others + _head_work(model, last + 1)
+    return _embedding_work(model, grid.tokens + 1) + merging + others + _head_work(model, last + 1)
 
 
 def _matching_work(model: FluxViTConfig, before: int, after: int) -> int:

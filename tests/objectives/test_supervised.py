@@ -23,8 +23,11 @@ class Prepared(Supervised):
         return batch["patches"], batch["targets"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
-@pytest.mark.parametrize(("padding", "scan"), [(0, True), (30, True), (0, False)])
+@pytest.mark.parametrize(
+    ("case", "padding", "scan"),
+    [(case, padding, True) for case in CASES for padding in (0, 30)] + [(CASES[0], 0, False)],
+    ids=lambda value: value["id"] if isinstance(value, dict) else str(value),
+)
 def test_loss_and_gradients(case, padding, scan):
     model = replace(golden.TINY, scan=scan)
     stored = golden.arrays("loss_case")
