@@ -97,7 +97,7 @@ class InternVideo2(nnx.Module):
         """
         places = sequence.of(kept.index.shape[1], self.config.attention)
         x = places.pad(self.embed(patches, grid, kept.index, limits))
-        x, middle = self._run_blocks(x, places.real(len(x), kept.valid), after)
+        x, middle = self._run_blocks(x, places.real(x.shape[0], kept.valid), after)
         tokens, valid = places.cut(x), sequence.with_cls(kept.valid)
         attention = self.pool.weights(tokens, valid)[:, 1:]
         return Features(middle[:, :, : places.tokens], self.pool(tokens, valid), attention)

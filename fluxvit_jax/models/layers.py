@@ -326,7 +326,7 @@ class AttentionPool(nnx.Module):
         v = self._heads(self.v(self.norm_v(x)))
         mask = None if valid is None else valid[:, None, None]
         pooled = jax.nn.dot_product_attention(q, k, v, size_bias(size), mask)
-        return self.proj(pooled.reshape(len(x), -1)).astype(jnp.float32)
+        return self.proj(pooled.reshape(x.shape[0], -1)).astype(jnp.float32)
 
     def query(self, x: jax.Array, valid: jax.Array | None) -> jax.Array:
         """The one query of each head, from the mean of x, [B, N, C]: [B, 1, heads, K]."""
