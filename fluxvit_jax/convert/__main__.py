@@ -117,7 +117,7 @@ def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
         print(note)
     print(f"{args.source}: {_describe(found.state, found.config)}")
     adapted = teacher.resize_grid(found, grid) if grid else found
-    adapted = teacher.cast(adapted, args.dtype) if args.dtype else adapted
+    adapted = adapt.cast(adapted, args.dtype) if args.dtype else adapted
     teacher.write(adapted, args.target)
     print(f"{args.target}: {_describe(adapted.state, adapted.config)}")
 

@@ -1,6 +1,7 @@
 """Weights made to fit: fewer classes, another native grid, another dtype."""
 
 import dataclasses
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from fluxvit_jax.convert.files import Pretrained
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.positions import resize_table
 
+Weights = TypeVar("Weights", bound=NamedTuple)  # with a `state`
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -64,7 +66,7 @@ def resize_positions(table: np.ndarray, native: Grid, grid: Grid) -> np.ndarray:
     return np.concatenate([table[:1], resized])
 
 
-def cast(pretrained: Pretrained, dtype: str) -> Pretrained:
-    """All tensors in one of `DTYPES`."""
+def cast(pretrained: Weights, dtype: str) -> Weights:
+    """All tensors in one of `DTYPES`; of a `Pretrained` or a teacher."""
     state = {name: tensor.astype(DTYPES[dtype]) for name, tensor in pretrained.state.items()}
     return pretrained._replace(state=state)

@@ -162,12 +162,6 @@ def resize_grid(teacher: Teacher, grid: Grid) -> Teacher:
     )
 
 
-def cast(teacher: Teacher, dtype: str) -> Teacher:
-    """All tensors in one of `adapt.DTYPES`."""
-    state = {name: x.astype(adapt.DTYPES[dtype]) for name, x in teacher.state.items()}
-    return teacher._replace(state=state)
-
-
 def write(teacher: Teacher, target: str | os.PathLike) -> None:
     """Writes a folder with config.json and model.safetensors, or a `.safetensors` file.
 
