@@ -146,7 +146,7 @@ def test_files_are_of_the_kinds_they_are_named_for(make):
 
 def test_turned_picture_is_upright(make):
     with Video(make("h264.mp4")) as video, Video(make("turned_90.mp4")) as turned:
-        assert (video.size, turned.size) == ((64, 96), (96, 64))
+        assert (video.size, turned.size) == ((64, 128), (128, 64))
         # The matrix (x, y) -> (-y, x) turns by a quarter, clockwise where y points down.
         np.testing.assert_array_equal(turned.read([9])[0], np.rot90(video.read([9])[0], -1))
 
@@ -176,9 +176,9 @@ def test_frame_rate(make):
 def test_short_side_scales_down_only(make):
     with Video(make("h264.mp4")) as video:
         frames = video.read([0, 5], short_side=40)
-        assert frames.shape[1:3] == resized_size(64, 96, 40) == (40, 60)
-        blurred = FRAMES[[0, 5]].reshape(2, 8, 8, 12, 8, 3).mean((2, 4))
-        small = frames.reshape(2, 8, 5, 12, 5, 3).mean((2, 4))
+        assert frames.shape[1:3] == resized_size(64, 128, 40) == (40, 80)
+        blurred = FRAMES[[0, 5]].reshape(2, 8, 8, 16, 8, 3).mean((2, 4))
+        small = frames.reshape(2, 8, 5, 16, 5, 3).mean((2, 4))
         assert abs(blurred - small).mean() < 4  # levels of 255
         np.testing.assert_array_equal(video.read([0], short_side=65), video.read([0]))
 
@@ -199,7 +199,7 @@ def test_size_that_changes_midway_is_scaled_to_the_first(make, tmp_path):
     path = videos.remux(make("vp9.webm"), tmp_path / "both.webm", append)
     with Video(path) as video:
         assert len(video) == 80
-        assert video.read([0, 79]).shape == (2, 64, 96, 3)
+        assert video.read([0, 79]).shape == (2, 64, 128, 3)
 
 
 def test_indices_outside_are_a_mistake_of_the_caller(make):

@@ -11,8 +11,12 @@ import numpy as np
 OPEN_GOP = {"g": "12", "x264-params": "open-gop=1:bframes=3:b-pyramid=normal:scenecut=0"}
 
 
-def moving_texture(count: int, height: int = 64, width: int = 96, seed: int = 0) -> np.ndarray:
-    """Frames uint8 [count, height, width, 3], no two alike: a window that slides over blocks."""
+def moving_texture(count: int, height: int = 64, width: int = 128, seed: int = 0) -> np.ndarray:
+    """Frames uint8 [count, height, width, 3], no two alike: a window that slides over blocks.
+
+    The default size is one for which x264 writes the same bytes every time: at widths that are no
+    multiple of 64 they depend on memory that nothing has written to.
+    """
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, ((height + count) // 8 + 1, (width + 2 * count) // 8 + 1, 3))
     picture = blocks.astype(np.uint8).repeat(8, 0).repeat(8, 1)
@@ -35,6 +39,7 @@ def write_video(
     with av.open(str(path), "w", options=muxing or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {"g": "12"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        stream.codec_context.thread_count = 1  # the bytes depend on how many there are
         if times is not None:
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
