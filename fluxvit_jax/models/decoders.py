@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fluxvit_jax.models import layers, positions, sequence
+from fluxvit_jax.models import layers, positions
 from fluxvit_jax.models.selection import GridLimits
 
 
@@ -73,6 +73,5 @@ class Decoders(nnx.Module):
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
         """Positions of tokens, CLS first: float32 [B, 1 + N, C]."""
         config, table = self.config, self.pos_embed[...]
-        native = table[1:].reshape(config.frames, config.rows, config.columns, config.width)
-        x = positions.at_places(native, grid, sequence.behind_cls(index), limits[:3])
-        return sequence.put_cls(x, table[0])
+        patches = table[1:].reshape(config.frames, config.rows, config.columns, config.width)
+        return positions.of_tokens(table[0], patches, grid, index, limits[:3])

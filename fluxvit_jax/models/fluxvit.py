@@ -85,8 +85,8 @@ class PatchEmbed(nnx.Module):
 class FluxViT(nnx.Module):
     """The network. Parameters leave as a plain tree (`split`); `merge` makes a model of one again.
 
-    A forward pass is `select`, then `encode` of the kept patches, `pool_tokens` and `classify`;
-    `__call__` does all four. `on_grid` can have `merge_tokens` in place of the first two.
+    A forward pass is `select`, then `encode` of the kept patches at their `position`, `pool_tokens`
+    and `classify`; `__call__` does all. `on_grid` can have `merge_tokens` in place of the first.
     """
 
     def __init__(self, config: FluxViTConfig, rngs: nnx.Rngs):
@@ -160,19 +160,17 @@ class FluxViT(nnx.Module):
     def encode(
         self,
         patches: jax.Array,
-        grid: jax.Array,
+        position: jax.Array,
         kept: Selection,
-        limits: GridLimits,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """The tokens after the last block: [B, 1 + N, C], CLS first.
 
-        patches: [B, 1 + N, 588], the kept ones as `take` puts them; grid: int32 [G, 3] where G
-        divides B, one grid for each run of B / G clips; key: [B], one for each clip; drop path,
-        training only.
+        patches: [B, 1 + N, 588], the kept ones as `take` puts them; position: theirs, as `position`
+        has it; key: [B], one for each clip; drop path, training only.
         """
         places = sequence.of(kept.index.shape[1], self.config.attention)
-        x = places.pad(self.embed(patches, grid, kept.index, limits))
+        x = places.pad(self.embed(patches, position))
         return places.cut(self._run_blocks(x, places.real(x.shape[0], kept.valid), key))
 
     def merge_tokens(
@@ -180,7 +178,7 @@ class FluxViT(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The tokens after the last block where blocks merge them: [B, 1 + N, C], CLS first.
 
-        patches: [B, P, 588], all of them real; grid: as in `encode`.
+        patches: [B, P, 588], all of them real; grid: as in `position`.
         Beside them their sizes, how many patches each stands for: float32 [B, 1 + N].
 
         Raises ValueError where the merging blocks are more than there are, or too few.
@@ -189,7 +187,8 @@ class FluxViT(nnx.Module):
         if config.merge_blocks > config.depth:
             raise ValueError(f"{config.merge_blocks} of {config.depth} blocks cannot merge")
         B, P, _ = patches.shape
-        x = self.embed(sequence.behind_cls(patches), grid, _all_places(B, P), limits)
+        position = self.position(grid, _all_places(B, P), limits)
+        x = self.embed(sequence.behind_cls(patches), position)
         size = jnp.ones(x.shape[:2], jnp.float32)
         left = merging.schedule(P, self.patch_budget(budget), config.merge_blocks)
         for number, keep in enumerate(left):
@@ -199,24 +198,24 @@ class FluxViT(nnx.Module):
             x = block.transform(x)
         return self._run_blocks(x, None, None, size, first=config.merge_blocks), size
 
-    def embed(
-        self, patches: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
-    ) -> jax.Array:
-        """Tokens with positions: [B, 1 + N, C], CLS first.
+    def embed(self, patches: jax.Array, position: jax.Array) -> jax.Array:
+        """Tokens with their positions, [B, 1 + N, C], CLS first.
 
-        patches: [B, 1 + N, 588], the first of which counts for nothing; index: int32 [B, N], the
-        places of the others.
+        patches: [B, 1 + N, 588], the first of which counts for nothing; position: [B, 1 + N, C].
         """
         x = self.patch_embed(placement.by_clip(patches))
-        x = x + self.position(grid, sequence.behind_cls(index), limits).astype(x.dtype)
-        return sequence.put_cls(x, self.cls_token[...] + self.pos_embed[...][0])
+        return sequence.put_cls(x, self.cls_token[...]) + position
 
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
-        """Position embeddings of kept places. grid: int32 [G, 3]; index: [B, N] -> [B, N, C]."""
-        config = self.config
+        """The position embeddings of CLS and of kept patches: [B, 1 + N, C], CLS first.
+
+        grid: int32 [G, 3] where G divides B, one grid for each run of B / G clips; index: int32
+        [B, N], the patches' places.
+        """
+        config, table = self.config, self.pos_embed[...]
         native = (config.frames, config.rows, config.columns, config.width)
-        table = self.gpe(self.pos_embed[...][1:]).reshape(native)
-        return positions.at_places(table, grid, index, limits[:3])
+        patches = self.gpe(table[1:]).reshape(native)
+        return positions.of_tokens(table[0], patches, grid, index, limits[:3]).astype(config.dtype)
 
     def _run_blocks(
         self,
@@ -278,7 +277,8 @@ class FluxViT(nnx.Module):
         key: for noisy selectors.
         """
         kept = self.select(patches, grid, budget, limits, key)
-        tokens = self.encode(take(patches, kept), grid, kept, limits)
+        position = self.position(grid, kept.index, limits)
+        tokens = self.encode(take(patches, kept), position, kept)
         pooled = self.pool_tokens(tokens, kept, head)
         return self.classify(pooled, head), pooled
 
@@ -304,7 +304,8 @@ class FluxViT(nnx.Module):
             tokens, size = self.merge_tokens(patches, grids[:1], budget, limits)
         else:
             kept, size = self.select(patches, grids, budget, limits, key), None
-            tokens = self.encode(take(patches, kept), grids[:1], kept, limits)
+            position = self.position(grids[:1], kept.index, limits)
+            tokens = self.encode(take(patches, kept), position, kept)
         pooled = self.pool_tokens(tokens, kept, head, size)
         return Answer(self.classify(pooled, head), pooled, tokens, kept)
 

@@ -96,25 +96,23 @@ class InternVideo2(nnx.Module):
         ascending, whose tokens are wanted.
         """
         places = sequence.of(kept.index.shape[1], self.config.attention)
-        x = places.pad(self.embed(patches, grid, kept.index, limits))
+        x = places.pad(self.embed(patches, self.position(grid, kept.index, limits)))
         x, middle = self._run_blocks(x, places.real(x.shape[0], kept.valid), after)
         tokens, valid = places.cut(x), sequence.with_cls(kept.valid)
         attention = self.pool.weights(tokens, valid)[:, 1:]
         return Features(middle[:, :, : places.tokens], self.pool(tokens, valid), attention)
 
-    def embed(
-        self, patches: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
-    ) -> jax.Array:
-        """Tokens with positions, [B, 1 + N, C], CLS first. index: int32 [B, N]."""
-        config = self.config
-        table = self.pos_embed[...]
-        native = (config.frames, config.rows, config.columns, config.width)
-        index = sequence.behind_cls(index)
+    def embed(self, patches: jax.Array, position: jax.Array) -> jax.Array:
+        """Tokens with their positions, [B, 1 + N, C], CLS first."""
         x = self.patch_embed(placement.by_clip(patches))
-        x = x + positions.at_places(table[1:].reshape(native), grid, index, limits[:3]).astype(
-            x.dtype
-        )
-        return sequence.put_cls(x, self.cls_token[...] + table[0])
+        return sequence.put_cls(x, self.cls_token[...]) + position
+
+    def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
+        """The position embeddings of CLS and of kept patches: as `FluxViT.position`."""
+        config, table = self.config, self.pos_embed[...]
+        native = (config.frames, config.rows, config.columns, config.width)
+        patches = table[1:].reshape(native)
+        return positions.of_tokens(table[0], patches, grid, index, limits[:3]).astype(config.dtype)
 
     def _run_blocks(
         self, x: jax.Array, lengths: jax.Array | None, after: tuple[int, ...]

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxvit_jax.models import sequence
+
 CUBIC_A = -0.75  # PyTorch's bicubic; jax.image's is -0.5
 
 
@@ -114,3 +116,17 @@ def at_places(
     place = (t * H + in_frame // columns) * W + in_frame % columns
     chosen = jnp.take_along_axis(tables, place[..., None], axis=1, mode="clip")
     return chosen.reshape(*index.shape, -1)
+
+
+def of_tokens(
+    cls: jax.Array,
+    table: jax.Array,
+    grid: jax.Array,
+    index: jax.Array,
+    limits: tuple[int, int, int],
+) -> jax.Array:
+    """The embeddings of CLS, [C], and of the patches at `index`: float32 [B, 1 + N, C], CLS first.
+
+    table, grid, index, limits: as in `at_places`.
+    """
+    return sequence.put_cls(at_places(table, grid, sequence.behind_cls(index), limits), cls)

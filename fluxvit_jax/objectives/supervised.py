@@ -52,28 +52,35 @@ class Supervised:
         patches, targets = self._augmented(batch, augment_keys)
         selections = self._selections(params, patches, batch["grid"], select_keys)
         grids = batch["grid"].reshape(-1, self.group, 3)[:, 0]
-        gradients, metrics, anchor = None, {"loss": 0.0}, None
+        positions, to_table = jax.vjp(
+            lambda params: self._positions(params, grids, selections), params
+        )
+        gradients, metrics, anchor, by_position = None, {"loss": 0.0}, None, []
         for head, kept in enumerate(selections):
             if gradients is not None:
                 params, gradients, anchor = jax.lax.optimization_barrier(
                     (params, gradients, anchor)
                 )
-            (_, (terms, pooled)), passed = jax.value_and_grad(self._pass, has_aux=True)(
+            (_, (terms, pooled)), (passed, own) = jax.value_and_grad(
+                self._pass, argnums=(0, 1), has_aux=True
+            )(
                 params,
+                positions[head],
                 fluxvit.take(patches, kept),
                 targets,
-                grids,
                 kept,
                 head,
                 anchor,
                 _fold_in(drop_keys, head) if self.drop_path else None,
             )
+            by_position.append(own)
             passed = optax.tree.cast(passed, jnp.float32)
             gradients = passed if gradients is None else jax.tree.map(jnp.add, gradients, passed)
             anchor = l2_normalise(pooled) if anchor is None else anchor
             metrics["loss"] += sum(terms[name] for name in ("ce", "align") if name in terms)
             metrics |= {f"{name}_{self.budgets[head]}": value for name, value in terms.items()}
-        return gradients, metrics
+        (through_table,) = to_table(by_position)
+        return jax.tree.map(jnp.add, gradients, through_table), metrics
 
     def _augmented(self, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised, erased and mixed patches [B, P, 588] and soft targets [B, classes]."""
@@ -108,12 +115,18 @@ class Supervised:
             ]
         return [first, *rest]
 
-    def _pass(self, params, patches, targets, grids, kept, head, anchor, keys):
+    def _positions(self, params, grids, selections) -> list[jax.Array]:
+        """The positions of what each budget keeps: looked up once, as it is sorted once."""
+        model = fluxvit.merge(self.graph, params)
+        if self.rounding == "official":
+            return [model.position(grids, kept.index, self.limits) for kept in selections]
+        largest = model.position(grids, selections[0].index, self.limits)
+        return [largest[:, : 1 + kept.index.shape[1]] for kept in selections]
+
+    def _pass(self, params, position, patches, targets, kept, head, anchor, keys):
         """One budget's loss; beside it its terms and the clip vectors."""
         model = fluxvit.merge(self.graph, params)
-        pooled = model.pool_tokens(
-            model.encode(patches, grids, kept, self.limits, keys), kept, head
-        )
+        pooled = model.pool_tokens(model.encode(patches, position, kept, keys), kept, head)
         logits = model.classify(pooled, head)
         terms = {
             "ce": -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)),

@@ -232,7 +232,8 @@ def jax_select(patches, grid, config, tokens) -> Selection:
 def jax_outputs(patches, grid, kept, head, gelu):
     def weighted(patches):
         model = jax_model(replace(CONFIG, gelu=gelu))
-        tokens = model.encode(fluxvit.take(patches, kept), grid, kept, LIMITS)
+        position = model.position(grid, kept.index, LIMITS)
+        tokens = model.encode(fluxvit.take(patches, kept), position, kept)
         pooled = [model.pool_tokens(tokens, kept, head) for head in range(3)]
         logits = [model.classify(vector, head) for head, vector in enumerate(pooled)]
         outputs = jnp.concatenate([jnp.stack(logits), jnp.stack(pooled)], axis=-1)[head]

@@ -215,7 +215,8 @@ def answer(**changes):
     def loss(params, patches):
         model, keys = fluxvit.merge(graph, params), jax.random.split(jax.random.key(3), 4)
         kept = model.select(patches, GRIDS, 40, limits)
-        tokens = model.encode(fluxvit.take(patches, kept), GRIDS, kept, limits, keys)
+        position = model.position(GRIDS, kept.index, limits)
+        tokens = model.encode(fluxvit.take(patches, kept), position, kept, keys)
         scores = model.classify(model.pool_tokens(tokens, kept, 1), 1)
         return jnp.sum(jnp.sin(scores)), (scores, tokens)
 
@@ -318,7 +319,8 @@ def test_devices_change_nothing(compiled):
             def loss(params, patches):
                 model = fluxvit.merge(graph, params)
                 kept = model.select(patches, grids, 33, limits)
-                tokens = model.encode(fluxvit.take(patches, kept), grids, kept, limits)
+                position = model.position(grids, kept.index, limits)
+                tokens = model.encode(fluxvit.take(patches, kept), position, kept)
                 return (model.pool_tokens(tokens, kept, 0) ** 2).sum()
 
             with jax.set_mesh(mesh):

@@ -56,7 +56,8 @@ def select(patches, grid, budget, limits):
 def every_head(patches, grid, index, valid):
     """All outputs of a batch in one program: logits, vectors and their two projections by head."""
     model, kept = golden.tiny_model(), Selection(index, valid)
-    tokens = model.encode(fluxvit.take(patches, kept), grid, kept, LIMITS)
+    position = model.position(grid, kept.index, LIMITS)
+    tokens = model.encode(fluxvit.take(patches, kept), position, kept)
     pooled = [model.pool_tokens(tokens, kept, head) for head in range(3)]
     logits = [model.classify(vector, head) for head, vector in enumerate(pooled)]
     return logits, pooled, [[model.project(vector, p) for p in range(2)] for vector in pooled]
@@ -145,20 +146,21 @@ def test_importance(name):
 
 @jax.jit
 def every_position(grid):
-    """The positions of all places of a grid, [CAPACITY, C]; past its tokens they mean nothing."""
+    """Positions of CLS and all places of a grid, [1 + CAPACITY, C]; past its tokens they mean
+    nothing.
+    """
     return golden.tiny_model().position(grid[None], jnp.arange(CAPACITY)[None], LIMITS)[0]
 
 
 @pytest.mark.parametrize("name", VIDEOS)
 def test_positions(name):
     grid = golden.patches_of(data(f"{name}.x"))[1]
-    ours = every_position(jnp.asarray(grid))[None, : np.prod(grid)]
+    ours = every_position(jnp.asarray(grid))[None, : 1 + np.prod(grid)]
     official = data(f"{name}.pos_embed")
     if name in QUIRKS:
-        assert np.abs(ours - official[:, 1:]).max() > 0.1
+        assert np.abs(ours - official)[:, 1:].max() > 0.1
     else:
-        close(ours, official[:, 1:])
-        close(golden.tiny_params()["pos_embed"][0], official[0, 0])
+        close(ours, official)
 
 
 def test_quirks_are_right_here():
@@ -174,7 +176,9 @@ def test_quirks_are_right_here():
     model = fluxvit.merge(
         fluxvit.structure(golden.TINY), params | {"pos_embed": jnp.asarray(table)}
     )
-    position = jax.jit(lambda grid: model.position(grid[None], jnp.arange(256)[None], LIMITS)[0])
+    position = jax.jit(
+        lambda grid: model.position(grid[None], jnp.arange(256)[None], LIMITS)[0, 1:]
+    )
 
     def frames(*grid):
         return position(jnp.asarray(grid))[: np.prod(grid)].reshape(*grid, -1)
@@ -199,7 +203,8 @@ def tokens_by_depth(id):
             blocks = jax.tree.map(lambda leaf, depth=depth: leaf[:depth], params["blocks"])
             graph = fluxvit.structure(replace(golden.TINY, depth=depth))
             model = fluxvit.merge(graph, params | {"blocks": blocks})
-            outputs.append(model.encode(fluxvit.take(patches, kept), grid, kept, limits))
+            position = model.position(grid, kept.index, limits)
+            outputs.append(model.encode(fluxvit.take(patches, kept), position, kept))
         return outputs
 
     order = np.asarray(kept.index).argsort(axis=1)[..., None]

@@ -94,7 +94,7 @@ def test_the_position_table():
         index = jnp.arange(np.prod(sides))[None]
         patches = jnp.zeros((1, 1 + np.prod(sides), fluxvit.PATCH_VALUES))
         grid, limits = jnp.asarray([sides], jnp.int32), golden.limits_of(sides)
-        found = model.embed(patches, grid, index, limits)
+        found = model.embed(patches, model.position(grid, index, limits))
         np.testing.assert_allclose(found, STORED[video["pos_embed"]], rtol=0, atol=3e-5)
 
 

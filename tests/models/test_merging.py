@@ -275,7 +275,8 @@ def test_a_block_merges_between_attention_and_mlp():
     def attend(patches):
         places = np.broadcast_to(np.arange(GRID.tokens), patches.shape[:2])
         behind_cls = jnp.pad(patches, ((0, 0), (1, 0), (0, 0)))
-        x = model.embed(behind_cls, jnp.asarray([GRID]), places, golden.limits_of(GRID))
+        position = model.position(jnp.asarray([GRID]), places, golden.limits_of(GRID))
+        x = model.embed(behind_cls, position)
         attention = first.attn
         attended, _ = attention(first.norm1(x), None)
         return x + first.ls1(attended), attention.k_norm(attention.qkv(first.norm1(x))[1])

@@ -125,11 +125,13 @@ def test_the_order_of_the_budgets_does_not_matter():
 
     def loss(params):
         selections = objective._selections(params, patches, grid, None)
+        model = fluxvit.merge(objective.graph, params)
 
         def one(head, anchor):
-            chosen = fluxvit.take(patches, selections[head])
-            own = (params, chosen, targets, grid[:1], selections[head], head, anchor, None)
-            return objective._pass(*own)
+            kept = selections[head]
+            position = model.position(grid[:1], kept.index, objective.limits)
+            chosen = fluxvit.take(patches, kept)
+            return objective._pass(params, position, chosen, targets, kept, head, anchor, None)
 
         pooled = one(0, None)[1][1]
         anchor = jax.lax.stop_gradient(l2_normalise(pooled))
