@@ -72,11 +72,11 @@ def training(config: ConfigDict, case: Case, mesh: Mesh) -> Made:
     }
     clips = parallel.put(device_batch(batch), mesh)
     state = initial_state(config, optimizer, mesh)
-    step = make_train_step(config, objective, optimizer, mesh).lower(state, clips).compile()
+    step = make_train_step(config, objective, optimizer, mesh).lower(state, {}, clips).compile()
 
     def run() -> dict[str, Any]:
         nonlocal state
-        state, measured = step(state, clips)
+        state, measured = step(state, {}, clips)
         return {name: measured[name] for name in ("loss", "gradient_norm")}
 
     return {training_name(case): (step, run)}

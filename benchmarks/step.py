@@ -120,7 +120,7 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
 
     def run() -> None:
         nonlocal state
-        state, measured = step(state, clips)
+        state, measured = step(state, {}, clips)
         jax.block_until_ready(measured)
 
     model = model_config(config)

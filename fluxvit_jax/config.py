@@ -68,6 +68,25 @@ VARIANTS = {
 }
 
 
+class TeacherSizes(NamedTuple):
+    """An InternVideo2 encoder, by the fields of `models.internvideo2.InternVideo2Config`."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    pool_width: int = 768
+    pool_heads: int = 16
+
+
+# Sizes of the official models (facts of the released files); Ti is ours, for the tests.
+TEACHERS = {
+    "InternVideo2-Ti": TeacherSizes(48, 4, 4, hidden=96, pool_width=32, pool_heads=4),
+    "InternVideo2-1B": TeacherSizes(1408, 40, 16, hidden=6144),
+    "InternVideo2-6B": TeacherSizes(3200, 48, 25, hidden=12800),
+}
+
+
 def default_config(variant: str = "B") -> ConfigDict:
     """Every field there is. Neutral values: no augmentation but crop and flip, no soft labels."""
     config = ConfigDict()
@@ -112,6 +131,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.data.augment.randaugment = ""  # as timm writes it: "rand-m7-n4-mstd0.5-inc1"
 
     config.train = ConfigDict()
+    config.train.objective = "supervised"  # | "distillation": by a teacher, see `distill`
     config.train.batch_size = 512  # clips a step over all devices, repeats included
     config.train.epochs = 5
     config.train.warmup_epochs = 1.0
@@ -126,6 +146,20 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.train.accumulate = 1  # gradients of so many parts of the batch
     config.train.init_from = ""  # checkpoint to start from; REQUIRED: the user must name one
     config.train.compiled_steps = 1  # train steps compiled in all, for any number of grids
+
+    config.distill = ConfigDict()  # of train.objective "distillation" only
+    config.distill.teacher = ""  # its weights; REQUIRED: the user must name them
+    config.distill.network = "InternVideo2-1B"  # one of TEACHERS or VARIANTS
+    config.distill.frames = 4  # the grid of its position table
+    config.distill.resolution = 224  # pixels
+    config.distill.gelu = "tanh"
+    config.distill.tokens = 2048  # of a clip that it sees; students see train.budgets of these
+    config.distill.scored_by = "teacher"  # whose patch embedding the selector looks at | "student"
+    config.distill.mask = "attention"  # how these are drawn | "attention_topk" | "random"
+    config.distill.student_blocks = (-6, -5, -4, -3, -2, -1)  # from 0, or from the end
+    config.distill.teacher_blocks = (23, 26, 29, 33, 36, 39)
+    config.distill.layer_weight = 1.0  # of the tokens' distance in the loss
+    config.distill.pooled_weight = 1.0  # of the clip vectors'
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 8e-4  # for the whole batch: nothing scales it later
@@ -192,18 +226,11 @@ def model_config(config: ConfigDict, platform: str = "") -> "FluxViTConfig":
 
     Raises UserError where the platform has no such attention.
     """
-    from fluxvit_jax.models import attention  # late: data workers do without JAX
-    from fluxvit_jax.models.fluxvit import FluxViTConfig
+    from fluxvit_jax.models.fluxvit import FluxViTConfig  # late: data workers do without JAX
 
     model, variant = config.model, VARIANTS[config.model.variant]
     side = model.resolution // PATCH
-    kernel = "xla"
-    if platform:
-        try:
-            head_size = variant.width // variant.heads
-            kernel = attention.choose(model.attention, platform, model.dtype, head_size)
-        except ValueError as error:
-            raise UserError(f"config.model.attention: {error}") from error
+    kernel = choose_attention(config, platform, variant.width // variant.heads)
     return FluxViTConfig(
         width=variant.width,
         depth=variant.depth,
@@ -229,6 +256,21 @@ def model_config(config: ConfigDict, platform: str = "") -> "FluxViTConfig":
         remat=model.remat,
         attention=kernel,
     )
+
+
+def choose_attention(config: ConfigDict, platform: str, head_size: int) -> str:
+    """How attention of heads of a size is computed on a platform; "": as works everywhere.
+
+    Raises UserError where the platform has no such attention.
+    """
+    from fluxvit_jax.models import attention  # late: data workers do without JAX
+
+    if not platform:
+        return "xla"
+    try:
+        return attention.choose(config.model.attention, platform, config.model.dtype, head_size)
+    except ValueError as error:
+        raise UserError(f"config.model.attention: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,6 +419,11 @@ CHOICES = {
     ),
     "model.selector.rounding": ("exact", "official"),
     "data.augment.crop": ("random_resized", "multi_scale"),
+    "train.objective": ("supervised", "distillation"),
+    "distill.network": (*TEACHERS, *VARIANTS),
+    "distill.gelu": ("tanh", "erf"),
+    "distill.scored_by": ("teacher", "student"),
+    "distill.mask": ("attention", "attention_topk", "random"),
     "search.heads": ("nearest", "all"),
     "search.strategy": ("full", "halving"),
 }
@@ -388,6 +435,8 @@ TUPLES = {
     "data.augment.scale": (float, 2),
     "data.augment.ratio": (float, 2),
     "train.budgets": (int, None),
+    "distill.student_blocks": (int, None),
+    "distill.teacher_blocks": (int, None),
     "eval.settings": (tuple, None),
     "search.budgets": (int, None),
     "search.frames": (int, 3),
@@ -408,6 +457,9 @@ POSITIVE = (
     "train.budgets",
     "train.accumulate",
     "train.compiled_steps",
+    "distill.frames",
+    "distill.resolution",
+    "distill.tokens",
     "optim.learning_rate",
     "optim.eps",
     "optim.layer_decay",
@@ -431,6 +483,8 @@ NOT_NEGATIVE = (
     "train.align",
     "train.mixup",
     "train.cutmix",
+    "distill.layer_weight",
+    "distill.pooled_weight",
     "optim.min_learning_rate",
     "optim.warmup_learning_rate",
     "optim.weight_decay",
@@ -454,6 +508,7 @@ SHARES_BELOW_ONE = (
     "optim.b1",
     "optim.b2",
 )
+NO_CLASSES = 1  # model.classes where no classifier is trained: the least that there can be
 HEADS = 3  # pooling heads of the network: as many budgets can be trained at once
 
 
@@ -470,8 +525,15 @@ def validate(config: ConfigDict) -> None:
     _check_model(config)
     _check_batch(config)
     _check_budgets(config)
+    if is_distillation(config):
+        _check_distillation(config)
     _check_optimiser(config)
     _check_evaluation(config)
+
+
+def is_distillation(config: ConfigDict) -> bool:
+    """Whether a teacher is learnt from, and no labels."""
+    return config.train.objective == "distillation"
 
 
 def validate_for_training(config: ConfigDict) -> None:
@@ -485,6 +547,11 @@ def validate_for_training(config: ConfigDict) -> None:
         raise UserError(
             "this recipe starts from trained weights: add --config.train.init_from=CHECKPOINT "
             '(or "" to start from random ones)'
+        )
+    if is_distillation(config) and config.distill.teacher in ("", REQUIRED):
+        raise UserError(
+            f"no teacher: add --config.distill.teacher=WEIGHTS of an {config.distill.network}, a "
+            "folder or file that `python -m fluxvit_jax.convert` has written"
         )
 
 
@@ -731,6 +798,39 @@ def _check_budgets(config: ConfigDict) -> None:
             f"config.model.selector.kind: none keeps every token, but a grid of data.grids has "
             f"{largest} and train.budgets asks for {budgets[-1]}"
         )
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    from fluxvit_jax.distill import block_pairs  # late: it is built on this module
+
+    if config.model.classes != NO_CLASSES:
+        raise UserError(
+            f"config.model.classes: {config.model.classes}, but distillation knows of no classes; "
+            f"leave it {NO_CLASSES}"
+        )
+    for name in ("train.mixup", "train.cutmix", "train.erase", "train.label_smoothing"):
+        if flatten(config)[name]:
+            raise UserError(f"config.{name}: distillation has no such thing; leave it 0")
+    if config.data.validation:
+        raise UserError(
+            "config.data.validation: distillation trains no classifier that could be evaluated; "
+            "fine-tune from its workdir by train.init_from, and evaluate that"
+        )
+    _check_resolution("distill.resolution", config.distill.resolution)
+    tokens, fewest = config.distill.tokens, min(grid.tokens for grid in admissible_grids(config))
+    if fewest < tokens:
+        raise UserError(
+            f"config.data.grids.tokens: a grid of {fewest} tokens cannot fill the teacher's "
+            f"{tokens} of distill.tokens"
+        )
+    if config.train.budgets[0] > tokens:
+        raise UserError(
+            f"config.train.budgets: a student cannot see {config.train.budgets[0]} of the "
+            f"teacher's {tokens} tokens of distill.tokens"
+        )
+    if config.model.selector.rounding != "exact":
+        raise UserError("config.model.selector.rounding: distillation takes exact budgets only")
+    block_pairs(config)
 
 
 def _check_optimiser(config: ConfigDict) -> None:

@@ -25,6 +25,12 @@ Tree = Any
 # The first rule that matches the end of a path holds. Blocks, pooling heads, classifiers and
 # projectors are stacked: their first axis is never cut.
 RULES = (
+    ("internvideo2/patch_embed/kernel", P(None, "fsdp")),  # [588, C]
+    ("internvideo2/pool/(q|k|v)/kernel", P("fsdp", "tensor")),  # [C, C]
+    ("internvideo2/pool/(q|k|v)/bias", P("tensor")),  # [C]
+    ("internvideo2/pool/proj/kernel", P("tensor", "fsdp")),  # [C, pool width]
+    ("decoders/tokens/fc[12]/kernel", P(None, "fsdp", None)),  # [pairs of layers, C, C or D]
+    ("decoders/pooled/fc[12]/kernel", P("fsdp", None)),  # [pool width, pool width]
     ("pos_embed", P(None, "fsdp")),  # [1 + T H W, C]
     ("patch_embed/proj/kernel", P(None, "fsdp")),  # [588, C]
     ("attn/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # [depth, C, 3, heads, C / heads]

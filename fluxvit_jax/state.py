@@ -1,4 +1,7 @@
-"""The training state: {"params", "opt_state", "step", "bad_clips"[, "ema"]}, cut over a mesh."""
+"""The training state: {"params", "opt_state", "step", "bad_clips"[, "ema"]}, cut over a mesh.
+
+Beside it what is frozen: the parameters of a teacher, if there is one.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +13,17 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax import parallel, sharding, weights
-from fluxvit_jax.config import model_config
+from fluxvit_jax import distill, parallel, sharding, weights
+from fluxvit_jax.config import is_distillation, model_config
 from fluxvit_jax.models import fluxvit
+from fluxvit_jax.objectives.distillation import DECODERS
 
 Tree = dict[str, Any]
 
 
 def abstract_params(config: ConfigDict) -> Tree:
-    """Shapes of the parameters."""
-    model = model_config(config)
-    return jax.eval_shape(lambda: fluxvit.initialise(model, jax.random.key(0)))
+    """Shapes of the trained parameters."""
+    return jax.eval_shape(_fresh(config))
 
 
 def abstract_state(config: ConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh) -> Tree:
@@ -49,6 +52,16 @@ def initial_state(config: ConfigDict, optimizer: optax.GradientTransformation, m
     return jax.jit(make, out_shardings=out)(params)
 
 
+def abstract_frozen(config: ConfigDict, mesh: Mesh) -> Tree:
+    """Shapes of what is frozen, and where it lies."""
+    return distill.abstract_teacher(config, mesh) if is_distillation(config) else {}
+
+
+def frozen_parameters(config: ConfigDict, mesh: Mesh) -> Tree:
+    """What is frozen. Raises UserError for weights that do not fit."""
+    return distill.load_teacher(config, mesh) if is_distillation(config) else {}
+
+
 def _fresh(config: ConfigDict) -> Callable[[], Tree]:
     """Makes the parameters that the seed gives, wherever they will lie."""
     model = model_config(config)
@@ -56,8 +69,11 @@ def _fresh(config: ConfigDict) -> Callable[[], Tree]:
     key = jax.random.fold_in(jax.random.key(config.seed), np.uint32(2**32 - 1))
 
     def make() -> Tree:
+        params = fluxvit.initialise(model, key)
+        if is_distillation(config):
+            params |= distill.fresh_decoders(config, jax.random.fold_in(key, 1))
         # With types as firm as those of what a step returns, or that would be compiled twice.
-        return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), fluxvit.initialise(model, key))
+        return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), params)
 
     return make
 
@@ -68,11 +84,12 @@ def _start_from(config: ConfigDict) -> Tree:
     loaded, grid = weights.load(source, model)
     with jax.default_device(jax.local_devices()[0]):
         fresh = jax.tree.map(np.asarray, jax.jit(_fresh(config))())
-    params, notes = weights.fit(loaded, grid, model, fresh, source)
+    network = {name: own for name, own in fresh.items() if name != DECODERS}
+    params, notes = weights.fit(loaded, grid, model, network, source)
     parallel.say(f"starting from {source}")
     for note in notes:
         parallel.say(note)
-    return params
+    return fresh | params
 
 
 def _state_maker(

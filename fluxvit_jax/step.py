@@ -10,27 +10,31 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax import optim, parallel
+from fluxvit_jax import distill, optim, parallel
 from fluxvit_jax.budgets import Grid, bounds, capacity
-from fluxvit_jax.config import model_config
+from fluxvit_jax.config import is_distillation, model_config
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
 from fluxvit_jax.models.selection import GridLimits
+from fluxvit_jax.objectives import Objective
 from fluxvit_jax.objectives.supervised import Supervised
-from fluxvit_jax.state import abstract_state
+from fluxvit_jax.state import abstract_frozen, abstract_state
 
 Tree = dict[str, Any]
 
 
-def make_objective(config: ConfigDict, grids: tuple[Grid, ...], platform: str) -> Supervised:
+def make_objective(config: ConfigDict, grids: tuple[Grid, ...], platform: str) -> Objective:
     """The loss that `config.train` describes, for clips on any of `grids`.
 
     platform: what it will run on, "cpu", "gpu" or "tpu"; chooses how attention is computed.
     """
     train = config.train
+    limits = GridLimits(*bounds(grids), min(grid.tokens for grid in grids))
+    if is_distillation(config):
+        return distill.make_objective(config, limits, platform)
     return Supervised(
         graph=fluxvit.structure(model_config(config, platform)),
-        limits=GridLimits(*bounds(grids), min(grid.tokens for grid in grids)),
+        limits=limits,
         budgets=tuple(train.budgets),
         classes=config.model.classes,
         group=config.data.grid_group,
@@ -49,32 +53,37 @@ def make_objective(config: ConfigDict, grids: tuple[Grid, ...], platform: str) -
 
 def make_train_step(
     config: ConfigDict,
-    objective: Supervised,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> Callable[[Tree, Tree], tuple[Tree, Tree]]:
-    """The compiled step: (state, batch) -> (state, scalars). The old state is given up.
+) -> Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]:
+    """The compiled step: (state, frozen, batch) -> (state, scalars). The old state is given up.
 
-    state: as `state.abstract_state` lays it out; batch: as `device_batch` makes it, cut by clip.
+    state, frozen: as `state.abstract_state` and `state.abstract_frozen` lay them out; batch: as
+    `device_batch` makes it, cut by clip.
     Measured are the objective's terms, "gradient_norm" before clipping, both float32, "bad_clips",
     how many were replaced in the run so far, and "stop", the highest of the batch.
     """
     model = model_config(config)
     group, parts = config.data.grid_group, config.train.accumulate
-    places = jax.tree.map(lambda x: x.sharding, abstract_state(config, optimizer, mesh))
+    places, frozen_places = (
+        jax.tree.map(lambda x: x.sharding, tree)
+        for tree in (abstract_state(config, optimizer, mesh), abstract_frozen(config, mesh))
+    )
 
-    def of_clips(params: Tree, clips: Tree) -> tuple[Tree, Tree]:
+    def of_clips(networks: tuple[Tree, Tree], clips: Tree) -> tuple[Tree, Tree]:
+        params, frozen = networks
         gradients, measured = accumulate(
-            objective, fluxvit.for_passes(params, model), clips, group, parts
+            objective, fluxvit.for_passes(params, model), frozen, clips, group, parts
         )
         return fluxvit.stack_layers(gradients), measured
 
-    def train_step(state: Tree, batch: Tree) -> tuple[Tree, Tree]:
+    def train_step(state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params = state["params"]
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         clips = {name: batch[name] for name in ("patches", "grid", "label")}
         clips["key"] = jax.random.split(key, len(batch["label"]))
-        gradients, measured = parallel.mean_over_data(of_clips, mesh)(params, clips)
+        gradients, measured = parallel.mean_over_data(of_clips, mesh)((params, frozen), clips)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
         new = {
             "params": optax.apply_updates(params, updates),
@@ -92,7 +101,7 @@ def make_train_step(
 
     return jax.jit(
         parallel.on_mesh(train_step, mesh),
-        in_shardings=(places, parallel.by_clip(mesh)),
+        in_shardings=(places, frozen_places, parallel.by_clip(mesh)),
         out_shardings=(places, parallel.replicated(mesh)),
         donate_argnums=0,
         compiler_options=parallel.compiler_options(mesh),
@@ -100,7 +109,7 @@ def make_train_step(
 
 
 def accumulate(
-    objective: Supervised, params: Tree, batch: Tree, group: int, parts: int
+    objective: Objective, params: Tree, frozen: Tree, batch: Tree, group: int, parts: int
 ) -> tuple[Tree, Tree]:
     """Mean gradients and terms over `parts` parts of a batch, one part after another.
 
@@ -108,7 +117,7 @@ def accumulate(
     from the i-th on, so that a batch cut over devices is cut into parts where it lies.
     """
     if parts == 1:
-        return objective.gradients(params, batch)
+        return objective.gradients(params, frozen, batch)
 
     def cut(x: jax.Array) -> jax.Array:
         """[B, ...] -> [parts, B / parts, ...]."""
@@ -116,11 +125,12 @@ def accumulate(
         return jnp.moveaxis(grouped, 1, 0).reshape(parts, -1, *x.shape[1:])
 
     def add(total: Tree, part: Tree) -> tuple[Tree, None]:
-        own = objective.gradients(params, part)
+        own = objective.gradients(params, frozen, part)
         return jax.tree.map(lambda t, x: t + x / parts, total, own), None
 
     batches = jax.tree.map(cut, batch)
-    shapes = jax.eval_shape(objective.gradients, params, jax.tree.map(lambda x: x[0], batches))
+    first = jax.tree.map(lambda x: x[0], batches)
+    shapes = jax.eval_shape(objective.gradients, params, frozen, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, batches)[0]
 

@@ -25,7 +25,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import evaluate
 from fluxvit_jax.interruption import Interruption
 from fluxvit_jax.metrics import Metrics, Progress
-from fluxvit_jax.state import abstract_params, abstract_state, initial_state
+from fluxvit_jax.state import abstract_params, abstract_state, frozen_parameters, initial_state
 from fluxvit_jax.step import abstract_batch, device_batch, make_objective, make_train_step
 from fluxvit_jax.workdir import BAD_CLIPS, CONFIG, BadClips, check_workdir, noted, write_config
 
@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
         length = run_length(config, len(source))
     distributed.check_same_videos(training=source, validation=validation)
     grids = admissible_grids(config)
+    frozen = frozen_parameters(config, mesh)
 
     objective = make_objective(config, grids, parallel.platform_of(mesh))
     optimizer = optim.make_optimizer(config, length.total, abstract_params(config))
@@ -119,7 +120,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
             return {"top1": scalars[f"top1_{config.eval.settings[0][0]}"]}
 
         # Compiled now, since a program must begin on all hosts at once, give or take seconds.
-        train_step.lower(state, abstract_batch(config, grids, mesh)).compile()
+        train_step.lower(state, frozen, abstract_batch(config, grids, mesh)).compile()
         distributed.meet()
 
         with closing(batches), closing(progress), closing(bad_clips):
@@ -134,7 +135,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
                 bad_clips.note(step, batch["failure"])
                 placed = parallel.put(device_batch(batch, interruption.heard), mesh)
                 with jax.transfer_guard("disallow"):
-                    state, measured = train_step(state, placed)
+                    state, measured = train_step(state, frozen, placed)
                 # Waits for the step before: batches must not pile up on the devices.
                 interruption.learn(int(heard))
                 heard = measured.pop("stop")

@@ -37,7 +37,7 @@ def steps(tiny_data, compiled, tmp_path_factory):
         from fluxvit_jax.budgets import capacity
         from fluxvit_jax.config import admissible_grids
         from fluxvit_jax.optim import make_optimizer
-        from fluxvit_jax.state import abstract_params, initial_state
+        from fluxvit_jax.state import abstract_params, frozen_parameters, initial_state
         from tests import tiny
         from tests.test_train import grid_batch
 
@@ -51,14 +51,14 @@ def steps(tiny_data, compiled, tmp_path_factory):
             grids = admissible_grids(config)
             mesh = parallel.make_mesh(config, jax.devices()[: int(np.prod(sides))])
             optimizer = make_optimizer(config, 20, abstract_params(config))
-            state = initial_state(config, optimizer, mesh)
+            state, frozen = initial_state(config, optimizer, mesh), frozen_parameters(config, mesh)
             objective = step.make_objective(config, grids, "cpu")
             train_step = step.make_train_step(config, objective, optimizer, mesh)
             chosen = [grids[i] for i in (0, 39, 17, 5, 30, 11, 22, 8)]
             measured = []
             for seed in range(3):
                 batch = step.device_batch(grid_batch(chosen, capacity(grids), seed=seed))
-                state, numbers = train_step(state, parallel.put(batch, mesh))
+                state, numbers = train_step(state, frozen, parallel.put(batch, mesh))
                 measured.append([float(numbers["loss"]), float(numbers["gradient_norm"])])
             assert train_step._cache_size() == 1
             held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state))

@@ -257,7 +257,7 @@ def make_step(config):
     objective = steps.make_objective(config, admissible_grids(config), "cpu")
     state = initial_state(config, optimizer, mesh)
     step = steps.make_train_step(config, objective, optimizer, mesh)
-    return lambda state, b: step(state, parallel.put(steps.device_batch(b), mesh)), state, step
+    return lambda state, b: step(state, {}, parallel.put(steps.device_batch(b), mesh)), state, step
 
 
 def test_one_compiled_step_for_all_grids(tiny_data, compiled):
@@ -288,7 +288,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_data):
 
     def gradients(parts: int):
         def compute(batch):
-            return steps.accumulate(objective, params, batch, config.data.grid_group, parts)
+            return steps.accumulate(objective, params, {}, batch, config.data.grid_group, parts)
 
         return jax.jit(compute, compiler_options=QUICK)(batch)
 

@@ -9,10 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config import default_config, validate
+from fluxvit_jax.config import TEACHERS, default_config, validate
+from fluxvit_jax.convert import names, teacher
+from fluxvit_jax.convert.names import INTERNVIDEO2
+from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from tests.data.videos import moving_texture, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +86,34 @@ def get_config(folder: str) -> ConfigDict:
     config.checkpoint.every_steps = 2
     config.log.every_steps = 1
     return config
+
+
+def write_teacher(path: Path) -> Path:
+    """An InternVideo2-Ti with large random weights, as `convert` leaves one."""
+    config = InternVideo2Config(
+        **TEACHERS["InternVideo2-Ti"]._asdict(), frames=4, rows=3, columns=3, dtype="float32"
+    )
+    model = InternVideo2(config, nnx.Rngs(0))
+    shapes = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape), shapes)
+    params = jax.tree.map(np.float32, params)
+    teacher.write(teacher.Teacher(names.to_official(params, INTERNVIDEO2), config), path)
+    return path
+
+
+def make_pretraining(folder: Path, weights: Path, **changes) -> ConfigDict:
+    """The config of distillation from such a teacher on the same videos."""
+    own = {
+        **{"model__classes": 1, "data__validation": "", "data__grids__tokens": (32, 189)},
+        **{"train__objective": "distillation", "train__budgets": (24, 16, 8)},
+        **{"train__mixup": 0.0, "train__cutmix": 0.0, "train__erase": 0.0},
+        **{"train__label_smoothing": 0.0, "distill__teacher": str(weights)},
+        **{"distill__network": "InternVideo2-Ti", "distill__resolution": 42},
+        **{"distill__tokens": 32, "distill__student_blocks": (0, 1)},
+        **{"distill__teacher_blocks": (1, 3)},
+    }
+    return make_config(folder, **own | changes)
 
 
 def make_config(folder: Path, **changes) -> ConfigDict:

@@ -4,6 +4,7 @@ Source: InternVideo2's distillation, single_modality/models/internvideo2_distill
 for each pair of layers, one table of positions for all of them, one decoder for the pooled vector.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -58,20 +59,30 @@ class Decoders(nnx.Module):
         )
         self.pooled = Decoder(config.pool_width, config.target_pool_width, dtype, rngs)
 
-    def __call__(
-        self, middle: jax.Array, grid: jax.Array, index: jax.Array, limits: GridLimits
+    def compare(
+        self,
+        middle: jax.Array,
+        position: jax.Array,
+        targets: jax.Array,
+        measure: Callable[[jax.Array, jax.Array], jax.Array],
     ) -> jax.Array:
-        """The tokens after some blocks as the teacher would have them: float32 [K, B, 1 + N, out].
+        """`measure(tokens as the teacher has them, target)` of each pair of layers: [K, ...].
 
-        middle: [K, B, 1 + N, C], CLS first; grid: int32 [G, 3] where G divides B, one grid for each
-        run of B / G clips; index: int32 [B, N], the places of the others.
+        middle: [K, B, 1 + N, C], after some blocks, CLS first; position: theirs, as `position` has
+        it; targets: [K, B, 1 + N, out]. What `measure` gets first is float32 [B, 1 + N, out]. One
+        pair after another, and decoded once more on the way back: all that is decoded at once would
+        be as large as what the teacher keeps, in float32.
         """
         graph, state = nnx.split(self.tokens)
-        x = middle + self.position(grid, index, limits).astype(middle.dtype)
-        return jax.vmap(lambda own, x: nnx.merge(graph, own)(x))(state, x)
+
+        @jax.checkpoint
+        def one(own: nnx.State, x: jax.Array, target: jax.Array) -> jax.Array:
+            return measure(nnx.merge(graph, own)(x + position), target)
+
+        return jax.lax.map(lambda pair: one(*pair), (state, middle, targets))
 
     def position(self, grid: jax.Array, index: jax.Array, limits: GridLimits) -> jax.Array:
-        """Positions of tokens, CLS first: float32 [B, 1 + N, C]."""
+        """Positions of CLS and of kept patches, [B, 1 + N, C]: as `FluxViT.position`."""
         config, table = self.config, self.pos_embed[...]
         patches = table[1:].reshape(config.frames, config.rows, config.columns, config.width)
-        return positions.of_tokens(table[0], patches, grid, index, limits[:3])
+        return positions.of_tokens(table[0], patches, grid, index, limits[:3]).astype(config.dtype)

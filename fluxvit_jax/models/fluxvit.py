@@ -169,9 +169,39 @@ class FluxViT(nnx.Module):
         patches: [B, 1 + N, 588], the kept ones as `take` puts them; position: theirs, as `position`
         has it; key: [B], one for each clip; drop path, training only.
         """
+        return self._encode(patches, position, kept, key)[0]
+
+    def features(
+        self,
+        patches: jax.Array,
+        position: jax.Array,
+        kept: Selection,
+        after: tuple[int, ...],
+        head: int = 0,
+        key: jax.Array | None = None,
+    ) -> "Features":
+        """What teachers and students are compared by; arguments as in `encode`.
+
+        after: the blocks, counted from 0 and ascending, whose tokens are wanted; head: by which the
+        tokens are pooled.
+        """
+        tokens, middle = self._encode(patches, position, kept, key, after)
+        pool, valid = layers.unstack(self.pool, head), sequence.with_cls(kept.valid)
+        return Features(middle, pool(tokens, valid), pool.weights(tokens, valid)[:, 1:])
+
+    def _encode(
+        self,
+        patches: jax.Array,
+        position: jax.Array,
+        kept: Selection,
+        key: jax.Array | None,
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The tokens after the last block, and after those of `after`."""
         places = sequence.of(kept.index.shape[1], self.config.attention)
         x = places.pad(self.embed(patches, position))
-        return places.cut(self._run_blocks(x, places.real(x.shape[0], kept.valid), key))
+        x, middle = self._run_blocks(x, places.real(x.shape[0], kept.valid), key, after=after)
+        return places.cut(x), middle if middle is None else middle[:, :, : places.tokens]
 
     def merge_tokens(
         self, patches: jax.Array, grid: jax.Array, budget: int, limits: GridLimits
@@ -196,7 +226,8 @@ class FluxViT(nnx.Module):
             x, keys = block.attend(x, size)
             x, size = merging.merge(x, jnp.mean(keys, axis=2, dtype=jnp.float32), size, keep)
             x = block.transform(x)
-        return self._run_blocks(x, None, None, size, first=config.merge_blocks), size
+        x, _ = self._run_blocks(x, None, None, size, first=config.merge_blocks)
+        return x, size
 
     def embed(self, patches: jax.Array, position: jax.Array) -> jax.Array:
         """Tokens with their positions, [B, 1 + N, C], CLS first.
@@ -224,8 +255,12 @@ class FluxViT(nnx.Module):
         key: jax.Array | None,
         size: jax.Array | None = None,
         first: int = 0,
-    ) -> jax.Array:
-        """Block `first` and all that follow. x: [B, N, C]; the others as in `layers.Block`."""
+        after: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Block `first` and all that follow. x: [B, N, C]; the others as in `layers.Block`.
+
+        Beside the result what each block of `after` leaves: [K, B, N, C], or None.
+        """
         config = self.config
         graph, stacked = nnx.split(self.blocks)
         rates = jnp.linspace(0, config.drop_path, config.depth)
@@ -233,17 +268,21 @@ class FluxViT(nnx.Module):
 
         def body(x, layer):
             state, rate, layer_key = layer
-            return nnx.merge(graph, state)(x, lengths, rate, layer_key, size), None
+            x = nnx.merge(graph, state)(x, lengths, rate, layer_key, size)
+            return x, x if after else None
 
         if config.remat == "full":
             # The compiler cannot undo it inside a loop: barriers against that would only cost.
             body = jax.checkpoint(body, prevent_cse=not config.scan)
         if config.scan:
             left = jax.tree.map(lambda leaf: leaf[first:], (stacked, rates, keys))
-            return jax.lax.scan(body, x, left)[0]
+            x, outputs = jax.lax.scan(body, x, left)
+            return x, outputs[np.asarray(after) - first] if after else None
+        outputs = {}
         for number in range(first, config.depth):
-            x, _ = body(x, tuple(layers.layer(tree, number) for tree in (stacked, rates, keys)))
-        return x
+            own = tuple(layers.layer(tree, number) for tree in (stacked, rates, keys))
+            x, outputs[number] = body(x, own)
+        return x, jnp.stack([outputs[number] for number in after]) if after else None
 
     def pool_tokens(
         self, tokens: jax.Array, kept: Selection, head: int, size: jax.Array | None = None
@@ -324,6 +363,19 @@ class Answer(NamedTuple):
     kept: Selection
 
 
+class Features(NamedTuple):
+    """What a network sees in B clips, as it has it: nothing is normalised.
+
+    middle: the tokens after some blocks, [K, B, 1 + N, C], CLS first; pooled: float32
+    [B, pool_width]; attention: how much each patch is attended to in pooling, the mean of all
+    heads, float32 [B, N]. A clip's add up to less than 1: the rest is CLS's.
+    """
+
+    middle: jax.Array
+    pooled: jax.Array
+    attention: jax.Array
+
+
 def normalise(patches: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """uint8 patches [..., 588] to the network's input range."""
     mean, std = (np.tile(np.asarray(v, np.float32), PATCH_VALUES // 3) for v in (MEAN, STD))
@@ -381,15 +433,7 @@ def initialise(config: FluxViTConfig, key: jax.Array) -> dict:
 
 def structure(config: FluxViTConfig) -> nnx.GraphDef:
     """The model's structure without any parameter being made."""
-    graph = None
-
-    def make():
-        nonlocal graph
-        graph, params = split(FluxViT(config, nnx.Rngs(0)))
-        return params
-
-    jax.eval_shape(make)
-    return graph
+    return layers.structure(partial(FluxViT, config))
 
 
 def _all_places(clips: int, places: int) -> jax.Array:

@@ -10,7 +10,6 @@ Source: InternVideo2 of OpenGVLab's InternVideo, single_modality/models/internvi
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from fluxvit_jax.models import layers, placement, positions, sequence
-from fluxvit_jax.models.fluxvit import PATCH_VALUES
+from fluxvit_jax.models.fluxvit import PATCH_VALUES, Features
 from fluxvit_jax.models.selection import GridLimits, Selection
 
 
@@ -45,19 +44,6 @@ class InternVideo2Config:
     attention: str = "xla"
 
 
-class Features(NamedTuple):
-    """What the teacher sees in B clips, as the network has it: nothing is normalised.
-
-    middle: the tokens after some blocks, [K, B, 1 + N, C], CLS first; pooled: float32
-    [B, pool_width]; attention: how much each patch is attended to in pooling, the mean of all
-    heads, float32 [B, N]. A clip's add up to less than 1: the rest is CLS's.
-    """
-
-    middle: jax.Array
-    pooled: jax.Array
-    attention: jax.Array
-
-
 class InternVideo2(nnx.Module):
     """The network, for forward passes; without anything random."""
 
@@ -81,22 +67,12 @@ class InternVideo2(nnx.Module):
         self.blocks = layers.stack(config.depth, rngs, partial(layers.Block, block))
         self.pool = layers.AttentionPool(C, config.pool_width, config.pool_heads, dtype, rngs)
 
-    def __call__(
-        self,
-        patches: jax.Array,
-        grid: jax.Array,
-        kept: Selection,
-        limits: GridLimits,
-        after: tuple[int, ...],
+    def features(
+        self, patches: jax.Array, position: jax.Array, kept: Selection, after: tuple[int, ...]
     ) -> Features:
-        """The features of kept patches.
-
-        patches: [B, 1 + N, 588], normalised, as `fluxvit.take` puts them; grid: int32 [G, 3] where
-        G divides B, one grid for each run of B / G clips; after: the blocks, counted from 0 and
-        ascending, whose tokens are wanted.
-        """
+        """The features of kept patches: as `FluxViT.features`."""
         places = sequence.of(kept.index.shape[1], self.config.attention)
-        x = places.pad(self.embed(patches, self.position(grid, kept.index, limits)))
+        x = places.pad(self.embed(patches, position))
         x, middle = self._run_blocks(x, places.real(x.shape[0], kept.valid), after)
         tokens, valid = places.cut(x), sequence.with_cls(kept.valid)
         attention = self.pool.weights(tokens, valid)[:, 1:]

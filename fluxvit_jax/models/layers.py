@@ -365,6 +365,11 @@ def l2_normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
 
 
+def structure(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.GraphDef:
+    """The structure of a module without any parameter being made."""
+    return nnx.split(jax.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)[0]
+
+
 def stack(count: int, rngs: nnx.Rngs, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     """`count` modules as one, each parameter with a leading axis."""
     return nnx.split_rngs(splits=count)(nnx.vmap(make))(rngs)

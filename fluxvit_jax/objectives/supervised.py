@@ -40,11 +40,9 @@ class Supervised:
     rounding: str = "exact"
     selector: str = "group_dynamic"
 
-    def gradients(self, params: dict, batch: dict) -> tuple[dict, dict]:
-        """Gradients, a tree like `params` in float32, and the step's metrics, float32 scalars.
+    def gradients(self, params: dict, frozen: dict, batch: dict) -> tuple[dict, dict]:
+        """As of `Objective`; nothing is frozen.
 
-        batch: patches uint8 [B, P, 588], grid int32 [B, 3], label int32 [B], and key [B], by which
-        all is drawn that is random about a clip, so that it does not depend on how a batch is cut.
         The budgets run one after another and their gradients are added: exact, since the alignment
         target passes no gradient, and only the largest budget's activations are ever alive.
         """

@@ -45,6 +45,7 @@ def training_report(target: Target, program: Program) -> Report:
         "parameters": tree_bytes(state["params"]),
         "moments": tree_bytes(state["opt_state"]),
         "average": tree_bytes(state.get("ema", ())),
+        "teacher": tree_bytes(target.frozen),
         "batch": tree_bytes(batch),
     }
     report = _program_report(program, parts)

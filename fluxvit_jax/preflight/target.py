@@ -18,7 +18,7 @@ from fluxvit_jax.compiler.topology import Topology
 from fluxvit_jax.config import admissible_grids, model_config
 from fluxvit_jax.evaluate import Setting, predictor
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
-from fluxvit_jax.state import abstract_params, abstract_state
+from fluxvit_jax.state import abstract_frozen, abstract_params, abstract_state
 from fluxvit_jax.step import abstract_batch, make_objective, make_train_step
 
 TRAIN = "training step"
@@ -37,6 +37,7 @@ class Target:
         self.optimizer = optim.make_optimizer(config, UNKNOWN_STEPS, abstract_params(config))
         self.state = abstract_state(config, self.optimizer, mesh)
         self.params = self.state["params"]
+        self.frozen = abstract_frozen(config, mesh)
 
     @property
     def unit(self) -> int:
@@ -50,7 +51,8 @@ class Target:
             grids = admissible_grids(config)
             objective = make_objective(config, grids, parallel.platform_of(self.mesh))
             step = make_train_step(config, objective, self.optimizer, self.mesh)
-            lowered = step.lower(self.state, abstract_batch(config, grids, self.mesh))
+            batch = abstract_batch(config, grids, self.mesh)
+            lowered = step.lower(self.state, self.frozen, batch)
             return compile_for(lowered, self.where, self.devices)
 
     def compile_evaluation(self, setting: Setting) -> Program:

@@ -42,9 +42,7 @@ def params() -> dict:
 
 def network(weights: dict | None = None, **changes) -> internvideo2.InternVideo2:
     config = replace(TINY, **changes)
-    graph = fluxvit.nnx.split(
-        jax.eval_shape(lambda: internvideo2.InternVideo2(config, fluxvit.nnx.Rngs(0)))
-    )[0]
+    graph = layers.structure(partial(internvideo2.InternVideo2, config))
     return fluxvit.merge(graph, weights or params())
 
 
@@ -54,10 +52,12 @@ def run(patches, index, sides, capacity, after, gelu="erf"):
     kept = Selection(index, None)
     grid = jnp.asarray([sides], jnp.int32)
     limits = golden.limits_of(sides, capacity)
-    return network(gelu=gelu)(fluxvit.take(patches, kept), grid, kept, limits, after)
+    model = network(gelu=gelu)
+    position = model.position(grid, index, limits)
+    return model.features(fluxvit.take(patches, kept), position, kept, after)
 
 
-def features(case: dict, capacity: tuple[int, int, int] = (1, 1, 1)) -> internvideo2.Features:
+def features(case: dict, capacity: tuple[int, int, int] = (1, 1, 1)) -> fluxvit.Features:
     """Of a case, in a program for grids up to `capacity`."""
     patches, sides = golden.patches_of(STORED[f"{case['video']}.x"])
     index = np.broadcast_to(np.arange(patches.shape[1]), patches.shape[:2])
@@ -134,11 +134,11 @@ def test_padding_of_clips_counts_for_nothing():
     index = np.broadcast_to(np.arange(64), (2, 64))
     valid = np.arange(64)[None] < np.array([[64], [50]])
     kept = Selection(jnp.asarray(index), jnp.asarray(valid))
-    masked = network()(
+    model, limits = network(), golden.limits_of(sides)
+    masked = model.features(
         fluxvit.take(jnp.asarray(patches), kept),
-        jnp.asarray([sides]),
+        model.position(jnp.asarray([sides]), kept.index, limits),
         kept,
-        golden.limits_of(sides),
         (5,),
     )
     alone = run(patches[1:], index[1:, :50], sides, sides, (5,))

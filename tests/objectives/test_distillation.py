@@ -1,6 +1,6 @@
 """Drawing tokens, decoders, distances and gradients against the official distillation code."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 
 from fluxvit_jax.convert import names
 from fluxvit_jax.convert.names import DECODERS, INTERNVIDEO2
-from fluxvit_jax.models import fluxvit, selection
+from fluxvit_jax.models import fluxvit, layers, selection
 from fluxvit_jax.models.decoders import Decoders, DecodersConfig
 from fluxvit_jax.models.fluxvit import nnx
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
@@ -48,8 +48,8 @@ def params() -> tuple[dict, dict]:
 
 def models(weights: tuple[dict, dict], gelu: str) -> tuple[InternVideo2, Decoders]:
     config = InternVideo2Config(**STUDENT, gelu=gelu)
-    makers = (lambda: InternVideo2(config, nnx.Rngs(0)), lambda: Decoders(DECODED, nnx.Rngs(0)))
-    graphs = (nnx.split(jax.eval_shape(make))[0] for make in makers)
+    makers = (partial(InternVideo2, config), partial(Decoders, DECODED))
+    graphs = (layers.structure(make) for make in makers)
     return tuple(fluxvit.merge(graph, own) for graph, own in zip(graphs, weights, strict=True))
 
 
@@ -57,8 +57,9 @@ def answer(weights, patches, index, after=LAST, gelu="erf"):
     """What the student and its decoders make of the kept patches: middle, pooled, final."""
     student, decoders = models(weights, gelu)
     kept = Selection(index, None)
-    found = student(fluxvit.take(patches, kept), GRID, kept, LIMITS, after)
-    middle = decoders(found.middle, GRID, index, LIMITS)
+    position, own = (network.position(GRID, index, LIMITS) for network in (student, decoders))
+    found = student.features(fluxvit.take(patches, kept), position, kept, after)
+    middle = decoders.compare(found.middle, own, found.middle, lambda decoded, _: decoded)
     return middle, found.pooled, decoders.pooled(found.pooled)
 
 

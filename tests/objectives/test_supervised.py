@@ -48,7 +48,7 @@ def test_loss_and_gradients(case, padding, scan):
         "key": jax.random.split(jax.random.key(0), len(video)),
     }
     params = fluxvit.for_passes(golden.tiny_params(), model)
-    gradients, metrics = jax.jit(objective.gradients)(params, batch)
+    gradients, metrics = jax.jit(objective.gradients)(params, {}, batch)
 
     def close(ours, official):
         np.testing.assert_allclose(ours, official, rtol=1e-5)
@@ -138,6 +138,6 @@ def test_the_order_of_the_budgets_does_not_matter():
         return one(2, anchor)[0] + one(1, anchor)[0] + one(0, None)[0]
 
     together = jax.jit(jax.grad(loss))(params)
-    in_turn, _ = jax.jit(objective.gradients)(params, batch)
+    in_turn, _ = jax.jit(objective.gradients)(params, {}, batch)
     for own, other in zip(jax.tree.leaves(in_turn), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
