@@ -12,22 +12,32 @@ VARIANTS = {"small": "S", "base": "B", "large": "L"}
 
 
 class Options(NamedTuple):
-    """variant: a key of `fluxvit_jax.config.VARIANTS`. budgets: tokens of each training pass."""
+    """variant: a key of `fluxvit_jax.config.VARIANTS`. budgets: tokens of each training pass.
+
+    data: what to train on, "" where it is not said.
+    """
 
     variant: str
     budgets: tuple[int, ...]
     recipe: str
+    data: str = ""
 
 
-def parse(text: str, recipes: Sequence[str] = ()) -> Options:
-    """Options of "VARIANT,single=TOKENS,recipe=NAME"; every part may be left out.
+def parse(
+    text: str,
+    recipes: Sequence[str] = (),
+    budgets: tuple[int, ...] = (3072, 2048, 1024),
+    data: bool = False,
+) -> Options:
+    """Options of "VARIANT,single=TOKENS,recipe=NAME,data=LIST"; every part may be left out.
 
-    The variant is base unless named. `single` trains one budget (Flux-Single) in place of the three
-    of Flux-Multi [T3]. `recipes` are the names that the recipe knows, the default first.
+    The variant is base unless named. `single` trains one budget (Flux-Single) in place of `budgets`
+    (by default those of Flux-Multi [T3]). `recipes` are the names that the recipe knows, the
+    default first. Only where `data` is true may it be named.
 
     Raises UserError for a part that is none of these.
     """
-    variant, budgets, recipe = "base", (3072, 2048, 1024), recipes[0] if recipes else ""
+    variant, recipe, named = "base", recipes[0] if recipes else "", ""
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
         if not equals:
@@ -36,10 +46,13 @@ def parse(text: str, recipes: Sequence[str] = ()) -> Options:
             budgets = (int(value),)
         elif name == "recipe" and recipes:
             recipe = _one_of(value, recipes)
+        elif name == "data" and data:
+            named = value
         else:
-            known = "single=TOKENS" + (f" or recipe={'|'.join(recipes)}" if recipes else "")
-            raise UserError(f"{part!r} is not {known}")
-    return Options(VARIANTS[variant], budgets, recipe)
+            known = ["single=TOKENS"]
+            known += [f"recipe={'|'.join(recipes)}"] * bool(recipes) + ["data=LIST"] * data
+            raise UserError(f"{part!r} is not {' or '.join(known)}")
+    return Options(VARIANTS[variant], budgets, recipe, named)
 
 
 def _one_of(word: str, known: Sequence[str]) -> str:

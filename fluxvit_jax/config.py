@@ -816,6 +816,8 @@ def _check_distillation(config: ConfigDict) -> None:
             "config.data.validation: distillation trains no classifier that could be evaluated; "
             "fine-tune from its workdir by train.init_from, and evaluate that"
         )
+    if config.data.held_out:
+        raise UserError("config.data.held_out: distillation leaves no videos out; leave it 0")
     _check_resolution("distill.resolution", config.distill.resolution)
     tokens, fewest = config.distill.tokens, min(grid.tokens for grid in admissible_grids(config))
     if fewest < tokens:

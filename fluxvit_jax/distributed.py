@@ -21,7 +21,7 @@ import jax
 from etils import epath
 
 from fluxvit_jax import parallel
-from fluxvit_jax.data.annotations import Source, video_ids
+from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.errors import UserError
 
 CONNECT_SECONDS = 300  # until the last host is there
@@ -179,7 +179,7 @@ def check_same_videos(**sources: Source | None) -> None:
     for use, source in sources.items():
         if source is not None:
             about[f"number of {use} videos"] = len(source)
-            about[f"list of {use} videos"] = video_ids(source)
+            about[f"list of {use} videos"] = source.ids
     check_same(about)
 
 

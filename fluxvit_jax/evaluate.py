@@ -38,6 +38,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.selection import NOISY_SELECTORS
+from fluxvit_jax.objectives.distillation import DECODERS
 from fluxvit_jax.state import abstract_params
 
 FOLDER = "evaluation"
@@ -366,6 +367,11 @@ def load_weights(config: ConfigDict, workdir: epath.Path) -> Weights:
     expected = abstract_params(config)
     if (workdir / checkpoint.FOLDER).exists() or not config.train.init_from:
         step, params, trained = checkpoint.restore(workdir)
+        if DECODERS in params:
+            raise UserError(
+                f"{step} is pre-trained and has no classifier; fine-tune from it first: "
+                f"--config.train.init_from={workdir}"
+            )
         _check_same_network(trained, config, step)
         # Converted weights are kept in the dtype of the file they come from.
         params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)

@@ -26,7 +26,6 @@ from fluxvit_jax.data.annotations import (
     held_out_part,
     open_source,
     shuffled,
-    video_ids,
 )
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import Weights, progress_bar
@@ -137,7 +136,7 @@ def _held_out(config: ConfigDict, trained: dict | None) -> bool:
 
 def _shared(one: Source, other: Source) -> int:
     """How many videos of `other` are in `one`; 0 where only reading them all would tell."""
-    ids = [video_ids(source) for source in (one, other)]
+    ids = [source.ids for source in (one, other)]
     return len(set(ids[0]) & set(ids[1])) if None not in ids else 0
 
 

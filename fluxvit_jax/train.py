@@ -19,8 +19,8 @@ from fluxvit_jax import distributed, optim, parallel, sharding, storage
 from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints
 from fluxvit_jax.config import admissible_grids, validate_for_training
-from fluxvit_jax.data.annotations import Source, open_source, training_part
-from fluxvit_jax.data.pipeline import train_batches
+from fluxvit_jax.data.annotations import Source, open_source
+from fluxvit_jax.data.pipeline import train_batches, training_source
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import evaluate
 from fluxvit_jax.interruption import Interruption
@@ -51,10 +51,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
     with distributed.together():
         validate_for_training(config)
         check_workdir(workdir, config)
-        source = training_part(
-            open_source(config.data.train, config.data.root, config.model.classes),
-            config.data.held_out,
-        )
+        source = training_source(config)
         validation = _open_validation(config)
         mesh = parallel.make_mesh(config)
         sharding.check(config, abstract_params(config), mesh)

@@ -1,8 +1,9 @@
 """Trained weights as the start of another model: read, and made to fit.
 
 Two things may differ between the weights and the model that starts from them: the classes, for
-which the classifier starts afresh, and the native grid, to which the position table is resized.
-Both are said; anything else is refused.
+which the classifier starts afresh (and with it the projectors, where the weights are pre-trained
+without classes), and the native grid, to which the position table is resized. Both are said;
+anything else is refused.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from fluxvit_jax import checkpoint
 from fluxvit_jax.budgets import Grid
+from fluxvit_jax.config import NO_CLASSES
 from fluxvit_jax.convert import files
 from fluxvit_jax.convert.adapt import resize_positions
 from fluxvit_jax.models.fluxvit import FluxViTConfig
@@ -54,7 +56,13 @@ def fit(
     """
     params, notes = dict(params), []
     classes = params["heads"]["bias"].shape[-1]
-    if classes != config.classes:
+    if classes == NO_CLASSES != config.classes:
+        params |= {name: fresh[name] for name in ("heads", "align")}
+        notes.append(
+            f"{source}: pre-trained without labels; decoders are dropped, and a classifier for "
+            f"{config.classes} classes and the align projectors start afresh"
+        )
+    elif classes != config.classes:
         params["heads"] = fresh["heads"]
         notes.append(
             f"{source}: its classifier is for {classes} classes; "

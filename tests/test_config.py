@@ -24,6 +24,7 @@ from fluxvit_jax.config import (
     validate,
     validate_for_training,
 )
+from fluxvit_jax.distill import block_pairs
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.selection import SELECTORS, Rounding
 
@@ -115,11 +116,12 @@ def test_every_recipe_loads(name, variant):
 
 
 def test_every_recipe_is_tested():
-    not_here = {"common", "demo"}  # no recipe; the demo has tests of its own
+    # No recipe; the demo and pre-training have tests of their own.
+    not_here = {"common", "demo", "pretrain"}
     assert {file.stem for file in CONFIGS.glob("*.py")} - not_here == CLASSES.keys()
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, "pretrain"])
 def test_every_recipe_says_how_to_run_it_and_what_was_run(name):
     text = (CONFIGS / f"{name}.py").read_text()
     docstring = text.split('"""')[1]
@@ -127,6 +129,52 @@ def test_every_recipe_says_how_to_run_it_and_what_was_run(name):
     assert "NOT RUN HERE" in docstring
     assert "Hardware:" in docstring
     assert "result: " in docstring or "Published top-1" in docstring
+
+
+@pytest.mark.parametrize("variant", ["small", "base", "large"])
+def test_the_recipe_of_pretraining(variant):
+    """Table 14 of the paper, and the base of InternVideo2's distillation."""
+    config = recipe("pretrain", f"{variant},data=mixture.csv")
+    train, optim, distill = config.train, config.optim, config.distill
+    assert config.model.variant == variant[0].upper()
+    assert config.data.train == "mixture.csv"
+    assert (train.batch_size, train.epochs, train.warmup_epochs) == (2048, 100, 20)
+    assert (train.budgets, distill.tokens) == ((2048, 1536, 1024), 2048)
+    assert (optim.learning_rate, optim.min_learning_rate) == (1e-3, 1e-5)
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-6, 0.05)
+    assert (optim.clip_norm, config.model.drop_path, config.data.augment.flip) == (5, 0.05, 0.5)
+    depth = VARIANTS[config.model.variant].depth
+    students = range(depth - 6, depth)
+    assert block_pairs(config) == tuple(zip(students, (23, 26, 29, 33, 36, 39), strict=True))
+    grids = admissible_grids(config)
+    assert {grid.frames for grid in grids} <= set(range(4, 25, 2))
+    assert {grid.rows * 14 for grid in grids} == {168, 196, 224, 252}
+    assert "config.distill.teacher=WEIGHTS" in error_of(validate_for_training, config)
+    assert "--config.data.train" in error_of(validate_for_training, recipe("pretrain", variant))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.classes=400", "knows of no classes; leave it 1"),
+        ("train.mixup=0.8", "config.train.mixup: distillation has no such thing"),
+        ("data.validation=val.csv", "no classifier that could be evaluated"),
+        ("data.held_out=0.1", "leaves no videos out"),
+        ("data.grids.tokens=(1024, 4096)", "1152 tokens cannot fill the teacher's 2048"),
+        ("train.budgets=(3072, 2048)", "cannot see 3072 of the teacher's 2048"),
+        ("model.selector.rounding=official", "exact budgets only"),
+        ("distill.teacher_blocks=(23, 26, 29, 33, 36, 40)", "of 40 from 0 to 39"),
+        ("distill.teacher_blocks=(26, 23, 29, 33, 36, 39)", "in ascending order"),
+        ("distill.student_blocks=(10, 11)", "2 blocks for 6 of distill.teacher_blocks"),
+        ("distill.student_blocks=(-13, 11)", "of 12 from 0 to 11"),
+        ("distill.network=InternVideo2-2B", "none of InternVideo2-Ti, InternVideo2-1B"),
+        ("distill.resolution=225", "no multiple of the patch size 14"),
+        ("distill.mask=tube", "none of attention, attention_topk, random"),
+    ],
+)
+def test_mistakes_in_distillation(override, message):
+    error = error_of(recipe, "pretrain", "base", [f"--config.{override}"])
+    assert message in error and "\n" not in error
 
 
 # Published numbers: paper's table 15, released K400 script, InternVideo2-S's SSv2 script.

@@ -22,7 +22,7 @@ import pytest
 from etils import epath
 
 from fluxvit_jax import atomic, storage
-from fluxvit_jax.data.annotations import open_source, read_class_names, video_ids, videos_below
+from fluxvit_jax.data.annotations import open_source, read_class_names, videos_below
 from fluxvit_jax.data.decode import DecodeError, Video
 from fluxvit_jax.data.prepare import Prepared, prepare
 from fluxvit_jax.errors import UserError
@@ -139,7 +139,7 @@ def put(path: str, content: str | bytes = b"") -> epath.Path:
 
 def test_a_list_in_a_bucket_is_the_same_list(emulator, data, tiny_data):
     local, remote = open_source(tiny_data / "train.csv"), open_source(f"{data}/train.csv")
-    assert video_ids(remote) == video_ids(local)
+    assert remote.ids == local.ids
     assert remote[3] == ("3.mp4", 3, f"{data}/3.mp4")
     before = emulator.requests(".mp4")
     assert remote.fingerprint == local.fingerprint
@@ -190,7 +190,7 @@ def test_class_folders_in_a_bucket(emulator, tmp_path):
         (tmp_path / name).write_text(name)
     remote, local = open_source(f"{BUCKET}/classes", classes=2), open_source(tmp_path, classes=2)
     assert remote.class_names == local.class_names == ("a", "b")
-    assert video_ids(remote) == video_ids(local) == ["a/1.MP4", "a/in/2.avi", "b/0.mp4"]
+    assert remote.ids == local.ids == ["a/1.MP4", "a/in/2.avi", "b/0.mp4"]
     assert remote.fingerprint == local.fingerprint
     assert remote[1].video == f"{BUCKET}/classes/a/in/2.avi"
     for folder in (tmp_path, epath.Path(f"{BUCKET}/classes")):
@@ -204,7 +204,7 @@ def test_prepared_from_a_bucket_and_read_from_it(data, tiny_data, tmp_path):
     local, remote = open_source(tiny_data / "train.csv"), open_source(f"{BUCKET}/prepared")
     assert remote.fingerprint == local.fingerprint
     records = list(pickle.loads(pickle.dumps(remote)))  # as a worker process gets it
-    assert [record.id for record in records] == video_ids(local)
+    assert [record.id for record in records] == local.ids
     assert records[9].video == (tiny_data / "9.mp4").read_bytes()
 
 

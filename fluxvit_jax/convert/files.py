@@ -30,6 +30,7 @@ from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.convert.pth import read_pth
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
+from fluxvit_jax.objectives.distillation import DECODERS
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -177,7 +178,8 @@ def _find_workdir(workdir: Path) -> _Found:
 
     trained = checkpoint.restore(workdir)
     described = config_json.of_recipe(from_dict(trained.config))
-    state = names.to_official(trained.params)
+    network = {name: own for name, own in trained.params.items() if name != DECODERS}
+    state = names.to_official(network)
     return _Found(state, config_json.to_json(described), config_json.preprocessor_json(described))
 
 

@@ -40,11 +40,15 @@ class Example(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One video of a source: its path, or the bytes of its file."""
+    """One video of a source: its path, or the bytes of its file.
+
+    flip: whether a mirrored video still shows the same.
+    """
 
     id: str
     label: int
     video: str | bytes
+    flip: bool = True
 
 
 class Source(Protocol):
@@ -60,13 +64,20 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
+    @property
+    def ids(self) -> list[str] | None:
+        """The ids of all videos; None where only reading every video would tell."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Record: ...
 
 
 def open_source(
-    path: str | os.PathLike, root: str | os.PathLike | None = None, classes: int | None = None
+    path: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    classes: int | None = None,
+    labelled: bool = True,
 ) -> Source:
     """Opens a list, a folder of class folders, or a folder written by `prepare`.
 
@@ -75,6 +86,7 @@ def open_source(
       root: folder that the paths of a list are relative to (default: the folder of the list);
         of no meaning for folders.
       classes: number of classes, to check the labels against.
+      labelled: whether labels are wanted; otherwise a list needs none, and all are 0.
 
     Raises:
       UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
@@ -83,12 +95,15 @@ def open_source(
     folder, split = _split_of(path)
     if _is_prepared(folder):
         return _open_prepared(folder, split, classes)
-    examples = read_annotations(path, root, classes)
+    examples = read_annotations(path, root, classes, labelled)
     return FileSource(examples, class_names(path) if storage.is_folder(path) else None)
 
 
 def read_annotations(
-    path: str | os.PathLike, root: str | os.PathLike | None = None, classes: int | None = None
+    path: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    classes: int | None = None,
+    labelled: bool = True,
 ) -> list[Example]:
     """Reads a list of videos or a folder of class folders.
 
@@ -100,6 +115,7 @@ def read_annotations(
       path: the list or folder.
       root: folder that the paths of a list are relative to (default: the folder of the list).
       classes: number of classes; labels must be below it, and a folder must have just as many.
+      labelled: False for the paths alone: other columns are not looked at and need not be there.
 
     Raises:
       UserError: the list, folder or root is missing or empty; with the line number, a wrong number
@@ -111,7 +127,8 @@ def read_annotations(
     path = storage.path_of(path)
     if storage.is_folder(path):
         return _read_folder(path, classes)
-    return _read_list(path, storage.path_of(root) if root else path.parent, classes)
+    root = storage.path_of(root) if root else path.parent
+    return _read_list(path, root, classes, labelled)
 
 
 def class_names(path: str | os.PathLike) -> tuple[str, ...]:
@@ -125,7 +142,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       UserError: the file cannot be read, is empty, or has a name missing or twice.
     """
-    lines = _text_of(path).rstrip().split("\n")
+    lines = text_of(path).rstrip().split("\n")
     names = tuple(line.strip() for line in lines)
     for number, name in enumerate(names, 1):
         if not name or name in names[: number - 1]:
@@ -156,6 +173,10 @@ class FileSource:
         rows = zip(self.examples, sizes, strict=True)
         return fingerprint((example.id, example.label, size) for example, size in rows)
 
+    @property
+    def ids(self) -> list[str]:
+        return [example.id for example in self.examples]
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -171,6 +192,7 @@ class PreparedSource:
     records: Any  # of TFDS: a random-access sequence of dicts of id, label, video
     class_names: tuple[str, ...] | None
     fingerprint: str
+    ids: None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -201,6 +223,11 @@ class Subset:
         """Of the source and of what was taken from it."""
         numbers = self.numbers.astype("<i8").tobytes()
         return hashlib.sha256(self.source.fingerprint.encode() + numbers).hexdigest()
+
+    @property
+    def ids(self) -> list[str] | None:
+        ids = self.source.ids
+        return None if ids is None else [ids[number] for number in self.numbers]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -239,14 +266,6 @@ def _shuffled(source: Source) -> np.ndarray:
     return stream_rng(0, 0, HELD_OUT_STREAM).permutation(len(source))
 
 
-def video_ids(source: Source) -> list[str] | None:
-    """The ids of all videos; None where only reading every video would tell (prepared folders)."""
-    if isinstance(source, Subset):
-        ids = video_ids(source.source)
-        return None if ids is None else [ids[number] for number in source.numbers]
-    return [example.id for example in source.examples] if isinstance(source, FileSource) else None
-
-
 def _read_folder(folder: epath.Path, classes: int | None) -> list[Example]:
     names = class_names(folder)
     labels = {name: label for label, name in enumerate(names)}
@@ -280,20 +299,28 @@ def _videos(files: Iterable[str]) -> list[str]:
     return sorted(videos, key=lambda video: video.split("/"))
 
 
-def _read_list(path: epath.Path, root: epath.Path, classes: int | None) -> list[Example]:
-    lines = _text_of(path).split("\n")
+def _read_list(
+    path: epath.Path, root: epath.Path, classes: int | None, labelled: bool
+) -> list[Example]:
+    lines = text_of(path).split("\n")
     if not storage.is_folder(root):
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     delimiter = next((d for d in ",\t" if numbered and d in numbered[0][1]), None)
-    rows = [(number, _columns(path, number, line, delimiter)) for number, line in numbered]
+    rows = [
+        (number, _columns(path, number, line, delimiter, labelled)) for number, line in numbered
+    ]
     if rows and _is_header(*rows[0][1]):
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
     root = _absolute(root)
     return [
-        Example(name, _label(path, number, label, classes), os.path.join(root, name))
+        Example(
+            name,
+            _label(path, number, label, classes) if labelled else 0,
+            os.path.join(root, name),
+        )
         for number, (text, label) in rows
         for name in [_inside(path, number, text, root)]
     ]
@@ -303,7 +330,8 @@ def _absolute(folder: epath.Path) -> str:
     return os.fspath(folder) if storage.is_remote(folder) else os.path.abspath(folder)
 
 
-def _text_of(path: str | os.PathLike) -> str:
+def text_of(path: str | os.PathLike) -> str:
+    """The text of a file, its lines ended by \\n. Raises UserError if it cannot be read."""
     try:
         content = storage.read_bytes(path)
     except FileNotFoundError:
@@ -317,12 +345,21 @@ def _text_of(path: str | os.PathLike) -> str:
         raise UserError(f"{path}: is not UTF-8 text") from None
 
 
-def _columns(path: epath.Path, number: int, line: str, delimiter: str | None) -> list[str]:
-    """The two columns of a line; None splits at runs of blanks, else it is CSV."""
+def _columns(
+    path: epath.Path, number: int, line: str, delimiter: str | None, labelled: bool
+) -> list[str]:
+    """Path and label of a line, "" for one that is not wanted.
+
+    The delimiter None splits at runs of blanks, else it is CSV.
+    """
+    if delimiter is None and not labelled:  # numbers at the end are labels and the like
+        return [re.sub(r"(\s+-?\d+)+$", "", line.strip()), ""]
     try:
         columns = line.split() if delimiter is None else _csv_columns(line, delimiter)
     except csv.Error as error:
         raise UserError(f"{path}, line {number}: is not valid CSV: {error}") from None
+    if not labelled:
+        return [columns[0], ""]
     if len(columns) != 2:
         raise UserError(f"{path}, line {number}: {len(columns)} columns where path,label are 2")
     return columns

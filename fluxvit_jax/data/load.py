@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config import admissible_grids
-from fluxvit_jax.data.annotations import Example, FileSource, Source, open_source, training_part
-from fluxvit_jax.data.pipeline import TrainGroups
+from fluxvit_jax.data.annotations import Example, FileSource, Source
+from fluxvit_jax.data.pipeline import TrainGroups, training_source
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.storage import file_sizes
 
@@ -43,7 +43,7 @@ def clip_cost(config: ConfigDict) -> ClipCost:
     videos, reason = None, "config.data.train names none"
     if config.data.train:
         try:
-            source = _open(config)
+            source = training_source(config)
             videos = len(source)
             seconds = _seconds_a_clip(config, source)
             size = _mean_size(source) / config.data.repeats
@@ -57,11 +57,6 @@ def clip_cost(config: ConfigDict) -> ClipCost:
         seconds = _seconds_a_clip(config, FileSource([Example("example", 0, str(path))] * 1000))
     what = f"a synthetic video, {FRAMES} frames of {WIDTH} x {HEIGHT} px ({reason})"
     return ClipCost(seconds, 0.0, what, videos)
-
-
-def _open(config: ConfigDict) -> Source:
-    source = open_source(config.data.train, config.data.root, config.model.classes)
-    return training_part(source, config.data.held_out)
 
 
 def _seconds_a_clip(config: ConfigDict, source: Source) -> float:

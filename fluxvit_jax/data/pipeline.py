@@ -32,10 +32,12 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from fluxvit_jax.budgets import PATCH, Grid, capacity
-from fluxvit_jax.config import admissible_grids
-from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.config import admissible_grids, is_distillation
+from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
 from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.mixture import Mixture, open_mixture
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.sampling import grid_of_group, stream_rng, train_frames
 from fluxvit_jax.data.views import cut_views, read_frames
@@ -57,6 +59,17 @@ MIN_SHARED_BYTES = 1 << 16  # smaller arrays are cheaper to copy
 MAX_DECODED_BYTES = 512 << 20
 
 Arrays = dict[str, np.ndarray]
+
+
+def training_source(config: ConfigDict) -> Source:
+    """What `config.data` says to train on.
+
+    Raises UserError: as `open_source`, or `open_mixture` where no labels are wanted.
+    """
+    data = config.data
+    if is_distillation(config):
+        return open_mixture(data.train, data.root)
+    return training_part(open_source(data.train, data.root, config.model.classes), data.held_out)
 
 
 def train_batches(
@@ -231,13 +244,18 @@ class TrainGroups(Sequence[Arrays]):
     group: int  # clips that share a grid
     repeats: int  # clips of one decoded video
     augment: ConfigDict  # section data.augment
-    open_video: Callable[..., Any] = Video
+    open_video: Callable[..., Any] = open_clip
 
     def __post_init__(self):
         _check_multiple("config.data.grid_group of data.repeats", self.group, self.repeats)
         self.capacity = capacity(self.grids)
-        places = grain.MapDataset.range(len(self.source))
-        self._order = places.seed(self.seed).shuffle().repeat()  # place in the epochs -> video
+        # Place in the epochs -> video.
+        if isinstance(self.source, Mixture):
+            self._order = self.source.order(self.seed)
+        else:
+            places = grain.MapDataset.range(len(self.source))
+            self._order = places.seed(self.seed).shuffle().repeat()
+        self._augment_unflipped = ConfigDict({**self.augment.to_dict(), "flip": 0.0})
 
     def __len__(self) -> int:
         return 2**62
@@ -271,7 +289,7 @@ class TrainGroups(Sequence[Arrays]):
         for video in self._candidates(place):
             record = self.source[video]
             try:
-                return self._clips(record.video, samples, grid), record.label, "\n".join(failures)
+                return self._clips(record, samples, grid), record.label, "\n".join(failures)
             except DecodeError as error:
                 failures.append(f"{record.id}: {error.reason}")
         raise UserError(
@@ -287,17 +305,17 @@ class TrainGroups(Sequence[Arrays]):
         others = rng.choice(count, min(REPLACEMENTS + 1, count), replace=False)
         yield from [int(other) for other in others if other != video][:REPLACEMENTS]
 
-    def _clips(self, video: str | bytes, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:
+    def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:
         """An augmented clip uint8 [T, size, size, 3] for each sample, of one decode."""
         rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
-        with self.open_video(video) as opened:
+        augment = self.augment if record.flip else self._augment_unflipped
+        with self.open_video(record.video) as opened:
             indices = [train_frames(len(opened), grid.frames, rng) for rng in rngs]
             frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
         size = grid.rows * PATCH
         clips = np.split(frames, len(rngs))
         return [
-            augment_clip(clip, size, self.augment, rng)
-            for clip, rng in zip(clips, rngs, strict=True)
+            augment_clip(clip, size, augment, rng) for clip, rng in zip(clips, rngs, strict=True)
         ]
 
 
@@ -312,7 +330,7 @@ class EvaluationVideos(Sequence[Arrays]):
     grids: tuple[Grid, ...]
     clips: int
     crops: int
-    open_video: Callable[..., Any] = Video
+    open_video: Callable[..., Any] = open_clip
 
     def __len__(self) -> int:
         return len(self.source)

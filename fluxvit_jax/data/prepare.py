@@ -52,7 +52,8 @@ from fluxvit_jax.data.annotations import (
     read_annotations,
     read_class_names,
 )
-from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.decode import DecodeError
+from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.errors import ArgumentParser, UserError
 
 DATASET = "videos"  # its name for TFDS, and how shards begin
@@ -405,7 +406,7 @@ def read_video(example: Example) -> tuple[bytes, str | None]:
     if len(content) > MAX_VIDEO_BYTES:
         return b"", "larger than 2 GiB"
     try:
-        with Video(content, name=example.id) as video:
+        with open_clip(content, name=example.id) as video:
             video.read(range(len(video)), short_side=CHECK_SHORT_SIDE)
     except DecodeError as error:
         return content, error.reason

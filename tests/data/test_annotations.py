@@ -14,7 +14,6 @@ from fluxvit_jax.data.annotations import (
     read_class_names,
     shuffled,
     training_part,
-    video_ids,
 )
 from fluxvit_jax.errors import UserError
 
@@ -164,13 +163,13 @@ def test_what_is_held_out_is_what_training_leaves(tmp_path, share, left_out):
     source = open_source(path)
     training, held_out = training_part(source, share), held_out_part(source, share)
     assert (len(training), len(held_out)) == (20 - left_out, left_out)
-    assert {*video_ids(training), *video_ids(held_out)} == set(video_ids(source))
-    assert [record.id for record in training] == video_ids(training)
+    assert {*training.ids, *held_out.ids} == set(source.ids)
+    assert [record.id for record in training] == training.ids
     numbers = training.numbers.tolist()
     assert numbers == sorted(numbers)
     # More is held out by holding out more, not others.
-    assert video_ids(held_out) == video_ids(held_out_part(source, 0.5).first(left_out))
-    assert video_ids(held_out_part(open_source(path), share)) == video_ids(held_out)
+    assert held_out.ids == held_out_part(source, 0.5).first(left_out).ids
+    assert held_out_part(open_source(path), share).ids == held_out.ids
     copy = pickle.loads(pickle.dumps(held_out))
     assert list(copy) == list(held_out) and copy.fingerprint == held_out.fingerprint
     assert len({part.fingerprint for part in (source, training, held_out, shuffled(source))}) == 4

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fluxvit_jax import distill
+from fluxvit_jax.budgets import bounds
+from fluxvit_jax.config import admissible_grids, model_config
 from fluxvit_jax.convert import names
 from fluxvit_jax.convert.names import DECODERS, INTERNVIDEO2
 from fluxvit_jax.models import fluxvit, layers, selection
@@ -14,8 +17,10 @@ from fluxvit_jax.models.decoders import Decoders, DecodersConfig
 from fluxvit_jax.models.fluxvit import nnx
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from fluxvit_jax.models.layers import l2_normalise
-from fluxvit_jax.models.selection import Selection
-from fluxvit_jax.objectives.distillation import distance
+from fluxvit_jax.models.selection import GridLimits, Selection
+from fluxvit_jax.objectives.distillation import Distillation, distance
+from fluxvit_jax.state import abstract_params
+from tests import tiny
 from tests.models import golden, test_internvideo2
 
 ABOUT = golden.manifest("internvideo2/distill_cases")
@@ -150,3 +155,185 @@ def test_drawing_is_in_proportion_to_attention():
             assert (order[drawn, 1] == second).mean() == pytest.approx(expected, abs=0.02)
     plain = selection.draw(attention[None], np.ones((1, 3), np.float32))
     np.testing.assert_array_equal(plain, [[2, 1, 0]])
+
+
+# --- The whole objective
+
+
+@cache
+def objective(**changes) -> Distillation:
+    config = pretraining(**changes)
+    grids = admissible_grids(config)
+    limits = GridLimits(*bounds(grids), min(grid.tokens for grid in grids))
+    return distill.make_objective(config, limits, "cpu")
+
+
+@cache
+def pretraining(**changes):
+    """The tests' recipe of distillation, with drop path off unless asked for."""
+    return tiny.make_pretraining("", "", **{"model__drop_path": 0.0} | changes)
+
+
+@cache
+def trained() -> tuple[dict, dict]:
+    """Student with decoders, and teacher, with weights large enough to matter."""
+    config = pretraining()
+    shapes = abstract_params(config)
+    teacher = distill.teacher_config(config)
+    make = distill.make_network(teacher, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+
+    def shaken(leaf):
+        return np.float32(rng.normal(0, 0.1, leaf.shape))
+
+    student = fluxvit.initialise(model_config(config), jax.random.key(0))
+    student |= distill.fresh_decoders(config, jax.random.key(1))
+    assert jax.tree.structure(student) == jax.tree.structure(shapes)
+    frozen = jax.tree.map(lambda x: x + shaken(x), nnx.to_pure_dict(nnx.state(make, nnx.Param)))
+    return jax.tree.map(lambda x: x + shaken(x), student), frozen
+
+
+@cache
+def clips() -> dict:
+    """Two groups of two clips on different grids."""
+    rng = np.random.default_rng(1)
+    grids = np.repeat(np.int32([(16, 2, 3), (21, 3, 3)]), 2, axis=0)
+    patches = rng.integers(0, 256, (4, 189, fluxvit.PATCH_VALUES), dtype=np.uint8)
+    patches[:2, 96:] = 0
+    keys = jax.random.split(jax.random.key(5), 4)
+    return {"patches": patches, "grid": grids, "label": np.zeros(4, np.int32), "key": keys}
+
+
+def plainly(own: Distillation, params: dict, frozen: dict, batch: dict) -> jax.Array:
+    """The loss as the definition says it, without a shared lesson, clip by clip."""
+    total = 0.0
+    for number in range(4):
+        grid = jnp.asarray(batch["grid"][number : number + 1])
+        patches = fluxvit.normalise(jnp.asarray(batch["patches"][number : number + 1]))
+        _, mask, _ = jax.random.split(batch["key"][number], 3)
+        teacher = fluxvit.merge(own.teacher, frozen)
+        embedded = teacher.patch_embed(patches)
+        kept = selection.select(embedded, grid, own.tokens, own.limits)
+        seen = teacher.features(
+            fluxvit.take(patches, kept),
+            teacher.position(grid, kept.index, own.limits),
+            kept,
+            tuple(block for _, block in own.pairs),
+        )
+        noise = jax.random.exponential(mask, seen.attention.shape[1:])
+        order = jnp.argsort(-seen.attention / noise, axis=1)
+        student = fluxvit.merge(own.student, {k: v for k, v in params.items() if k != "decoders"})
+        decoders = fluxvit.merge(own.decoders, params["decoders"])
+        for head, n in enumerate(own.budgets):
+            index = jnp.take_along_axis(kept.index, order[:, :n], axis=1)
+            visible = Selection(index, None)
+            blocks = tuple(block for block, _ in own.pairs)
+            found = student.features(
+                fluxvit.take(patches, visible),
+                student.position(grid, index, own.limits),
+                visible,
+                blocks,
+                head,
+            )
+            rows = jnp.concatenate([jnp.zeros((1, 1), int), 1 + order[:, :n]], axis=1)
+            targets = jnp.take_along_axis(seen.middle, rows[None, ..., None], axis=2)
+            position = decoders.position(grid, index, own.limits)
+            decoded = decoders.compare(found.middle, position, targets, lambda x, _: x)
+            cosines = jnp.sum(l2_normalise(decoded) * l2_normalise(targets), axis=-1)
+            pooled = decoders.pooled(found.pooled)
+            final = jnp.sum(l2_normalise(pooled) * l2_normalise(seen.pooled), axis=-1)
+            total += own.layer_weight * (2 - 2 * cosines.mean())
+            total += own.pooled_weight * (2 - 2 * final.mean())
+    return total / 4
+
+
+def test_the_loss_and_gradients_are_those_of_the_definition():
+    own, (params, frozen) = (
+        objective(distill__layer_weight=0.5, distill__pooled_weight=2.0),
+        trained(),
+    )
+    gradients, metrics = jax.jit(own.gradients)(params, frozen, clips())
+    loss, expected = jax.jit(jax.value_and_grad(partial(plainly, own)))(params, frozen, clips())
+    assert metrics["loss"] == pytest.approx(float(loss), rel=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for found, plain in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, plain, rtol=2e-3, atol=2e-5 * scale)
+    untrained = [gradients[name] for name in ("heads", "align", "fc_norm")]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(untrained))
+
+
+def test_what_is_measured():
+    """Of each student: the two distances, and the agreement of each pair of layers, -1 to 1."""
+    params, frozen = trained()
+    _, metrics = jax.jit(objective().gradients)(params, frozen, clips())
+    for n in (24, 16, 8):
+        layers_apart = 2 - (metrics[f"agreement_block0_{n}"] + metrics[f"agreement_block1_{n}"])
+        assert metrics[f"layers_{n}"] == pytest.approx(float(layers_apart), abs=1e-5)
+        pooled = 2 - 2 * metrics[f"agreement_pooled_{n}"]
+        assert metrics[f"pooled_{n}"] == pytest.approx(float(pooled), abs=1e-5)
+    distances = [metrics[f"{name}_{n}"] for name in ("layers", "pooled") for n in (24, 16, 8)]
+    assert metrics["loss"] == pytest.approx(float(sum(distances)), rel=1e-5)
+
+
+def lesson(batch: dict, **changes):
+    own, (params, frozen) = objective(**changes), trained()
+
+    @jax.jit
+    def teach(params, frozen, batch):
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(batch["key"])
+        grids = batch["grid"].reshape(-1, own.group, 3)[:, 0]
+        return own._lesson(params, frozen, batch, grids, keys[:, 0], keys[:, 1])
+
+    return teach(params, frozen, batch)
+
+
+def test_masks():
+    """The same tokens in other orders: by attention, noisily or not, and evenly."""
+    found = {
+        mask: lesson(clips(), distill__mask=mask)
+        for mask in ("attention", "attention_topk", "random")
+    }
+    kept = [np.sort(own.index, axis=1) for own in found.values()]
+    assert all((own == kept[0]).all() for own in kept)
+    assert all(len(set(row)) == 32 for row in kept[0])
+    orders = [np.asarray(own.index) for own in found.values()]
+    assert not any((a == b).all(axis=1).any() for a in orders for b in orders if a is not b)
+    again = lesson(clips(), distill__mask="attention").index
+    np.testing.assert_array_equal(again, found["attention"].index)
+    other = lesson(clips() | {"key": jax.random.split(jax.random.key(6), 4)})
+    assert not (other.index == found["attention"].index).all(axis=1).any()
+    top = lesson(
+        clips() | {"key": jax.random.split(jax.random.key(6), 4)}, distill__mask="attention_topk"
+    )
+    np.testing.assert_array_equal(top.index, found["attention_topk"].index)
+
+
+def test_a_clip_is_taught_alike_in_any_batch():
+    whole = lesson(clips())
+    half = lesson(jax.tree.map(lambda x: x[2:], clips()))
+    np.testing.assert_array_equal(whole.index[2:], half.index)
+    np.testing.assert_allclose(whole.middle[:, 2:], half.middle, rtol=0, atol=1e-4)
+
+
+def test_the_student_may_score():
+    """Then it chooses what the teacher sees, without a gradient."""
+    own, (params, frozen) = objective(distill__scored_by="student"), trained()
+    by_student = lesson(clips(), distill__scored_by="student").index
+    assert (np.sort(by_student, axis=1) != np.sort(lesson(clips()).index, axis=1)).any()
+    model = fluxvit.merge(own.student, {k: v for k, v in params.items() if k != "decoders"})
+    patches = fluxvit.normalise(jnp.asarray(clips()["patches"]))
+    alone = model.select(patches, jnp.asarray(clips()["grid"]), 32, own.limits).index
+    np.testing.assert_array_equal(np.sort(by_student, axis=1), np.sort(alone, axis=1))
+    jax.jit(own.gradients)(params, frozen, clips())
+
+
+def test_a_teacher_of_ours():
+    changes = {"distill__network": "Ti", "distill__teacher_blocks": (0, 1)}
+    config = pretraining(**changes)
+    teacher = fluxvit.FluxViT(distill.teacher_config(config), nnx.Rngs(2))
+    frozen = nnx.to_pure_dict(nnx.state(teacher, nnx.Param))
+    own = objective(**changes)
+    student = fluxvit.initialise(model_config(config), jax.random.key(0))
+    params = student | distill.fresh_decoders(config, jax.random.key(1))
+    gradients, metrics = jax.jit(own.gradients)(params, frozen, clips())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, metrics)))

@@ -1,0 +1,54 @@
+import cv2
+import numpy as np
+import pytest
+
+from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.images import Image, open_clip
+from fluxvit_jax.data.sampling import train_frames
+from tests.data import videos
+
+PICTURE = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
+
+
+def write(path, quality=()):
+    assert cv2.imwrite(str(path), PICTURE[..., ::-1], list(quality))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp"])
+def test_an_image_is_a_video_of_one_frame(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}")
+    for source in (path, str(path), path.read_bytes()):
+        with open_clip(source) as clip:
+            assert isinstance(clip, Image)
+            assert (len(clip), clip.size) == (1, (40, 60))
+            frames = clip.read(train_frames(1, 4, np.random.default_rng(0)))
+            assert frames.shape == (4, 40, 60, 3) and frames.dtype == np.uint8
+            if suffix.lower() == ".png":
+                np.testing.assert_array_equal(frames, np.stack([PICTURE] * 4))
+            assert clip.read([0], short_side=20).shape == (1, 20, 30, 3)
+            assert clip.read([0], short_side=50).shape == (1, 40, 60, 3)
+            with pytest.raises(IndexError, match="no frame 1"):
+                clip.read([0, 1])
+
+
+def test_videos_stay_videos(tmp_path):
+    path = videos.write_video(tmp_path / "a.mp4", videos.moving_texture(3))
+    for source in (path, path.read_bytes()):
+        with open_clip(source) as clip:
+            assert isinstance(clip, Video) and len(clip) == 3
+
+
+def test_what_is_no_image_is_an_error(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("no image")
+    cut = write(tmp_path / "cut.png").read_bytes()[:100]
+    (tmp_path / "cut.png").write_bytes(cut)
+    for name, reason in [
+        ("absent.png", "no such file"),
+        ("empty.png", "cannot decode|no image"),
+        ("text.jpg", "no image"),
+        ("cut.png", "no image"),
+    ]:
+        with pytest.raises(DecodeError, match=reason):
+            open_clip(tmp_path / name)
