@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from fluxvit_jax.budgets import Grid, kept_tokens
+from fluxvit_jax.models.decoders import DecodersConfig
 from fluxvit_jax.models.fluxvit import PATCH_VALUES, FluxViTConfig
+from fluxvit_jax.models.internvideo2 import InternVideo2Config
 from fluxvit_jax.models.merging import schedule
 from fluxvit_jax.models.selection import NOISY_SELECTORS
 from fluxvit_jax.pretrained import forward
@@ -97,7 +99,19 @@ def gflops(model: FluxViTConfig, grid: Grid, budget: int) -> Work:
     )
 
 
-def _embedding_work(model: FluxViTConfig, patches: int) -> int:
+def features_gflops(model: FluxViTConfig | InternVideo2Config, patches: int) -> float:
+    """1e9 multiply-accumulates from so many patches to the clip vector of one pooling head."""
+    return _features_work(model, patches) / GIGA
+
+
+def decoders_gflops(decoders: DecodersConfig, patches: int) -> float:
+    """1e9 multiply-accumulates of all decoders of a student with so many patches."""
+    tokens = decoders.width * (decoders.width + decoders.target_width) * (patches + 1)
+    pooled = decoders.pool_width * (decoders.pool_width + decoders.target_pool_width)
+    return (decoders.count * tokens + pooled) / GIGA
+
+
+def _embedding_work(model: FluxViTConfig | InternVideo2Config, patches: int) -> int:
     return PATCH_VALUES * model.width * patches
 
 
@@ -113,9 +127,13 @@ def _encoding_work(model: FluxViTConfig, patches: int) -> int:
 
     CLS has a row in the embedding as well, of which nothing comes (`sequence.behind_cls`).
     """
+    return _features_work(model, patches) + _classifier_work(model)
+
+
+def _features_work(model: FluxViTConfig | InternVideo2Config, patches: int) -> int:
     tokens = patches + 1
     blocks = model.depth * _block_work(model, tokens, tokens)
-    return _embedding_work(model, tokens) + blocks + _head_work(model, tokens)
+    return _embedding_work(model, tokens) + blocks + _pooling_work(model, tokens)
 
 
 def _merging_work(model: FluxViTConfig, grid: Grid, patch_budget: int) -> int:
@@ -127,7 +145,8 @@ def _merging_work(model: FluxViTConfig, grid: Grid, patch_budget: int) -> int:
         for before, after in itertools.pairwise(counts)
     )
     others = (model.depth - model.merge_blocks) * _block_work(model, last + 1, last + 1)
-    return _embedding_work(model, grid.tokens + 1) + merging + others + _head_work(model, last + 1)
+    head = _pooling_work(model, last + 1) + _classifier_work(model)
+    return _embedding_work(model, grid.tokens + 1) + merging + others + head
 
 
 def _matching_work(model: FluxViTConfig, before: int, after: int) -> int:
@@ -138,19 +157,22 @@ def _matching_work(model: FluxViTConfig, before: int, after: int) -> int:
     return half * (before - half) * (model.width // model.heads)
 
 
-def _block_work(model: FluxViTConfig, attending: int, remaining: int) -> int:
+def _block_work(model: FluxViTConfig | InternVideo2Config, attending: int, remaining: int) -> int:
     """A block with so many tokens in its attention and, after merging, in its MLP."""
     C = model.width
     attention = 4 * C * C * attending + 2 * attending**2 * C
-    return attention + 8 * C * C * remaining
+    return attention + 2 * C * model.hidden * remaining
 
 
-def _head_work(model: FluxViTConfig, tokens: int) -> int:
-    """Attention pooling with one query, and the classifier."""
+def _pooling_work(model: FluxViTConfig | InternVideo2Config, tokens: int) -> int:
+    """Attention pooling with one query."""
     C = model.width
     keys_values = 2 * C * C * tokens
-    query = C * C + 2 * C * tokens + C * model.pool_width
-    return keys_values + query + model.pool_width * model.classes
+    return keys_values + C * C + 2 * C * tokens + C * model.pool_width
+
+
+def _classifier_work(model: FluxViTConfig) -> int:
+    return model.pool_width * model.classes
 
 
 class Pass(NamedTuple):

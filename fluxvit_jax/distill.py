@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from fluxvit_jax import parallel, sharding
-from fluxvit_jax.budgets import PATCH, Grid
+from fluxvit_jax.budgets import PATCH
 from fluxvit_jax.config import TEACHERS, VARIANTS, choose_attention, model_config
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit, layers, sequence
@@ -194,11 +194,9 @@ def _check_network(config: ConfigDict, wanted: Any, found: Any) -> None:
         if field.name not in free and getattr(found, field.name) != getattr(wanted, field.name)
     ]
     if differs:
-        grid = Grid(found.frames, found.rows, found.columns)
         raise UserError(
-            f"{config.distill.teacher}: no {config.distill.network} on a grid of "
-            f"{Grid(wanted.frames, wanted.rows, wanted.columns)}, as config.distill says "
-            f"({'; '.join(differs)}); its own grid is {grid}"
+            f"{config.distill.teacher}: not the {config.distill.network} that config.distill "
+            f"describes: {'; '.join(differs)}"
         )
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax import distributed, optim, parallel, sharding, storage
 from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints
-from fluxvit_jax.config import admissible_grids, validate_for_training
+from fluxvit_jax.config import admissible_grids, is_distillation, validate_for_training
 from fluxvit_jax.data.annotations import Source, open_source
 from fluxvit_jax.data.pipeline import train_batches, training_source
 from fluxvit_jax.errors import UserError
@@ -267,5 +267,6 @@ def fetch_finite(pending: list[Tree], step: int) -> dict[str, float | int]:
 def _open_validation(config: ConfigDict) -> Source | None:
     if config.data.validation:
         return open_source(config.data.validation, config.data.root, config.model.classes)
-    parallel.say("no config.data.validation: the model is not evaluated on the way")
+    if not is_distillation(config):
+        parallel.say("no config.data.validation: the model is not evaluated on the way")
     return None

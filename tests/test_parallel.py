@@ -18,17 +18,21 @@ MESHES = {
     "tensor": (1, 1, 2),
     "data x fsdp x tensor": (2, 2, 2),
     "data, four parts": (2, 1, 1),
+    "data, taught": (8, 1, 1),
+    "data x fsdp x tensor, taught": (2, 2, 2),
 }
+# What a mesh's step is compared with: one device, in as many parts, by the same objective.
+ALONE = {"four parts": "one, four parts", "taught": "one, taught"}
 
 
 @pytest.fixture(scope="module")
 def steps(tiny_data, compiled, tmp_path_factory):
     """Three steps on each mesh, in one process: losses, gradient norms and all parameters."""
     out = tmp_path_factory.mktemp("steps")
+    teacher = tiny.write_teacher(out / "teacher")
     program = textwrap.dedent(
         f"""
         import json
-        from pathlib import Path
 
         import jax
         import numpy as np
@@ -41,8 +45,12 @@ def steps(tiny_data, compiled, tmp_path_factory):
         from tests import tiny
         from tests.test_train import grid_batch
 
-        def run(sides, parts):
-            config = tiny.make_config(Path({str(tiny_data)!r}), train__batch_size=16)
+        def run(sides, parts, teacher):
+            data = {str(tiny_data)!r}
+            if teacher:
+                config = tiny.make_pretraining(data, {str(teacher)!r}, train__batch_size=16)
+            else:
+                config = tiny.make_config(data, train__batch_size=16)
             config.train.accumulate = parts
             # The keys' bias in a softmax has no gradient but rounding, which Adam would blow up.
             config.optim.eps = 1e-5
@@ -54,7 +62,7 @@ def steps(tiny_data, compiled, tmp_path_factory):
             state, frozen = initial_state(config, optimizer, mesh), frozen_parameters(config, mesh)
             objective = step.make_objective(config, grids, "cpu")
             train_step = step.make_train_step(config, objective, optimizer, mesh)
-            chosen = [grids[i] for i in (0, 39, 17, 5, 30, 11, 22, 8)]
+            chosen = [grids[i % len(grids)] for i in (0, 39, 17, 5, 30, 11, 22, 8)]
             measured = []
             for seed in range(3):
                 batch = step.device_batch(grid_batch(chosen, capacity(grids), seed=seed))
@@ -67,8 +75,11 @@ def steps(tiny_data, compiled, tmp_path_factory):
             return measured, share, np.asarray(flat)
 
         meshes = json.loads({json.dumps(json.dumps(MESHES))})
-        jobs = {{name: (sides, 4 if "parts" in name else 1) for name, sides in meshes.items()}}
-        jobs |= {{"one": ((1, 1, 1), 1), "one, four parts": ((1, 1, 1), 4)}}
+        meshes |= {{name: (1, 1, 1) for name in ("one", "one, four parts", "one, taught")}}
+        jobs = {{
+            name: (sides, 4 if "parts" in name else 1, "taught" in name)
+            for name, sides in meshes.items()
+        }}
         told = {{}}
         for name, job in jobs.items():
             measured, share, params = run(*job)
@@ -90,7 +101,7 @@ def steps(tiny_data, compiled, tmp_path_factory):
 
 @pytest.mark.parametrize("name", MESHES)
 def test_a_step_does_not_depend_on_the_mesh(steps, name):
-    own, one = steps[name], steps["one, four parts" if "parts" in name else "one"]
+    own, one = steps[name], steps[ALONE.get(name.rpartition(", ")[2], "one")]
     np.testing.assert_allclose(own["measured"], one["measured"], rtol=1e-5)
     np.testing.assert_allclose(own["params"], one["params"], rtol=1e-5, atol=1e-5)
 

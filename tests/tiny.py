@@ -1,6 +1,7 @@
 """A data set of small real videos and a recipe for runs of seconds, for tests of whole runs.
 
-The recipe's argument is the folder of the data: `--config=tests/tiny.py:FOLDER`.
+The recipe's argument is the folder of the data: `--config=tests/tiny.py:FOLDER`; with a teacher's
+weights after it, `FOLDER,TEACHER`, it is that of distillation.
 """
 
 import json
@@ -49,7 +50,12 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
-def get_config(folder: str) -> ConfigDict:
+def get_config(argument: str) -> ConfigDict:
+    folder, _, weights = argument.partition(",")
+    return make_pretraining(folder, weights) if weights else _supervised(folder)
+
+
+def _supervised(folder: str) -> ConfigDict:
     """20 steps of 8 clips on 40 grids; all that draws random numbers is on."""
     config = default_config("Ti")
     config.model.classes = CLASSES
@@ -102,7 +108,7 @@ def write_teacher(path: Path) -> Path:
     return path
 
 
-def make_pretraining(folder: Path, weights: Path, **changes) -> ConfigDict:
+def make_pretraining(folder: Path | str, weights: Path | str, **changes) -> ConfigDict:
     """The config of distillation from such a teacher on the same videos."""
     own = {
         **{"model__classes": 1, "data__validation": "", "data__grids__tokens": (32, 189)},
@@ -118,7 +124,7 @@ def make_pretraining(folder: Path, weights: Path, **changes) -> ConfigDict:
 
 def make_config(folder: Path, **changes) -> ConfigDict:
     """The config with fields changed: "train__epochs=3" is train.epochs."""
-    config = get_config(str(folder))
+    config = _supervised(str(folder))
     for name, value in changes.items():
         config.update_from_flattened_dict({name.replace("__", "."): value})
     validate(config)
@@ -143,10 +149,15 @@ def environment(cache: Path, devices: int = 1, quick: bool = False) -> dict[str,
 
 
 def start(
-    folder: Path, workdir: Path, cache: Path, *options: str, devices: int = 1, quick: bool = False
+    argument: Path | str,
+    workdir: Path,
+    cache: Path,
+    *options: str,
+    devices: int = 1,
+    quick: bool = False,
 ) -> subprocess.Popen:
     """The program, as a process of its own, on this recipe; see `environment`."""
-    command = [sys.executable, "-m", "fluxvit_jax.main", f"--config={__file__}:{folder}"]
+    command = [sys.executable, "-m", "fluxvit_jax.main", f"--config={__file__}:{argument}"]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", *options],
         env=environment(cache, devices, quick),

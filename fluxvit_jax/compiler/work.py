@@ -11,6 +11,7 @@ from fluxvit_jax.compiler.hlo import Instruction, Module, called_parts, executed
 from fluxvit_jax.compiler.products import OPCODES, Shape, product_flops
 
 ATTENTION = "attention"  # the scope (`jax.named_scope`) that attention's products are in
+TEACHER = "teacher"  # likewise that of all that a teacher does
 KERNEL = "tpu_custom_call"  # what Pallas kernels are in a TPU program
 UNTIMED = 64 * 1024  # bytes of a result from which an instruction without estimate is listed
 _FREE = {
@@ -26,6 +27,7 @@ class Work(NamedTuple):
     cycles: of the instructions for which the compiler estimates them.
     kernel_cycles: of Pallas kernels, and of others that it writes in place of an estimate;
     kernels: {what it is: how often it runs}, the former only.
+    teacher_cycles: those of both that are in a teacher's scope.
     unknown_kernels: runs of kernels whose cycles are not known, or not all of them.
     untimed: {opcode: how often} of other instructions of which that is so.
     unknown_loops: loops whose trips are not to be seen: they count as one trip.
@@ -35,6 +37,7 @@ class Work(NamedTuple):
     attention_flops: int
     cycles: int
     kernel_cycles: int
+    teacher_cycles: int
     kernels: dict[str, int]
     unknown_kernels: int
     untimed: dict[str, int]
@@ -49,7 +52,7 @@ def work_of(
 
     kernel_cycles: {name: of one run} of instructions for which the program has no estimate.
     """
-    flops = attention = cycles = in_kernels = unknown = loops = 0
+    flops = attention = cycles = in_kernels = in_teacher = unknown = loops = 0
     kernels, untimed, exchanges = {}, {}, []
     shapes = _Shapes(module)
     finder = Finder(module, devices, _Costs(module, kernel_cycles))
@@ -58,12 +61,13 @@ def work_of(
         if one.opcode in OPCODES:
             own = times * product_flops(one, shapes.of_operands(one, step.computation))
             flops += own
-            attention += own if in_attention(one.op_name) else 0
+            attention += own if in_scope(one.op_name, ATTENTION) else 0
         if (exchange := finder.begun_by(step)) is not None:
             exchanges.append(exchange)
         if step.fused:
             continue
         loops += one.opcode == "while" and not called_parts(module, step.computation, one).known
+        before = cycles + in_kernels
         if one.cycles is not None:
             cycles += times * one.cycles
         elif is_kernel(one) or takes_time(one):
@@ -75,8 +79,19 @@ def work_of(
                 unknown += times * (not count.whole)
             elif not count.whole:
                 untimed[one.opcode] = untimed.get(one.opcode, 0) + times
+        if in_scope(one.op_name, TEACHER):
+            in_teacher += cycles + in_kernels - before
     return Work(
-        flops, attention, cycles, in_kernels, kernels, unknown, untimed, loops, tuple(exchanges)
+        flops=flops,
+        attention_flops=attention,
+        cycles=cycles,
+        kernel_cycles=in_kernels,
+        teacher_cycles=in_teacher,
+        kernels=kernels,
+        unknown_kernels=unknown,
+        untimed=untimed,
+        unknown_loops=loops,
+        collectives=tuple(exchanges),
     )
 
 
@@ -90,9 +105,9 @@ def kernel_name(one: Instruction) -> str:
     return re.sub(r"\.\d+$", "", one.name)
 
 
-def in_attention(op_name: str) -> bool:
-    """Whether `ATTENTION` is among the scopes, under transformations or not."""
-    return re.search(rf"(?<!\w){ATTENTION}(?!\w)", op_name) is not None
+def in_scope(op_name: str, scope: str) -> bool:
+    """Whether a scope is among those of an instruction, under transformations or not."""
+    return re.search(rf"(?<!\w){scope}(?!\w)", op_name) is not None
 
 
 def takes_time(one: Instruction) -> bool:

@@ -169,6 +169,8 @@ def read_tensors(source: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict
     if not source.is_dir():
         found = _find_file(source)
         return dict(found.state), found.config
+    if not (source / WEIGHTS).exists():
+        raise UserError(f"{source}: a folder without {WEIGHTS}")
     config = read_config(source / CONFIG) if (source / CONFIG).exists() else {}
     return _read_safetensors(source / WEIGHTS)[0], config
 

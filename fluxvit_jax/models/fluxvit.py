@@ -66,6 +66,11 @@ class FluxViTConfig:
     attention: str = "xla"
 
     @property
+    def hidden(self) -> int:
+        """Units of the MLP of a block."""
+        return 4 * self.width
+
+    @property
     def native_tokens(self) -> int:
         return self.frames * self.rows * self.columns
 
@@ -101,7 +106,7 @@ class FluxViT(nnx.Module):
         block = layers.BlockConfig(
             width=C,
             heads=config.heads,
-            hidden=4 * C,
+            hidden=config.hidden,
             kernel=config.attention,
             exact=config.gelu == "erf",
             layer_scale=config.layer_scale,

@@ -23,6 +23,7 @@ from fluxvit_jax import atomic, parallel, sharding, storage
 from fluxvit_jax.compiler import topology
 from fluxvit_jax.compiler.estimate import METHOD
 from fluxvit_jax.compiler.topology import Topology
+from fluxvit_jax.config import is_distillation
 from fluxvit_jax.data.load import ClipCost, clip_cost
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import Setting, settings_of
@@ -88,7 +89,7 @@ def check(
 ) -> Report:
     """What is found for one topology.
 
-    settings: of the evaluation; by default those of `config`.
+    settings: of the evaluation; by default those of `config`, none where no classifier is trained.
 
     Raises UserError where the config does not go with it.
     """
@@ -106,7 +107,9 @@ def check(
         "clips_a_device": config.train.batch_size / len(devices),
         "programs": {TRAIN: training_report(target, training)},
     }
-    for setting in dict.fromkeys(settings_of(config) if settings is None else settings):
+    if settings is None:
+        settings = () if is_distillation(config) else settings_of(config)
+    for setting in dict.fromkeys(settings):
         evaluation = target.compile_evaluation(setting)
         own = evaluation_report(target, setting, evaluation)
         report["programs"][evaluation_name(setting)] = own

@@ -4,11 +4,15 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from fluxvit_jax import distill
 from fluxvit_jax.compiler.memory import tree_bytes
 from fluxvit_jax.compiler.program import Program
-from fluxvit_jax.config import admissible_grids, model_config
-from fluxvit_jax.costs import GIGA, gflops
-from fluxvit_jax.evaluate import Setting, tokens_kept
+from fluxvit_jax.config import admissible_grids, is_distillation, model_config
+from fluxvit_jax.costs import GIGA, decoders_gflops, features_gflops, gflops
+from fluxvit_jax.evaluate import Setting
+from fluxvit_jax.models import sequence
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.models.internvideo2 import InternVideo2Config
 from fluxvit_jax.preflight.target import Target
 from fluxvit_jax.step import abstract_batch
 
@@ -27,14 +31,30 @@ class ModelFlops(NamedTuple):
 
 
 def model_flops(config: ConfigDict) -> ModelFlops:
-    """By the formulas of `costs`: products of matrices, forward and twice that backward."""
+    """By the formulas of `costs`: products of matrices, forward and twice that backward.
+
+    Of a teacher forward only, of the patches that it sees.
+    """
     model, grid = model_config(config), max(admissible_grids(config), key=lambda g: g.tokens)
     total = attention = 0.0
     for budget in config.train.budgets:
         total += gflops(model, grid, budget).kept * GIGA
-        tokens = tokens_kept(model, grid, budget) + (model.cls == "outside")
-        attention += model.depth * 2 * tokens**2 * model.width
-    return ModelFlops(*(BACKWARD * MULTIPLY_ADD * work for work in (total, attention)))
+        attention += _attention_work(model, sequence.patch_budget(budget, model.cls))
+    if not is_distillation(config):
+        return ModelFlops(*(BACKWARD * MULTIPLY_ADD * work for work in (total, attention)))
+    seen, *students = (
+        sequence.patch_budget(n, model.cls) for n in (config.distill.tokens, *config.train.budgets)
+    )
+    teacher, decoders = distill.teacher_config(config), distill.decoders_config(config)
+    total += sum(decoders_gflops(decoders, patches) for patches in students) * GIGA
+    return ModelFlops(
+        MULTIPLY_ADD * (BACKWARD * total + features_gflops(teacher, seen) * GIGA),
+        MULTIPLY_ADD * (BACKWARD * attention + _attention_work(teacher, seen)),
+    )
+
+
+def _attention_work(model: FluxViTConfig | InternVideo2Config, patches: int) -> int:
+    return model.depth * 2 * (patches + 1) ** 2 * model.width
 
 
 def training_report(target: Target, program: Program) -> Report:
@@ -65,6 +85,10 @@ def training_report(target: Target, program: Program) -> Report:
     if program.time is not None:
         report["estimate"]["clips_per_second"] = clips / program.time.seconds
         report["estimate"]["mfu"] = clips * model.all / (program.time.seconds * target.peak)
+        if is_distillation(config):
+            work = program.work
+            share = work.teacher_cycles / (work.cycles + work.kernel_cycles)
+            report["estimate"]["teacher_share"] = share
     return report
 
 

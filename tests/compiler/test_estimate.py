@@ -64,7 +64,7 @@ def test_what_work_hides_takes_no_time():
         exchange("all-gather", range(4), times=5, covered=round(needs / 2 * clock)),
         exchange("all-gather", range(4), times=7, covered=round(needs * 2 * clock)),
     )
-    work = Work(0, 0, 6 * 10**9, 3 * 10**9, {}, 0, {}, 0, exchanges)
+    work = Work(0, 0, 6 * 10**9, 3 * 10**9, 0, {}, 0, {}, 0, exchanges)
     found = estimate(work, *slice_of("v5e:4x4"))
     assert found.computing == pytest.approx(9e9 / clock)
     assert found.kernels == pytest.approx(3e9 / clock)
@@ -75,4 +75,4 @@ def test_what_work_hides_takes_no_time():
 def test_only_tpus_by_name_have_cycles():
     (cpu,) = topology.parse("cpu:2")
     with pytest.raises(ValueError, match="no cycles"):
-        estimate(Work(0, 0, 0, 0, {}, 0, {}, 0, ()), cpu, [])
+        estimate(Work(0, 0, 0, 0, 0, {}, 0, {}, 0, ()), cpu, [])
