@@ -2,7 +2,7 @@
 
 from absl import flags
 
-OF_A_RUN = ("train", "evaluate", "search", "preflight")  # modes that need a recipe
+OF_A_RUN = ("train", "evaluate", "search", "cache", "preflight")  # modes that need a recipe
 OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
 
 

@@ -121,6 +121,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.data.grid_group = 8  # clips that share a grid
     config.data.held_out = 0.0  # share of the training list left out, for a search to choose on
     config.data.repeats = 1  # augmented clips of one decoded video
+    config.data.plan_epochs = 0  # epochs after which grids, frames and crops repeat; 0: never
     config.data.workers = 2
     config.data.max_bad_fraction = 0.05  # of unreadable clips before training stops
     config.data.augment = ConfigDict()
@@ -160,6 +161,7 @@ def default_config(variant: str = "B") -> ConfigDict:
     config.distill.teacher_blocks = (23, 26, 29, 33, 36, 39)
     config.distill.layer_weight = 1.0  # of the tokens' distance in the loss
     config.distill.pooled_weight = 1.0  # of the clip vectors'
+    config.distill.cache = ""  # folder of --mode=cache: what the teacher has made of a fixed plan
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 8e-4  # for the whole batch: nothing scales it later
@@ -478,6 +480,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed",
     "model.selector.groups",
+    "data.plan_epochs",
     "data.workers",
     "train.warmup_epochs",
     "train.align",
@@ -548,11 +551,10 @@ def validate_for_training(config: ConfigDict) -> None:
             "this recipe starts from trained weights: add --config.train.init_from=CHECKPOINT "
             '(or "" to start from random ones)'
         )
-    if is_distillation(config) and config.distill.teacher in ("", REQUIRED):
-        raise UserError(
-            f"no teacher: add --config.distill.teacher=WEIGHTS of an {config.distill.network}, a "
-            "folder or file that `python -m fluxvit_jax.convert` has written"
-        )
+    if is_distillation(config) and not config.distill.cache:
+        from fluxvit_jax.distill import check_teacher_named  # late: it is built on this module
+
+        check_teacher_named(config)
 
 
 def admissible_grids(config: ConfigDict) -> tuple[Grid, ...]:
@@ -605,6 +607,7 @@ MAY_CHANGE = (
     "model.attention",  # the same mathematics, in another program
     "parallel",  # the same batch, on other devices
     "preflight",  # nothing is trained by it
+    "distill.cache",  # the same lessons, computed before
 )
 
 
@@ -833,6 +836,25 @@ def _check_distillation(config: ConfigDict) -> None:
     if config.model.selector.rounding != "exact":
         raise UserError("config.model.selector.rounding: distillation takes exact budgets only")
     block_pairs(config)
+    if config.distill.cache:
+        _check_cache(config)
+
+
+def _check_cache(config: ConfigDict) -> None:
+    if not config.data.plan_epochs:
+        raise UserError(
+            "config.distill.cache: needs a plan that repeats: add --config.data.plan_epochs=1"
+        )
+    if config.distill.scored_by != "teacher":
+        raise UserError(
+            "config.distill.cache: the student, which changes, cannot choose what the teacher saw; "
+            "leave distill.scored_by=teacher"
+        )
+    if config.model.selector.kind in ("tube", "random"):
+        raise UserError(
+            f"config.distill.cache: the selector {config.model.selector.kind} chooses anew at each "
+            "step; use one that does not draw"
+        )
 
 
 def _check_optimiser(config: ConfigDict) -> None:

@@ -16,14 +16,14 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax import parallel, sharding
 from fluxvit_jax.budgets import PATCH
-from fluxvit_jax.config import TEACHERS, VARIANTS, choose_attention, model_config
+from fluxvit_jax.config import REQUIRED, TEACHERS, VARIANTS, choose_attention, model_config
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit, layers, sequence
 from fluxvit_jax.models.decoders import Decoders, DecodersConfig
 from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from fluxvit_jax.models.selection import GridLimits
-from fluxvit_jax.objectives.distillation import DECODERS, Distillation
+from fluxvit_jax.objectives.distillation import CACHED, DECODERS, Distillation
 
 Tree = dict[str, Any]
 
@@ -125,6 +125,29 @@ def block_pairs(config: ConfigDict) -> tuple[tuple[int, int], ...]:
             "distill.teacher_blocks; each goes with one"
         )
     return tuple(zip(*pairs, strict=True))
+
+
+def lesson_fields(config: ConfigDict) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of what a cache has of each clip: see `Distillation.cached_lesson`."""
+    teacher, K = teacher_config(config), len(config.distill.teacher_blocks)
+    N = sequence.patch_budget(config.distill.tokens, config.model.cls)
+    middle = "uint16" if jnp.dtype(config.model.dtype).itemsize == 2 else config.model.dtype
+    found = (
+        ((N,), "int32"),
+        ((N,), "float32"),
+        ((teacher.pool_width,), "float32"),
+        ((K, 1 + N, teacher.width), middle),
+    )
+    return dict(zip(CACHED, found, strict=True))
+
+
+def check_teacher_named(config: ConfigDict) -> None:
+    """Raises UserError where a run has no weights of a teacher to read."""
+    if config.distill.teacher in ("", REQUIRED):
+        raise UserError(
+            f"no teacher: add --config.distill.teacher=WEIGHTS of an {config.distill.network}, a "
+            "folder or file that `python -m fluxvit_jax.convert` has written"
+        )
 
 
 def fresh_decoders(config: ConfigDict, key: jax.Array) -> Tree:

@@ -2,7 +2,7 @@
 
 Modes: train (goes on by itself with what the workdir holds), evaluate, search (the best grid for
 each budget), predict (one video or a folder), export (one folder for a server), preflight (would
-the run compile and fit on devices that need not be there).
+the run compile and fit on devices that need not be there), cache (what a teacher makes of a plan).
 `--config.a.b=VALUE` sets a field of the config. Exit status: 0; 1 for a pre-flight that does not
 fit; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or SIGTERM ended it.
 """
@@ -47,7 +47,7 @@ def _run(options) -> int:
     mode = importlib.import_module(f"fluxvit_jax.{options.mode}")
     if options.mode == "preflight":
         return mode.run(options.config, options.workdir or ".")
-    if not options.workdir:
+    if not options.workdir and options.mode != "cache":
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
     from fluxvit_jax import distributed
 

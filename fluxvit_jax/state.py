@@ -54,12 +54,16 @@ def initial_state(config: ConfigDict, optimizer: optax.GradientTransformation, m
 
 def abstract_frozen(config: ConfigDict, mesh: Mesh) -> Tree:
     """Shapes of what is frozen, and where it lies."""
-    return distill.abstract_teacher(config, mesh) if is_distillation(config) else {}
+    return distill.abstract_teacher(config, mesh) if _has_teacher(config) else {}
 
 
 def frozen_parameters(config: ConfigDict, mesh: Mesh) -> Tree:
     """What is frozen. Raises UserError for weights that do not fit."""
-    return distill.load_teacher(config, mesh) if is_distillation(config) else {}
+    return distill.load_teacher(config, mesh) if _has_teacher(config) else {}
+
+
+def _has_teacher(config: ConfigDict) -> bool:
+    return is_distillation(config) and not config.distill.cache
 
 
 def _fresh(config: ConfigDict) -> Callable[[], Tree]:

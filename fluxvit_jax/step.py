@@ -17,6 +17,7 @@ from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
 from fluxvit_jax.models.selection import GridLimits
 from fluxvit_jax.objectives import Objective
+from fluxvit_jax.objectives.distillation import CACHED
 from fluxvit_jax.objectives.supervised import Supervised
 from fluxvit_jax.state import abstract_frozen, abstract_state
 
@@ -81,7 +82,7 @@ def make_train_step(
     def train_step(state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params = state["params"]
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        clips = {name: batch[name] for name in ("patches", "grid", "label")}
+        clips = {name: own for name, own in batch.items() if name not in ("bad", "stop")}
         clips["key"] = jax.random.split(key, len(batch["label"]))
         gradients, measured = parallel.mean_over_data(of_clips, mesh)((params, frozen), clips)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], params)
@@ -141,7 +142,8 @@ def device_batch(batch: dict[str, np.ndarray], stop: int = 0) -> dict[str, np.nd
     bad: bool [b], which clips stand for unreadable ones; stop: int32 [b], above 0 where this host
     has been told to stop, so that all hosts hear of it at the same step.
     """
-    return {name: batch[name] for name in ("patches", "grid", "label")} | {
+    clips = (name for name in ("patches", "grid", "label", *CACHED) if name in batch)
+    return {name: batch[name] for name in clips} | {
         "bad": batch["failure"] != "",
         "stop": np.full(len(batch["label"]), stop, np.int32),
     }
@@ -157,6 +159,9 @@ def abstract_batch(config: ConfigDict, grids: tuple[Grid, ...], mesh: Mesh) -> T
         "bad": ((B,), np.bool_),
         "stop": ((B,), np.int32),
     }
+    if is_distillation(config) and config.distill.cache:
+        fields = distill.lesson_fields(config)
+        shapes |= {name: ((B, *shape), np.dtype(dtype)) for name, (shape, dtype) in fields.items()}
     return {
         name: jax.ShapeDtypeStruct(*own, sharding=parallel.by_clip(mesh))
         for name, own in shapes.items()

@@ -20,6 +20,7 @@ from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints
 from fluxvit_jax.config import admissible_grids, is_distillation, validate_for_training
 from fluxvit_jax.data.annotations import Source, open_source
+from fluxvit_jax.data.lessons import open_lessons
 from fluxvit_jax.data.pipeline import train_batches, training_source
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import evaluate
@@ -52,6 +53,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
         validate_for_training(config)
         check_workdir(workdir, config)
         source = training_source(config)
+        lessons = open_lessons(config, source)
         validation = _open_validation(config)
         mesh = parallel.make_mesh(config)
         sharding.check(config, abstract_params(config), mesh)
@@ -102,6 +104,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
             source,
             start_step=start,
             groups=parallel.own_rows(mesh, config.train.batch_size // config.data.grid_group),
+            lessons=lessons,
         )
 
         def validate(step: int) -> dict[str, float] | None:

@@ -1,5 +1,6 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,13 @@ from tests import tiny
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Path:
-    """Folder of compiled programs: what one test or process has compiled, the next ones load."""
-    cache = tmp_path_factory.mktemp("compiled")
+    """Folder of compiled programs: what one test or process has compiled, the next ones load.
+
+    All processes of pytest-xdist share it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    cache.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return cache

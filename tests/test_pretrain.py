@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fluxvit_jax import evaluate, train
+from fluxvit_jax import cache, evaluate, train
 from fluxvit_jax.checkpoint import restore_params
+from fluxvit_jax.data.lessons import open_lessons, pack
+from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.objectives.distillation import DECODERS
 from tests import tiny
@@ -131,11 +134,9 @@ def test_a_run_of_ours_can_be_the_teacher(pretrained, finished, tiny_data, tmp_p
 
 
 def refused(config, tmp_path) -> str:
-    with pytest.raises(UserError) as caught:
-        train.train(config, tmp_path / "refused")
-    assert "\n" not in str(caught.value)
+    message = refused_by(train.train, config, tmp_path / "refused")
     assert not (tmp_path / "refused" / "config.json").exists()
-    return str(caught.value)
+    return message
 
 
 def test_teachers_that_do_not_fit_are_refused(tiny_data, data, finished, tmp_path):
@@ -173,3 +174,113 @@ def test_preflight(tiny_data, data, tmp_path, capsys):
     assert report["programs"]["training step"]["memory"]["parts"]["teacher"] > 0
     flops = report["programs"]["training step"]["flops"]
     assert 1 <= flops["outside_attention_ratio"] < 2
+
+
+# --- Lessons computed before
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_data, data, tmp_path_factory):
+    """A config whose plan repeats after two epochs, and a finished cache of it in small shards."""
+    folder = tmp_path_factory.mktemp("cache")
+    config = tiny.make_pretraining(
+        tiny_data, data.teacher, data__train=data.mixture, data__plan_epochs=2,
+        distill__cache=str(folder),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "SHARD_BYTES", 250_000)
+        assert cache.run(config) == 0
+    return config
+
+
+def test_a_run_from_the_cache_is_that_with_the_teacher(cached, compiled, tmp_path):
+    """Also in later epochs, whose clips are those of the plan's, and by workers."""
+    about = json.loads((Path(cached.distill.cache) / "cache.json").read_text())
+    assert about["samples"] == 2 * 16 * 2 and about["shards"] > 1
+    with_teacher = cached.copy_and_resolve_references()
+    with_teacher.distill.cache = ""
+    from_cache = cached.copy_and_resolve_references()
+    from_cache.distill.teacher = ""  # not needed any more
+    from_cache.data.workers = 1
+    assert train.train(with_teacher, tmp_path / "teacher") == 0
+    assert train.train(from_cache, tmp_path / "cache") == 0
+    lines = [split_of(tmp_path / name, "train") for name in ("teacher", "cache")]
+    for own, other in zip(*lines, strict=True):
+        assert own["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+def test_caching_goes_on_where_it_stopped(cached, tmp_path, capsys, monkeypatch):
+    folder = Path(shutil.copytree(cached.distill.cache, tmp_path / "cache"))
+    shards = sorted(folder.glob("*.array_record"))
+    before = shards[1].read_bytes()
+    shards[1].unlink()
+    (folder / "cache.json").unlink()
+    config = cached.copy_and_resolve_references()
+    config.distill.cache = str(folder)
+    assert "holds no finished cache; make one with --mode=cache" in refused(config, tmp_path)
+    monkeypatch.setattr(cache, "SHARD_BYTES", 250_000)
+    written = []
+    monkeypatch.setattr(cache, "pack", lambda *own: written.append(1) or pack(*own))
+    assert cache.run(config) == 0
+    assert shards[1].read_bytes() == before
+    assert 0 < len(written) < 64
+    assert cache.run(config) == 0
+    assert "is finished: 64 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "field, value, difference",
+    [
+        ("seed", 1, "seed: 0 -> 1"),
+        ("data.augment.flip", 0.25, "data.augment.flip: 0.5 -> 0.25"),
+        ("data.plan_epochs", 1, "data.plan_epochs: 2 -> 1"),
+        ("distill.teacher_blocks", (0, 3), r"distill.teacher_blocks: (1, 3) -> (0, 3)"),
+        ("model.cls", "inside", "model.cls: outside -> inside"),
+    ],
+)
+def test_a_cache_of_another_plan_is_refused(cached, tmp_path, field, value, difference):
+    config = cached.copy_and_resolve_references()
+    config.update_from_flattened_dict({field: value})
+    for message in (refused(config, tmp_path), refused_by(cache.run, config)):
+        assert f"was made with another plan ({difference})" in message
+
+
+def test_other_videos_and_damage_are_refused(cached, tiny_data, tmp_path):
+    config = cached.copy_and_resolve_references()
+    config.data.train = f"{tiny_data}/train.csv"
+    assert "another plan (videos: " in refused(config, tmp_path)
+    folder = Path(shutil.copytree(cached.distill.cache, tmp_path / "cache"))
+    config = cached.copy_and_resolve_references()
+    config.distill.cache = str(folder)
+    shard = sorted(folder.glob("*.array_record"))[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    lessons = open_lessons(config, training_source(config))
+    assert f"{shard} and others: cannot be read" in refused_by(lessons.read, np.arange(2))
+    shard.unlink()
+    assert f"{shard} is missing" in refused(config, tmp_path)
+
+
+def test_what_cannot_be_cached(tiny_data, data):
+    def error(**changes):
+        return refused_by(
+            lambda: tiny.make_pretraining(tiny_data, data.teacher, distill__cache="x", **changes)
+        )
+
+    assert "add --config.data.plan_epochs=1" in error()
+    assert "leave distill.scored_by=teacher" in error(
+        data__plan_epochs=1, distill__scored_by="student"
+    )
+    assert "selector random chooses anew" in error(
+        data__plan_epochs=1, model__selector__kind="random"
+    )
+    assert "nothing to cache" in refused_by(cache.run, tiny.make_config(tiny_data))
+    untaught = tiny.make_pretraining(tiny_data, "", distill__cache="x", data__plan_epochs=1)
+    assert "no teacher: add" in refused_by(cache.run, untaught)
+
+
+def refused_by(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -37,6 +37,7 @@ from fluxvit_jax.data.annotations import Record, Source, open_source, training_p
 from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.decode import DecodeError, Video
 from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.lessons import Lessons, plan_groups
 from fluxvit_jax.data.mixture import Mixture, open_mixture
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.sampling import grid_of_group, stream_rng, train_frames
@@ -78,6 +79,7 @@ def train_batches(
     *,
     start_step: int = 0,
     groups: Sequence[int] | None = None,
+    lessons: Lessons | None = None,
 ) -> "Batches":
     """This host's share of each global batch of augmented clips, without end.
 
@@ -88,6 +90,7 @@ def train_batches(
       index: int64 [b], the global number of the sample.
       failure: str [b]; where the clip stands for one that could not be read, a line for each video
         that failed: "id: reason". All repeats of a video say so.
+    and the arrays of `lessons`.
 
     Sample i is augmentation i % repeats of the video at place i // repeats of the epochs' order.
     Each epoch is a fresh permutation of all videos, seeded, and the next follows at once: a batch
@@ -99,6 +102,7 @@ def train_batches(
       start_step: global batches delivered before, `state()["step"]` of the iterator to go on from.
       groups: which groups of a global batch this host makes, of train.batch_size / grid_group; all
         by default.
+      lessons: what a teacher has made of the clips before.
 
     Raises:
       UserError: no videos; a batch size that does not divide into groups, or groups not into
@@ -115,11 +119,14 @@ def train_batches(
         group=group,
         repeats=config.data.repeats,
         augment=config.data.augment,
+        period=plan_groups(config, source),
+        lessons=lessons,
     )
     _check_multiple("config.train.batch_size of data.grid_group", config.train.batch_size, group)
     whole = config.train.batch_size // group
     share = HostShare(items, whole, groups, start_step)
     item_bytes = group * items.capacity * PATCH_VALUES
+    item_bytes += group * lessons.bytes_a_clip if lessons else 0
     return Batches(share, share.per_batch, config.data.workers, item_bytes, start_step)
 
 
@@ -244,6 +251,8 @@ class TrainGroups(Sequence[Arrays]):
     group: int  # clips that share a grid
     repeats: int  # clips of one decoded video
     augment: ConfigDict  # section data.augment
+    period: int = 0  # groups after which they repeat; 0: never
+    lessons: Lessons | None = None
     open_video: Callable[..., Any] = open_clip
 
     def __post_init__(self):
@@ -261,6 +270,7 @@ class TrainGroups(Sequence[Arrays]):
         return 2**62
 
     def __getitem__(self, number: int) -> Arrays:
+        number = number % self.period if self.period else number
         grid = grid_of_group(self.grids, self.seed, number)
         samples = np.arange(number * self.group, (number + 1) * self.group)
         patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
@@ -278,6 +288,7 @@ class TrainGroups(Sequence[Arrays]):
             "label": np.array(labels, np.int32),
             "index": samples,
             "failure": np.array(failures, np.str_),
+            **(self.lessons.read(samples) if self.lessons else {}),
         }
 
     def _read_or_replace(

@@ -21,6 +21,8 @@ Mask = Literal["attention", "attention_topk", "random"]
 MASKS: tuple[str, ...] = get_args(Mask)
 TEACHER = "teacher"  # scope of the teacher's instructions in a compiled program
 DECODERS = "decoders"  # where the trained parameters have them
+# What a batch has where the teacher was asked before.
+CACHED = ("teacher_index", "teacher_attention", "teacher_pooled", "teacher_middle")
 
 
 class Lesson(NamedTuple):
@@ -109,24 +111,28 @@ class Distillation:
         (through_tables,) = to_tables(by_position)
         return jax.tree.map(jnp.add, gradients, through_tables), metrics
 
-    @jax.named_scope(TEACHER)
+    def cached_lesson(self, frozen: dict, batch: dict) -> dict:
+        """What a cache keeps of B clips, by which `gradients` then goes in place of a teacher.
+
+        batch: patches uint8 [B, P, 588], grid int32 [B, 3]. Returns arrays [B, ...]: "index", the
+        patches that the teacher saw, and its features; two-byte numbers as their bits, uint16.
+        """
+        patches = fluxvit.normalise(batch["patches"], jnp.dtype(self.dtype))
+        grids = batch["grid"].reshape(-1, self.group, 3)[:, 0]
+        kept, seen = self._see({}, frozen, patches, batch["grid"], grids, None)
+        middle = jnp.moveaxis(seen.middle, 0, 1)
+        if middle.dtype.itemsize == 2:
+            middle = jax.lax.bitcast_convert_type(middle, jnp.uint16)
+        return dict(zip(CACHED, (kept.index, seen.attention, seen.pooled, middle), strict=True))
+
     def _lesson(self, params, frozen, batch, grids, select_keys, mask_keys) -> Lesson:
         """The teacher's selection and features, and the order in which students get its tokens."""
         patches = fluxvit.normalise(batch["patches"], jnp.dtype(self.dtype))
-        teacher = fluxvit.merge(self.teacher, frozen)
-        scorer = teacher if self.scored_by == "teacher" else self._student(params)
-        kept = selection.select(
-            jax.lax.stop_gradient(scorer.patch_embed(patches)),
-            batch["grid"],
-            self.tokens,
-            self.limits,
-            kind=self.selector,
-            groups=self.groups,
-            key=select_keys,
-        )
+        if CACHED[0] in batch:
+            kept, seen = self._remembered(batch)
+        else:
+            kept, seen = self._see(params, frozen, patches, batch["grid"], grids, select_keys)
         chosen = fluxvit.take(patches, kept)
-        position = teacher.position(grids, kept.index, self.limits)
-        seen = teacher.features(chosen, position, kept, tuple(block for _, block in self.pairs))
         order = self._order(seen.attention, mask_keys)
         rows = sequence.behind_cls(1 + order)  # CLS stays the first
         return Lesson(
@@ -135,6 +141,34 @@ class Distillation:
             middle=jnp.take_along_axis(seen.middle, rows[None, ..., None], axis=2),
             pooled=seen.pooled,
         )
+
+    def _remembered(self, batch) -> tuple[Selection, fluxvit.Features]:
+        """As `_see`, from what `cached_lesson` has returned."""
+        index, attention, pooled, middle = (batch[name] for name in CACHED)
+        if middle.dtype == jnp.uint16:
+            middle = jax.lax.bitcast_convert_type(middle, jnp.dtype(self.dtype))
+        middle = jnp.moveaxis(middle, 1, 0)
+        return Selection(index, None), fluxvit.Features(middle, pooled, attention)
+
+    @jax.named_scope(TEACHER)
+    def _see(
+        self, params, frozen, patches, grid, grids, keys
+    ) -> tuple[Selection, fluxvit.Features]:
+        """What the selector leaves of clips for the teacher, and what it makes of that."""
+        teacher = fluxvit.merge(self.teacher, frozen)
+        scorer = teacher if self.scored_by == "teacher" else self._student(params)
+        kept = selection.select(
+            jax.lax.stop_gradient(scorer.patch_embed(patches)),
+            grid,
+            self.tokens,
+            self.limits,
+            kind=self.selector,
+            groups=self.groups,
+            key=keys,
+        )
+        position = teacher.position(grids, kept.index, self.limits)
+        blocks = tuple(block for _, block in self.pairs)
+        return kept, teacher.features(fluxvit.take(patches, kept), position, kept, blocks)
 
     def _order(self, attention: jax.Array, keys: jax.Array) -> jax.Array:
         """The order in which students get the teacher's tokens: int32 [B, N]."""

@@ -1,0 +1,144 @@
+"""What a teacher makes of clips, computed once by `--mode=cache` and read beside the clips.
+
+It pays where the plan of grids, frames and crops repeats (`data.plan_epochs`) and a run, or several
+runs, see each clip of it many times. A folder has
+
+    lessons-00000-of-00009.array_record ...   a record a sample of the plan, in its order
+    cache.json                                 the plan, and the arrays in a record; written last
+
+and is for runs of that plan alone.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
+from ml_collections import ConfigDict
+
+from fluxvit_jax import storage
+from fluxvit_jax.config import config_difference
+from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.errors import UserError
+
+ABOUT = "cache.json"
+
+Arrays = dict[str, np.ndarray]
+Fields = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype of one clip's
+
+
+def plan_groups(config: ConfigDict, source: Source) -> int:
+    """Groups of clips after which the plan repeats; 0 where it never does."""
+    data = config.data
+    return data.plan_epochs * len(source) * data.repeats // data.grid_group
+
+
+def plan_of(config: ConfigDict, source: Source) -> dict[str, Any]:
+    """All that decides which clips there are, and what the teacher makes of them."""
+    data, model, distill = config.data, config.model, config.distill.to_dict()
+    teacher = ("network", "frames", "resolution", "gelu", "tokens", "teacher_blocks")
+    return {
+        "videos": source.fingerprint,
+        "seed": config.seed,
+        "data": {
+            "grids": data.grids.to_dict(),
+            "augment": data.augment.to_dict(),
+            **{name: data[name] for name in ("grid_group", "repeats", "plan_epochs")},
+        },
+        "model": {"cls": model.cls, "dtype": model.dtype, "selector": model.selector.to_dict()},
+        "distill": {name: distill[name] for name in teacher},
+    }
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"lessons-{number:05d}-of-{count:05d}.array_record"
+
+
+def pack(lesson: Mapping[str, np.ndarray], fields: Fields) -> bytes:
+    """The record of one clip."""
+    return b"".join(np.ascontiguousarray(lesson[name]).tobytes() for name in fields)
+
+
+@dataclasses.dataclass
+class Lessons:
+    """A finished cache: `read` gives the arrays of samples, by their numbers in the plan."""
+
+    paths: list[str]
+    fields: Fields
+
+    def read(self, samples: np.ndarray) -> Arrays:
+        """Arrays [n, ...] of the fields. Raises UserError where a shard is damaged."""
+        try:
+            records = self._records.__getitems__([int(sample) for sample in samples])
+        except (RuntimeError, IndexError, ValueError) as error:  # what array_record raises
+            raise UserError(f"{self.paths[0]} and others: cannot be read: {error}") from error
+        unpacked = [self._unpack(record) for record in records]
+        return {name: np.stack([own[name] for own in unpacked]) for name in self.fields}
+
+    @property
+    def bytes_a_clip(self) -> int:
+        return sum(_size(*field) for field in self.fields.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files, for worker processes."""
+        return {"paths": self.paths, "fields": self.fields}
+
+    @cached_property
+    def _records(self) -> ArrayRecordDataSource:
+        return ArrayRecordDataSource(self.paths)
+
+    def _unpack(self, record: bytes) -> Arrays:
+        if len(record) != self.bytes_a_clip:
+            raise ValueError(f"a record of {len(record)} bytes, not {self.bytes_a_clip}")
+        arrays, place = {}, 0
+        for name, (shape, dtype) in self.fields.items():
+            end = place + _size(shape, dtype)
+            arrays[name] = np.frombuffer(record[place:end], dtype).reshape(shape)
+            place = end
+        return arrays
+
+
+def open_lessons(config: ConfigDict, source: Source) -> Lessons | None:
+    """The cache of `distill.cache`; None without one.
+
+    Raises UserError: there is none, it is not finished or damaged, or of another plan.
+    """
+    if not config.distill.cache:
+        return None
+    folder = storage.path_of(config.distill.cache)
+    about = read_about(folder)
+    if about is None:
+        raise UserError(
+            f"config.distill.cache: {folder} holds no finished cache; make one with --mode=cache"
+        )
+    check_plan(folder, about, plan_of(config, source))
+    paths = [folder / shard_name(number, about["shards"]) for number in range(about["shards"])]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+    fields = {name: (tuple(shape), dtype) for name, (shape, dtype) in about["fields"].items()}
+    return Lessons([str(path) for path in paths], fields)
+
+
+def read_about(folder: epath.Path) -> dict[str, Any] | None:
+    """What `cache.json` says; None where there is none. Raises UserError if it is damaged."""
+    path = folder / ABOUT
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def check_plan(folder: epath.Path, about: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Raises UserError where a cache was made with another plan."""
+    if differs := config_difference(about["plan"], plan):
+        raise UserError(f"{folder} was made with another plan ({'; '.join(differs)})")
+
+
+def _size(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
