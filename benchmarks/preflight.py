@@ -1,12 +1,12 @@
-"""What the TPU compiler says of training on slices of each TPU: README's table of the pre-flight.
+"""What the TPU compiler says of training on slices of each TPU: README's tables of the pre-flight.
 
     python -m benchmarks.preflight [--out=preflight] [--only=TEXT]
 
 Rows are networks, slices, clips a chip and forms of the blocks; each is the training step of
-`configs/k400.py` with three budgets, bfloat16 and AdamW in float32, compiled by libtpu in a process
-of its own. Finished rows are kept in OUT, so it can be stopped and started again; the table has
-what there is. About 3 to 4 minutes a row on two idle cores, and 10 where the largest batch is
-sought.
+`configs/k400.py` (three budgets) or `configs/pretrain.py` (three students and a teacher), with
+bfloat16 and AdamW in float32, compiled by libtpu in a process of its own. Finished rows are kept in
+OUT, so it can be stopped and started again; the tables have what there is. About 3 to 4 minutes a
+row on two idle cores, and 10 where the largest batch is sought.
 
     --only=TEXT  rows whose name has the text, such as "B v5e" or "16x16"
     --row=NAME   the row of that name only, in this process
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ from fluxvit_jax import atomic
 from fluxvit_jax.config import load_config
 from fluxvit_jax.errors import ArgumentParser, UserError
 
-VIDEOS = 240_000  # of Kinetics-400 to train on, about
+# To train on: of Kinetics-400, about; of K-Mash, on which InternVideo2's students were distilled.
+VIDEOS = {"k400": 240_000, "pretrain": 1_100_000}
 RECIPES = {"S": "small", "B": "base", "L": "large"}
 GROUP = 8  # clips that share a grid, unless a chip has fewer
 TABLE = "preflight.json"
@@ -33,7 +35,8 @@ class Row(NamedTuple):
     """A line of the table.
 
     form: of the blocks, "scan" or "unrolled"; remat: `model.remat`; fsdp: chips that the training
-    state is cut over; largest: whether the largest batch is sought as well.
+    state is cut over; largest: whether the largest batch is sought as well; recipe: a file of
+    `configs`.
     """
 
     variant: str
@@ -43,11 +46,13 @@ class Row(NamedTuple):
     remat: str = "names"
     fsdp: int = 1
     largest: bool = False
+    recipe: str = "k400"
 
     @property
     def name(self) -> str:
         cut = f" fsdp {self.fsdp}" if self.fsdp > 1 else ""
-        return f"{self.variant} {self.topology} {self.clips} {self.form} {self.remat}{cut}"
+        start = "" if self.recipe == "k400" else f"{self.recipe} "
+        return f"{start}{self.variant} {self.topology} {self.clips} {self.form} {self.remat}{cut}"
 
     def overrides(self, chips: int) -> list[str]:
         """Of the recipe, on so many chips."""
@@ -81,6 +86,10 @@ ROWS = (
     # A whole pod of v5e.
     Row("B", "v5e:16x16", 4, "scan"),
     Row("B", "v5e:16x16", 4, "scan", fsdp=16),
+    # Pre-training from InternVideo2-1B, 2048 clips a step.
+    Row("B", "v5e:16x16", 8, fsdp=16, largest=True, recipe="pretrain"),
+    Row("B", "v5e:16x16", 8, "scan", fsdp=16, recipe="pretrain"),
+    Row("B", "v5p:4x4x8", 16, fsdp=16, recipe="pretrain"),
 )
 
 
@@ -122,8 +131,9 @@ def compiled(row: Row) -> dict[str, Any]:
 
     (where,) = topology.parse(row.topology)
     (devices,) = topology.open_devices([where])
-    config = load_config(f"configs/k400.py:{RECIPES[row.variant]}", row.overrides(len(devices)))
-    clip = ClipCost(cpu_seconds=0.0, bytes=0.0, measured_on="nothing", videos=VIDEOS)
+    recipe = f"configs/{row.recipe}.py:{RECIPES[row.variant]}"
+    config = load_config(recipe, row.overrides(len(devices)))
+    clip = ClipCost(0.0, 0.0, measured_on="nothing", videos=VIDEOS[row.recipe])
     return preflight.check(config, where, devices, clip, settings=())
 
 
@@ -138,23 +148,29 @@ def file_of(row: Row, out: Path) -> Path:
 
 
 def tabulate(out: Path) -> str:
-    """The table of the rows that are finished, as Markdown; writes it with all numbers as JSON."""
+    """Tables of the rows that are finished, as Markdown; writes them with all numbers as JSON."""
     found = {
         row.name: json.loads(file_of(row, out).read_text())["report"]
         for row in ROWS
         if file_of(row, out).exists()
     }
     atomic.write(out / TABLE, json.dumps(found, indent=1) + "\n")
-    lines = [
-        "| model | slice | clips a chip | form | HBM, GiB | est. MFU | compile CPU s "
-        "| largest clips a chip (MFU) | est. chip hours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [line(row, found[row.name]) for row in ROWS if row.name in found]
-    return "\n".join(lines)
+    tables = []
+    for recipe in VIDEOS:
+        rows = [row for row in ROWS if row.name in found and row.recipe == recipe]
+        cells = [cells_of(row, found[row.name]) for row in rows]
+        if cells:
+            tables += ["", _line(cells[0]), "|---" * len(cells[0]) + "|"]
+            tables += [_line(own.values()) for own in cells]
+    return "\n".join(tables)
 
 
-def line(row: Row, report: dict[str, Any]) -> str:
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def cells_of(row: Row, report: dict[str, Any]) -> dict[str, str]:
+    """What a row says, by the heads of the columns."""
     from fluxvit_jax.preflight.target import TRAIN
 
     training = report["programs"][TRAIN]
@@ -163,14 +179,21 @@ def line(row: Row, report: dict[str, Any]) -> str:
     used = "does not compile" if memory["used"] is None else f"{memory['used'] / 2**30:.1f}"
     if memory["used"] is not None and not training["fits"]:
         used += " does not fit"
-    cells = [
-        *(row.variant, row.topology, str(row.clips), form, used),
-        f"{estimate['mfu']:.0%}" if estimate else "",
-        f"{training['compile_cpu_seconds']:.0f}",
-        largest(report.get("largest_batch")),
-        f"{report['schedule']['chip_hours']:.0f}" if estimate else "",
-    ]
-    return f"| {' | '.join(cells)} |"
+    cells = {
+        "model": row.variant,
+        "slice": row.topology,
+        "clips a chip": str(row.clips),
+        "form": form,
+        "HBM, GiB": used,
+        "est. MFU": f"{estimate['mfu']:.0%}" if estimate else "",
+        "compile CPU s": f"{training['compile_cpu_seconds']:.0f}",
+        "largest clips a chip (MFU)": largest(report.get("largest_batch")),
+        "est. chip hours": f"{report['schedule']['chip_hours']:.0f}" if estimate else "",
+    }
+    if row.recipe == "pretrain":
+        share = f"{estimate['teacher_share']:.0%}" if estimate else ""
+        cells["the teacher's share"] = share
+    return cells
 
 
 def largest(report: dict[str, Any] | None) -> str:

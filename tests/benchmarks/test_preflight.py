@@ -1,5 +1,6 @@
 """The table of the pre-flight: rows are configs that go with their slices; what is done stays."""
 
+import json
 import math
 
 import pytest
@@ -29,7 +30,7 @@ REPORT = {
 def test_rows_go_with_their_slices(row):
     (where,) = topology.parse(row.topology)
     chips = math.prod(where.shape)
-    recipe = f"configs/k400.py:{preflight.RECIPES[row.variant]}"
+    recipe = f"configs/{row.recipe}.py:{preflight.RECIPES[row.variant]}"
     config = load_config(recipe, row.overrides(chips))
     check_batch_size(config, chips)
     assert config.model.variant == row.variant
@@ -52,13 +53,26 @@ def test_the_table_has_what_is_finished(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(preflight.subprocess, "run", no_process)
     assert preflight.main([f"--out={tmp_path}", f"--only={first.name}"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[2] == (
         f"| {first.variant} | {first.topology} | {first.clips} | {first.form}, remat {first.remat} "
         "| 4.2 | 47% | 251 | 16 (45%) | 10 |"
     )
     assert f"FSDP over {second.fsdp} | 20.0 does not fit |  | 9 |  |  |" in lines[3]
     assert len(lines) == 4 and (tmp_path / preflight.TABLE).exists()
+
+
+def test_pretraining_has_a_table_of_its_own(tmp_path):
+    """With the share of the cycles that the teacher takes."""
+    row = next(row for row in preflight.ROWS if row.recipe == "pretrain")
+    taught = json.loads(json.dumps(REPORT))
+    taught["programs"]["training step"]["estimate"]["teacher_share"] = 0.425
+    preflight.write(preflight.ROWS[0], REPORT, tmp_path)
+    preflight.write(row, taught, tmp_path)
+    first, second = preflight.tabulate(tmp_path).strip().split("\n\n")
+    assert "share" not in first and len(first.splitlines()) == 3
+    assert second.splitlines()[0].endswith("| the teacher's share |")
+    assert second.endswith("| 16 (45%) | 10 | 42% |")
 
 
 def test_an_unknown_row():
