@@ -23,6 +23,7 @@ from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.lessons import (
     ABOUT,
     check_plan,
+    check_teacher,
     pack,
     plan_groups,
     plan_of,
@@ -32,7 +33,6 @@ from fluxvit_jax.data.lessons import (
 from fluxvit_jax.data.pipeline import train_batches, training_source
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import progress_bar
-from fluxvit_jax.objectives.distillation import Distillation
 from fluxvit_jax.step import make_objective
 
 SHARD_BYTES = 200 << 20  # about
@@ -53,20 +53,34 @@ def run(config: ConfigDict, _: str | None = None) -> int:
                 f"config.data.plan_epochs: {config.data.plan_epochs} epochs of {len(source)} "
                 f"videos make no group of {config.data.grid_group} clips"
             )
-        if (about := read_about(storage.path_of(folder))) is not None:
-            check_plan(storage.path_of(folder), about, plan)
-            parallel.say(f"{folder} is finished: {about['samples']} samples")
-            return 0
+        if (before := read_about(storage.path_of(folder))) is not None:
+            check_plan(storage.path_of(folder), before, plan)
+            check_teacher(storage.path_of(folder), before, config)
+            if before["finished"]:
+                parallel.say(f"{folder} is finished: {before['samples']} samples")
+                return 0
+        folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(config, source, folder, groups)
+    about = {
+        "finished": False,
+        "plan": plan,
+        "teacher": config.distill.teacher,
+        "samples": groups * config.data.grid_group,
+        "shards": writer.shards,
+        "fields": distill.lesson_fields(config),
+    }
+    _note(folder, about)  # before the first shard, or one of another plan might be taken for ours
     writer.write_missing()
     distributed.meet()
-    if parallel.host_index() == 0:
-        samples = groups * config.data.grid_group
-        fields = distill.lesson_fields(config)
-        about = {"plan": plan, "samples": samples, "shards": writer.shards, "fields": fields}
-        atomic.write(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-        print(f"{samples} samples in {writer.shards} shards written to {folder}")
+    _note(folder, about | {"finished": True})
+    parallel.say(f"{about['samples']} samples in {writer.shards} shards written to {folder}")
     return 0
+
+
+def _note(folder: Path, about: dict) -> None:
+    if parallel.host_index() == 0:
+        atomic.write(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    distributed.meet()
 
 
 def _check(config: ConfigDict) -> None:
@@ -95,7 +109,6 @@ class _Writer:
         self.shards = -(-self._samples // (self._steps * batch))
 
     def write_missing(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         own = range(parallel.host_index(), self.shards, parallel.host_count())
         paths = {number: self._folder / shard_name(number, self.shards) for number in own}
         missing = [number for number, path in paths.items() if not path.exists()]
@@ -136,7 +149,6 @@ class _Writer:
 def _compiled(config: ConfigDict, mesh: Mesh) -> Callable:
     """(frozen, {"patches", "grid"}) -> the arrays of `distill.lesson_fields`, [B, ...]."""
     objective = make_objective(config, admissible_grids(config), parallel.platform_of(mesh))
-    assert isinstance(objective, Distillation)
     everywhere = jax.tree.map(lambda x: x.sharding, distill.abstract_teacher(config, mesh))
     cut = parallel.by_clip(mesh)
     return jax.jit(

@@ -27,6 +27,7 @@ from fluxvit_jax.config import (
 from fluxvit_jax.distill import block_pairs
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.selection import SELECTORS, Rounding
+from fluxvit_jax.objectives.distillation import MASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -351,6 +352,7 @@ def test_only_the_group_dynamic_selector_has_groups():
 
 def test_the_selectors_of_the_config_are_those_of_the_network():
     assert CHOICES["model.selector.kind"] == SELECTORS
+    assert CHOICES["distill.mask"] == MASKS
     assert CHOICES["model.selector.rounding"] == get_args(Rounding)
 
 

@@ -214,7 +214,8 @@ def test_caching_goes_on_where_it_stopped(cached, tmp_path, capsys, monkeypatch)
     shards = sorted(folder.glob("*.array_record"))
     before = shards[1].read_bytes()
     shards[1].unlink()
-    (folder / "cache.json").unlink()
+    about = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps(about | {"finished": False}))
     config = cached.copy_and_resolve_references()
     config.distill.cache = str(folder)
     assert "holds no finished cache; make one with --mode=cache" in refused(config, tmp_path)
@@ -277,6 +278,13 @@ def test_what_cannot_be_cached(tiny_data, data):
     assert "nothing to cache" in refused_by(cache.run, tiny.make_config(tiny_data))
     untaught = tiny.make_pretraining(tiny_data, "", distill__cache="x", data__plan_epochs=1)
     assert "no teacher: add" in refused_by(cache.run, untaught)
+
+
+def test_a_cache_of_another_teacher_is_refused(cached, tmp_path):
+    config = cached.copy_and_resolve_references()
+    config.distill.teacher = str(tmp_path / "other")
+    for message in (refused(config, tmp_path), refused_by(cache.run, config)):
+        assert "was made by the teacher" in message and "name none" in message
 
 
 def refused_by(function, *arguments) -> str:

@@ -92,7 +92,7 @@ def open_source(
       UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
         or a shard, or has a label out of range; a bucket that cannot be read.
     """
-    folder, split = _split_of(path)
+    folder, split = split_of(path)
     if _is_prepared(folder):
         return _open_prepared(folder, split, classes)
     examples = read_annotations(path, root, classes, labelled)
@@ -399,7 +399,7 @@ def _inside(path: epath.Path, number: int, text: str, root: str) -> str:
     return name
 
 
-def _split_of(path: str | os.PathLike) -> tuple[str, str | None]:
+def split_of(path: str | os.PathLike) -> tuple[str, str | None]:
     """`FOLDER:SPLIT` in its two parts; the split is None where there is none."""
     match = re.fullmatch(r"(.+):(\w+)", os.fspath(path))
     return (match[1], match[2]) if match else (os.fspath(path), None)

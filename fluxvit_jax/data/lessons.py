@@ -4,7 +4,7 @@ It pays where the plan of grids, frames and crops repeats (`data.plan_epochs`) a
 runs, see each clip of it many times. A folder has
 
     lessons-00000-of-00009.array_record ...   a record a sample of the plan, in its order
-    cache.json                                 the plan, and the arrays in a record; written last
+    cache.json                                 the plan, the teacher, and the arrays in a record
 
 and is for runs of that plan alone.
 """
@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fluxvit_jax import storage
-from fluxvit_jax.config import config_difference
+from fluxvit_jax.config import REQUIRED, config_difference
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.errors import UserError
 
@@ -112,11 +112,13 @@ def open_lessons(config: ConfigDict, source: Source) -> Lessons | None:
         return None
     folder = storage.path_of(config.distill.cache)
     about = read_about(folder)
-    if about is None:
+    if about is not None:
+        check_plan(folder, about, plan_of(config, source))
+        check_teacher(folder, about, config)
+    if about is None or not about["finished"]:
         raise UserError(
             f"config.distill.cache: {folder} holds no finished cache; make one with --mode=cache"
         )
-    check_plan(folder, about, plan_of(config, source))
     paths = [folder / shard_name(number, about["shards"]) for number in range(about["shards"])]
     for path in paths:
         if not path.exists():
@@ -138,6 +140,16 @@ def check_plan(folder: epath.Path, about: Mapping[str, Any], plan: Mapping[str, 
     """Raises UserError where a cache was made with another plan."""
     if differs := config_difference(about["plan"], plan):
         raise UserError(f"{folder} was made with another plan ({'; '.join(differs)})")
+
+
+def check_teacher(folder: epath.Path, about: Mapping[str, Any], config: ConfigDict) -> None:
+    """Raises UserError where a cache was made by another teacher than the one that is named."""
+    named = config.distill.teacher
+    if named not in ("", REQUIRED, about["teacher"]):
+        raise UserError(
+            f"{folder} was made by the teacher {about['teacher']}, not {named}; to take it all the "
+            "same, name none: --config.distill.teacher="
+        )
 
 
 def _size(shape: tuple[int, ...], dtype: str) -> int:

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 
 from fluxvit_jax import storage
-from fluxvit_jax.data.annotations import Record, Source, open_source, text_of
+from fluxvit_jax.data.annotations import Record, Source, open_source, split_of, text_of
 from fluxvit_jax.errors import UserError
 
 COLUMNS = ("list", "root", "weight", "flip")
@@ -115,8 +115,8 @@ def open_mixture(path: str | os.PathLike, root: str | os.PathLike | None = None)
 
 
 def _is_mixture(path: str | os.PathLike) -> bool:
-    if not os.fspath(path) or storage.is_folder(storage.path_of(path)) or ":" in os.fspath(path):
-        return False  # FOLDER:SPLIT too
+    if not os.fspath(path) or split_of(path)[1] or storage.is_folder(storage.path_of(path)):
+        return False
     return text_of(path).split("\n", 1)[0].split(",")[0].strip() == COLUMNS[0]
 
 

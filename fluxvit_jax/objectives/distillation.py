@@ -114,8 +114,9 @@ class Distillation:
     def cached_lesson(self, frozen: dict, batch: dict) -> dict:
         """What a cache keeps of B clips, by which `gradients` then goes in place of a teacher.
 
-        batch: patches uint8 [B, P, 588], grid int32 [B, 3]. Returns arrays [B, ...]: "index", the
-        patches that the teacher saw, and its features; two-byte numbers as their bits, uint16.
+        batch: patches uint8 [B, P, 588], grid int32 [B, 3]. Returns arrays [B, ...] by the names of
+        `CACHED`: the places that the teacher saw, and its features; two-byte numbers as their bits,
+        uint16, which every reader of files knows.
         """
         patches = fluxvit.normalise(batch["patches"], jnp.dtype(self.dtype))
         grids = batch["grid"].reshape(-1, self.group, 3)[:, 0]
