@@ -161,7 +161,7 @@ def test_the_recipe_of_pretraining(variant):
         ("train.mixup=0.8", "config.train.mixup: distillation has no such thing"),
         ("data.validation=val.csv", "no classifier that could be evaluated"),
         ("data.held_out=0.1", "leaves no videos out"),
-        ("data.grids.tokens=(1024, 4096)", "1152 tokens cannot fill the teacher's 2048"),
+        ("data.grids.tokens=(1024, 4096)", "1024 tokens cannot fill the teacher's 2048"),
         ("train.budgets=(3072, 2048)", "cannot see 3072 of the teacher's 2048"),
         ("model.selector.rounding=official", "exact budgets only"),
         ("distill.teacher_blocks=(23, 26, 29, 33, 36, 40)", "of 40 from 0 to 39"),
