@@ -12,7 +12,7 @@ Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
 Hardware: the official script uses 64 GPUs. On a TPU v5e-16 about 0.4 h (small), 0.6 h (base) or 2.2
-h (large); base as released, 2 h. An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 %
+h (large); base as released, 2 h. An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 44, 53 and 45 %
 of the chip's peak that the TPU compiler estimates (README). On TPU add --config.model.cls=inside:
 one token more than the budget costs a tenth more. Where a batch does not fit,
 --config.train.accumulate=2 or more; --mode=preflight tells.

@@ -11,7 +11,7 @@ Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
 Hardware: on a TPU v5e-16 about 0.9 h (small), 1.3 h (base) or 5 h (large) for 530 thousand videos.
-An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 % of the chip's peak that the TPU
+An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 44, 53 and 45 % of the chip's peak that the TPU
 compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
 costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
 --mode=preflight tells.

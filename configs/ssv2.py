@@ -12,7 +12,7 @@ Sources: "script" is full_tuning/ssv2/S14_ft_ssv2_f8.sh of InternVideo2, "parser
 its run_finetuning.py, "official code" FluxViT's, "table" of the paper (arXiv 2503.14237).
 
 Hardware: on a TPU v5e-16 about 3.3 h (small), 8 h (base) or 31 h (large) for 169 thousand videos.
-An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 43, 52 and 45 % of the chip's peak that the TPU
+An estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 44, 53 and 45 % of the chip's peak that the TPU
 compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
 costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
 --mode=preflight tells.
