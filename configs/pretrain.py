@@ -39,7 +39,7 @@ def get_config(argument: str = "base") -> ConfigDict:
 
     config.model.classes = NO_CLASSES
     config.model.drop_path = 0.05  # table
-    # Blocks scanned: with all parameters cut over a slice, the TPU compiler is done with them in four
+    # Blocks scanned: with parameters cut over a slice the TPU compiler is done with them in four
     # minutes, and with unrolled ones not in twenty. Remat by names, as in fine-tuning.
     config.model.scan = True
     config.model.remat = "names"
