@@ -22,7 +22,7 @@ import pytest
 from etils import epath
 
 from fluxvit_jax import atomic, storage
-from fluxvit_jax.data.annotations import open_source, read_class_names, videos_below
+from fluxvit_jax.data.annotations import Record, open_source, read_class_names, videos_below
 from fluxvit_jax.data.decode import DecodeError, Video
 from fluxvit_jax.data.prepare import Prepared, prepare
 from fluxvit_jax.errors import UserError
@@ -140,7 +140,7 @@ def put(path: str, content: str | bytes = b"") -> epath.Path:
 def test_a_list_in_a_bucket_is_the_same_list(emulator, data, tiny_data):
     local, remote = open_source(tiny_data / "train.csv"), open_source(f"{data}/train.csv")
     assert remote.ids == local.ids
-    assert remote[3] == ("3.mp4", 3, f"{data}/3.mp4")
+    assert remote[3] == Record("3.mp4", 3, f"{data}/3.mp4")
     before = emulator.requests(".mp4")
     assert remote.fingerprint == local.fingerprint
     assert emulator.requests(".mp4") == before  # all sizes come from a list of the folder

@@ -102,9 +102,9 @@ def test_another_config_is_refused(finished, tiny_data):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp_path):
-    """Five kills anywhere, then SIGTERM; two workers, where the undisturbed run has none."""
+    """Three kills anywhere, then SIGTERM; two workers, where the undisturbed run has none."""
     workdir = tmp_path / "run"
-    ends = sorted(random.sample(range(1, STEPS - 3), 5))
+    ends = sorted(random.sample(range(1, STEPS - 3), 3))
     print("killed at", ends)
     for end, number in [*((end, signal.SIGKILL) for end in ends), (STEPS - 2, signal.SIGTERM)]:
         process = tiny.start(tiny_data, workdir, compiled, "--config.data.workers=2")
