@@ -163,9 +163,12 @@ def abstract_teacher(config: ConfigDict, mesh: Mesh) -> Tree:
     """Shapes of the teacher's parameters, and where they lie: cut as those that are trained.
 
     Kernels are in the dtype of the computation, as they are read by it.
+
+    Raises UserError if a side of the mesh does not divide what is cut along it.
     """
     teacher = teacher_config(config)
     shapes = jax.eval_shape(lambda: _params(make_network(teacher, nnx.Rngs(0))))
+    sharding.check(config, shapes, mesh, kind(teacher))
 
     def stored(path: tuple, leaf: Any, own: NamedSharding) -> jax.ShapeDtypeStruct:
         dtype = config.model.dtype if path[-1].key == "kernel" else jnp.float32

@@ -71,31 +71,34 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     )
 
 
-def check(config: ConfigDict, params: Tree, mesh: Mesh) -> None:
+def check(config: ConfigDict, params: Tree, mesh: Mesh, teacher: str = "") -> None:
     """Raises UserError if a side of the mesh does not divide what is cut along it.
 
-    params: arrays or their shapes.
+    params: arrays or their shapes, of the network that is trained, or of a teacher of the kind
+    that `RULES` names.
     """
+    network = config.distill.network if teacher else f"FluxViT-{config.model.variant}"
 
     def check_leaf(path: tuple, leaf: jax.ShapeDtypeStruct) -> None:
-        for size, axis in zip(leaf.shape, spec(_name(path)), strict=False):
+        name = f"{teacher}/{_name(path)}"
+        for size, axis in zip(leaf.shape, spec(name), strict=False):
             if axis and size % mesh.shape[axis]:
                 raise UserError(
                     f"config.parallel.mesh.{axis}: {mesh.shape[axis]} does not divide {size} of "
-                    f"{_name(path)} in FluxViT-{config.model.variant}; {_nearest(size, axis, mesh)}"
+                    f"{_name(path)} in {network}; {_nearest(size, axis, mesh)}"
                 )
 
-    _check_heads(params, mesh, config)
+    _check_heads(params, mesh, network)
     jax.tree_util.tree_map_with_path(check_leaf, params)
 
 
-def _check_heads(params: Tree, mesh: Mesh, config: ConfigDict) -> None:
+def _check_heads(params: Tree, mesh: Mesh, network: str) -> None:
     """Said before any tensor: the number of heads is what a user knows of."""
     heads, tensor = params["blocks"]["attn"]["qkv"]["kernel"].shape[3], mesh.shape["tensor"]
     if heads % tensor:
         raise UserError(
             f"config.parallel.mesh.tensor: {tensor} does not divide the {heads} heads of "
-            f"FluxViT-{config.model.variant}; {_nearest(heads, 'tensor', mesh)}"
+            f"{network}; {_nearest(heads, 'tensor', mesh)}"
         )
 
 

@@ -6,11 +6,12 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from fluxvit_jax import optim, sharding
+from fluxvit_jax import distill, optim, sharding
 from fluxvit_jax.config import default_config
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.parallel import AXES, mesh_shape
 from fluxvit_jax.state import abstract_params
+from tests import tiny
 
 VARIANTS = ("S", "B", "L")
 # path: spec, shape of S, of B, of L
@@ -168,3 +169,14 @@ def test_the_side_that_is_left_open_follows():
     config.parallel.mesh.update(data=-1, fsdp=1, tensor=3)
     with pytest.raises(UserError, match=r"tensor=3 does not divide the 8 devices .* is 2 would"):
         mesh_shape(config, 8)
+
+
+def test_a_mesh_that_does_not_divide_the_teacher():
+    config = tiny.make_pretraining("", "")
+    for sides, message in [
+        ((1, 32, 1), r"mesh.fsdp: 32 does not divide 48 of .* in InternVideo2-Ti; fsdp=16 does"),
+        ((1, 1, 8), r"mesh.tensor: 8 does not divide the 4 heads of InternVideo2-Ti; tensor=4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            distill.abstract_teacher(config, mesh_of(*sides))
+    distill.abstract_teacher(config, mesh_of(2, 4, 2))
