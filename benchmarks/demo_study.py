@@ -83,14 +83,14 @@ def report(results: dict[str, list[dict[int, float]]], out: Path) -> None:
     lines.append("|---" * (len(BUDGETS) + 2) + "|")
     for name, seeds in results.items():
         if seeds:
-            cells = [
-                f"{statistics.mean(s[b] for s in seeds):.1f} "
-                f"({min(s[b] for s in seeds):.1f}-{max(s[b] for s in seeds):.1f})"
-                for b in BUDGETS
-            ]
+            cells = [mean_and_range([own[b] for own in seeds]) for b in BUDGETS]
             lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     out.mkdir(parents=True, exist_ok=True)
     (out / "study.md").write_text("\n".join(lines) + "\n")
+
+
+def mean_and_range(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ stopped and started again. About 15 minutes a seed on two idle cores, and 5 for 
 import argparse
 import csv
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.demo import data_flags, run
+from benchmarks.demo_study import mean_and_range
 
 LABELLED = 10  # one in so many clips of each class
 EPOCHS = 60  # of fine-tuning: 900 steps of 16 clips
@@ -127,11 +127,7 @@ def report(
     ]
     for name, seeds in results.items():
         if seeds:
-            cells = [
-                f"{statistics.mean(own[b] for own in seeds):.1f} "
-                f"({min(own[b] for own in seeds):.1f}-{max(own[b] for own in seeds):.1f})"
-                for b in budgets
-            ]
+            cells = [mean_and_range([own[b] for own in seeds]) for b in budgets]
             lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
     (out / "study.md").write_text("\n".join(lines) + "\n")
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -28,6 +27,7 @@ from fluxvit_jax.data.lessons import (
     plan_groups,
     plan_of,
     read_about,
+    record_size,
     shard_name,
 )
 from fluxvit_jax.data.pipeline import train_batches, training_source
@@ -103,9 +103,8 @@ class _Writer:
         self._config, self._source, self._folder = config, source, folder
         self._samples = groups * config.data.grid_group
         self._fields = distill.lesson_fields(config)
-        size = sum(int(np.prod(s)) * np.dtype(d).itemsize for s, d in self._fields.values())
         batch = config.train.batch_size
-        self._steps = max(1, SHARD_BYTES // (size * batch))
+        self._steps = max(1, SHARD_BYTES // (record_size(self._fields) * batch))
         self.shards = -(-self._samples // (self._steps * batch))
 
     def write_missing(self) -> None:

@@ -16,7 +16,14 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax import parallel, sharding
 from fluxvit_jax.budgets import PATCH
-from fluxvit_jax.config import REQUIRED, TEACHERS, VARIANTS, choose_attention, model_config
+from fluxvit_jax.config import (
+    NO_CLASSES,
+    REQUIRED,
+    TEACHERS,
+    VARIANTS,
+    choose_attention,
+    model_config,
+)
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit, layers, sequence
 from fluxvit_jax.models.decoders import Decoders, DecodersConfig
@@ -28,8 +35,6 @@ from fluxvit_jax.objectives.distillation import CACHED, DECODERS, Distillation
 Tree = dict[str, Any]
 
 INTERNVIDEO2, FLUXVIT = "internvideo2", "fluxvit"  # kinds of teachers, as `sharding` names them
-# What a teacher of ours needs for classes alone: as small as it can be, since nothing reads it.
-UNREAD = 1
 
 
 def teacher_config(config: ConfigDict, platform: str = "") -> InternVideo2Config | FluxViTConfig:
@@ -49,7 +54,7 @@ def teacher_config(config: ConfigDict, platform: str = "") -> InternVideo2Config
     kernel = choose_attention(config, platform, sizes["width"] // sizes["heads"])
     if distill.network in TEACHERS:
         return InternVideo2Config(**sizes, **own, attention=kernel)
-    return FluxViTConfig(**sizes, **own, classes=UNREAD, cls=model.cls, attention=kernel)
+    return FluxViTConfig(**sizes, **own, classes=NO_CLASSES, cls=model.cls, attention=kernel)
 
 
 def kind(teacher: InternVideo2Config | FluxViTConfig) -> str:
@@ -152,7 +157,7 @@ def check_teacher_named(config: ConfigDict) -> None:
 
 def fresh_decoders(config: ConfigDict, key: jax.Array) -> Tree:
     """What the student has for its teacher alone, beside its own parameters."""
-    return {DECODERS: _params(Decoders(decoders_config(config), nnx.Rngs(key)))}
+    return {DECODERS: fluxvit.split(Decoders(decoders_config(config), nnx.Rngs(key)))[1]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -167,7 +172,7 @@ def abstract_teacher(config: ConfigDict, mesh: Mesh) -> Tree:
     Raises UserError if a side of the mesh does not divide what is cut along it.
     """
     teacher = teacher_config(config)
-    shapes = jax.eval_shape(lambda: _params(make_network(teacher, nnx.Rngs(0))))
+    shapes = jax.eval_shape(lambda: fluxvit.split(make_network(teacher, nnx.Rngs(0)))[1])
     sharding.check(config, shapes, mesh, kind(teacher))
 
     def stored(path: tuple, leaf: Any, own: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -206,7 +211,8 @@ def _read_fluxvit(source: str) -> tuple[Tree, FluxViTConfig]:
 
     found = files.read(source)
     params = found.params(np.float32)
-    heads = jax.tree.map(lambda leaf: leaf[..., :UNREAD], params["heads"])
+    # Nothing reads the classifier.
+    heads = jax.tree.map(lambda leaf: leaf[..., :NO_CLASSES], params["heads"])
     return params | {"heads": heads}, found.config.model
 
 
@@ -224,7 +230,3 @@ def _check_network(config: ConfigDict, wanted: Any, found: Any) -> None:
             f"{config.distill.teacher}: not the {config.distill.network} that config.distill "
             f"describes: {'; '.join(differs)}"
         )
-
-
-def _params(module: nnx.Module) -> Tree:
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))

@@ -59,6 +59,11 @@ def shard_name(number: int, count: int) -> str:
     return f"lessons-{number:05d}-of-{count:05d}.array_record"
 
 
+def record_size(fields: Fields) -> int:
+    """Bytes of the record of one clip."""
+    return sum(_size(*field) for field in fields.values())
+
+
 def pack(lesson: Mapping[str, np.ndarray], fields: Fields) -> bytes:
     """The record of one clip."""
     return b"".join(np.ascontiguousarray(lesson[name]).tobytes() for name in fields)
@@ -82,7 +87,7 @@ class Lessons:
 
     @property
     def bytes_a_clip(self) -> int:
-        return sum(_size(*field) for field in self.fields.values())
+        return record_size(self.fields)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for worker processes."""

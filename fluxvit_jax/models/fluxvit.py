@@ -392,7 +392,7 @@ def take(patches: jax.Array, kept: Selection) -> jax.Array:
     return jnp.take_along_axis(patches, sequence.behind_cls(kept.index)[..., None], axis=1)
 
 
-def split(model: FluxViT) -> tuple[nnx.GraphDef, dict]:
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """The model's structure and its parameters as a plain tree of float32 arrays."""
     graph, state = nnx.split(model, nnx.Param)
     return graph, nnx.to_pure_dict(state)
