@@ -539,6 +539,11 @@ def is_distillation(config: ConfigDict) -> bool:
     return config.train.objective == "distillation"
 
 
+def asks_teacher(config: ConfigDict) -> bool:
+    """Whether training steps run a teacher: distillation without a cache of its answers."""
+    return is_distillation(config) and not config.distill.cache
+
+
 def validate_for_training(config: ConfigDict) -> None:
     """What only a training run needs: data to train on and, in some recipes, weights to start from.
 
@@ -551,7 +556,7 @@ def validate_for_training(config: ConfigDict) -> None:
             "this recipe starts from trained weights: add --config.train.init_from=CHECKPOINT "
             '(or "" to start from random ones)'
         )
-    if is_distillation(config) and not config.distill.cache:
+    if asks_teacher(config):
         from fluxvit_jax.distill import check_teacher_named  # late: it is built on this module
 
         check_teacher_named(config)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax import distill, parallel, sharding, weights
-from fluxvit_jax.config import is_distillation, model_config
+from fluxvit_jax.config import asks_teacher, is_distillation, model_config
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.objectives.distillation import DECODERS
 
@@ -54,16 +54,12 @@ def initial_state(config: ConfigDict, optimizer: optax.GradientTransformation, m
 
 def abstract_frozen(config: ConfigDict, mesh: Mesh) -> Tree:
     """Shapes of what is frozen, and where it lies."""
-    return distill.abstract_teacher(config, mesh) if _has_teacher(config) else {}
+    return distill.abstract_teacher(config, mesh) if asks_teacher(config) else {}
 
 
 def frozen_parameters(config: ConfigDict, mesh: Mesh) -> Tree:
     """What is frozen. Raises UserError for weights that do not fit."""
-    return distill.load_teacher(config, mesh) if _has_teacher(config) else {}
-
-
-def _has_teacher(config: ConfigDict) -> bool:
-    return is_distillation(config) and not config.distill.cache
+    return distill.load_teacher(config, mesh) if asks_teacher(config) else {}
 
 
 def _fresh(config: ConfigDict) -> Callable[[], Tree]:

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax import distill
 from fluxvit_jax.compiler.memory import tree_bytes
 from fluxvit_jax.compiler.program import Program
-from fluxvit_jax.config import admissible_grids, is_distillation, model_config
+from fluxvit_jax.config import admissible_grids, asks_teacher, is_distillation, model_config
 from fluxvit_jax.costs import GIGA, decoders_gflops, features_gflops, gflops
 from fluxvit_jax.evaluate import Setting
 from fluxvit_jax.models import sequence
@@ -33,7 +33,7 @@ class ModelFlops(NamedTuple):
 def model_flops(config: ConfigDict) -> ModelFlops:
     """By the formulas of `costs`: products of matrices, forward and twice that backward.
 
-    Of a teacher forward only, of the patches that it sees.
+    Of a teacher that is asked forward only, of the patches that it sees.
     """
     model, grid = model_config(config), max(admissible_grids(config), key=lambda g: g.tokens)
     total = attention = 0.0
@@ -45,12 +45,14 @@ def model_flops(config: ConfigDict) -> ModelFlops:
     seen, *students = (
         sequence.patch_budget(n, model.cls) for n in (config.distill.tokens, *config.train.budgets)
     )
-    teacher, decoders = distill.teacher_config(config), distill.decoders_config(config)
+    decoders = distill.decoders_config(config)
     total += sum(decoders_gflops(decoders, patches) for patches in students) * GIGA
-    return ModelFlops(
-        MULTIPLY_ADD * (BACKWARD * total + features_gflops(teacher, seen) * GIGA),
-        MULTIPLY_ADD * (BACKWARD * attention + _attention_work(teacher, seen)),
-    )
+    total, attention = BACKWARD * total, BACKWARD * attention
+    if asks_teacher(config):
+        teacher = distill.teacher_config(config)
+        total += features_gflops(teacher, seen) * GIGA
+        attention += _attention_work(teacher, seen)
+    return ModelFlops(MULTIPLY_ADD * total, MULTIPLY_ADD * attention)
 
 
 def _attention_work(model: FluxViTConfig | InternVideo2Config, patches: int) -> int:

@@ -18,7 +18,8 @@ from fluxvit_jax.models.selection import GridLimits
 from tests import tiny
 
 ON_TPU = ("pallas", "splash")
-TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}  # of the largest number of an array
+# Of the largest number of an array.
+TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 @pytest.fixture(autouse=True)
@@ -115,19 +116,27 @@ def attend(tokens: int, lengths: tuple[int, ...] | None, dtype: str, kernel: str
 
 
 plain_attend = cache(partial(attend, dtype="float32", kernel="xla"))
+CASES = [(256, None), (257, None), (101, (101, 1)), (1408, (1300, 57))]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kernel", ON_TPU)
-@pytest.mark.parametrize(
-    ("tokens", "lengths"),
-    [(256, None), (257, None), (101, (101, 1)), (1408, (1300, 57))],
-)
+@pytest.mark.parametrize(("tokens", "lengths"), CASES)
 def test_equals_the_plain_one(kernel, tokens, lengths, dtype):
     *ours, tail = attend(tokens, lengths, dtype, kernel)
     *plain, _ = plain_attend(tokens, lengths)
     close(ours, plain, dtype)
     assert not np.any(tail)  # the padding gets no gradient
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("tokens", "lengths"), CASES)
+def test_cudnn_equals_the_plain_one(tokens, lengths, dtype):
+    with jax.default_matmul_precision("highest"):
+        *plain, _ = attend(tokens, lengths, "float32", "xla")
+    *ours, _ = attend(tokens, lengths, dtype, "cudnn")
+    close(ours, plain, dtype)
 
 
 @pytest.mark.parametrize("lengths", [None, (17, 9)])
