@@ -157,6 +157,7 @@ class Progress:
             dynamic_ncols=True,
             miniters=1,
             smoothing=0.1,
+            disable=False,  # whatever TQDM_DISABLE says: this is the log, and needs the rate
         )
 
     @property

@@ -9,6 +9,10 @@ import pytest
 
 from tests import tiny
 
+# Programs of the tests' own process: quick to compile, slower to run, and rounded otherwise. Those
+# of other processes are compiled as a user's, but where `tiny.environment` is told `quick`.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Path:

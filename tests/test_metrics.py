@@ -3,7 +3,10 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from fluxvit_jax.metrics import Metrics, Progress
+from tests import tiny
 
 
 def events(folder) -> list[Event]:
@@ -90,6 +94,18 @@ def test_a_plain_line_every_interval():
     assert re.fullmatch(
         r"step 20/25, epoch 2\.00, loss 2\.346, \d+\.\d clips/s, 00:00 left", lines[1]
     )
+
+
+def test_a_log_is_no_bar_that_could_be_disabled():
+    """By TQDM_DISABLE, which tqdm reads when it is imported."""
+    code = "from fluxvit_jax.metrics import Progress; p = Progress(1, 1, 4); p.advance(); p.close()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=tiny.environment(Path()) | {"TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr.startswith("step 1/1, "), done.stderr
 
 
 def test_a_terminal_keeps_one_line():

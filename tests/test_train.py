@@ -29,7 +29,6 @@ from fluxvit_jax.state import abstract_params, initial_state
 from tests import tiny
 
 STEPS = 20
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, not to run
 
 
 def split_of(workdir, split: str) -> list[dict]:
@@ -290,7 +289,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_data):
         def compute(batch):
             return steps.accumulate(objective, params, {}, batch, config.data.grid_group, parts)
 
-        return jax.jit(compute, compiler_options=QUICK)(batch)
+        return jax.jit(compute)(batch)
 
     (whole, measured), (parts, of_parts) = gradients(1), gradients(4)
     for name in measured:

@@ -314,13 +314,14 @@ def _run_workers(shards: list[Shard], workers: int, bar: tqdm) -> None:
     try:
         with _signals_held_back():  # processes start here
             futures = {pool.submit(write_shard, shard) for shard in shards}
-        running = futures
+        running, counted = futures, 0
         while running:
             done, running = wait(running, timeout=0.5, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
             # Read without its lock, which a worker that was killed may hold.
-            bar.update(progress.get_obj().value - bar.n + bar.initial)
+            counted, before = progress.get_obj().value, counted
+            bar.update(counted - before)
     except BrokenProcessPool:
         ours.close()  # the SIGTERM that Python 3.12 sends the other workers is held back
         raise UserError(

@@ -31,7 +31,6 @@ LOSSES = {case["id"]: case for case in ABOUT["loss_cases"]}
 SIDES = (8, 4, 4)
 LIMITS = golden.limits_of(SIDES)
 GRID = jnp.asarray([SIDES], jnp.int32)
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, not to run
 LAST = (1, 2, 3)  # blocks of the student that are compared
 STUDENT = {
     "width": 32, "depth": 4, "heads": 4, "hidden": 128, "frames": 8, "rows": 4, "columns": 4,
@@ -249,13 +248,13 @@ WEIGHTED = {"distill__layer_weight": 0.5, "distill__pooled_weight": 2.0}
 @cache
 def step() -> tuple[dict, dict]:
     """Gradients and metrics of a batch."""
-    run = jax.jit(objective(**WEIGHTED).gradients, compiler_options=QUICK)
+    run = jax.jit(objective(**WEIGHTED).gradients)
     return run(*trained(), clips())
 
 
 def test_the_loss_and_gradients_are_those_of_the_definition():
     own, (params, frozen), (gradients, metrics) = objective(**WEIGHTED), trained(), step()
-    plain = jax.jit(jax.value_and_grad(partial(plainly, own)), compiler_options=QUICK)
+    plain = jax.jit(jax.value_and_grad(partial(plainly, own)))
     alone = [
         plain(params, frozen, jax.tree.map(lambda x, i=i: x[i : i + 1], clips())) for i in range(4)
     ]
@@ -335,12 +334,10 @@ def test_lessons_remembered_are_lessons_given():
     """The same loss from what a cache keeps, in two bytes, as from the teacher."""
     own, (params, frozen) = objective(model__dtype="bfloat16"), trained()
     batch = clips()
-    kept = jax.jit(own.cached_lesson, compiler_options=QUICK)(
-        frozen, {name: batch[name] for name in ("patches", "grid")}
-    )
+    kept = jax.jit(own.cached_lesson)(frozen, {name: batch[name] for name in ("patches", "grid")})
     fields = distill.lesson_fields(pretraining(model__dtype="bfloat16"))
     assert {name: (x.shape[1:], x.dtype.name) for name, x in kept.items()} == fields
-    run = jax.jit(own.gradients, compiler_options=QUICK)
+    run = jax.jit(own.gradients)
     _, metrics = run(params, frozen, batch)
     _, remembered = run(params, {}, batch | kept)
     assert remembered["loss"] == pytest.approx(float(metrics["loss"]), rel=1e-2)
