@@ -287,6 +287,51 @@ def test_a_search_goes_on_with_two_hosts(pair, tiny_data, compiled, tmp_path, mo
     assert [line for line in now if "cost" not in line] == [x for x in lines if "cost" not in x]
 
 
+# --- What a teacher makes of a plan
+
+CACHING = """
+import sys
+
+from fluxvit_jax import cache
+from fluxvit_jax.main import main
+
+def noted(self, number, *rest):
+    print(number)
+    write(self, number, *rest)
+
+write, cache._Writer._write = cache._Writer._write, noted
+cache.SHARD_BYTES = 250_000
+sys.exit(main())
+"""
+
+
+def test_a_cache_is_written_by_both(tiny_data, compiled, tmp_path):
+    """Each writes shards of its own, and they are those that one process writes."""
+    teacher, folders = tiny.write_teacher(tmp_path / "teacher"), [tmp_path / "1", tmp_path / "2"]
+    written = []
+    for count, folder in enumerate(folders, 1):
+        told = hosts.run(
+            tmp_path / f"logs {count}",
+            compiled,
+            f"--config={tiny.__file__}:{tiny_data},{teacher}",
+            "--mode=cache",
+            "--config.data.plan_epochs=2",
+            f"--config.distill.cache={folder}",
+            code=CACHING,
+            folders=hosts.ROOTS[:count],
+            environments=hosts.NOTHING[:count],
+        )
+        assert [ended.status for ended in told] == [0] * len(told), told[0].err
+        written.append([[int(line) for line in ended.out.split()] for ended in told])
+    (all_shards,), (first, second) = written
+    assert len(all_shards) > 2
+    assert first == all_shards[::2] and second == all_shards[1::2]
+    shards = sorted(path.name for path in folders[0].glob("*.array_record"))
+    assert len(shards) == len(all_shards)
+    for name in (*shards, "cache.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
 # --- Other data on one host
 
 
