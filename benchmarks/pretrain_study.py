@@ -34,6 +34,7 @@ class Row(NamedTuple):
 ROWS = (
     Row("From scratch, fixed grid", "", "fixed"),
     Row("From scratch, Flux-Multi", "", "multi"),
+    Row("Pre-trained on a fixed grid, then fixed grid", "fixed", "fixed"),
     Row("Pre-trained on a fixed grid, then Flux-Multi", "fixed", "multi"),
     Row("Flux-UMT, then Flux-Multi", "flexible", "multi"),
 )

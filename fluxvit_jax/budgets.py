@@ -27,6 +27,9 @@ class Grid(NamedTuple):
         """The grid of square frames of `resolution` pixels a side, a multiple of the patch size."""
         return cls(frames, resolution // PATCH, resolution // PATCH)
 
+    def __str__(self) -> str:
+        return f"{self.frames} frames x {self.rows * PATCH} x {self.columns * PATCH} px"
+
     @property
     def tokens(self) -> int:
         """Tokens of the grid, T * H * W."""

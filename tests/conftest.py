@@ -9,9 +9,8 @@ import pytest
 
 from tests import tiny
 
-# Programs of the tests' own process: quick to compile, slower to run, and rounded otherwise. Those
-# of other processes are compiled as a user's, but where `tiny.environment` is told `quick`.
-jax.config.update("jax_disable_most_optimizations", True)
+# For this process and those that it starts, before XLA looks.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK_TO_COMPILE])
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def run(
         with (logs / f"{host}.out").open("w") as out, (logs / f"{host}.err").open("w") as err:
             process = subprocess.Popen(
                 [sys.executable, *program, *arguments, *joining],
-                env=tiny.environment(cache, devices, quick=True) | own,
+                env=tiny.environment(cache, devices) | own,
                 cwd=folder,
                 stdout=out,
                 stderr=err,

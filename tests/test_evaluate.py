@@ -133,7 +133,7 @@ def test_devices_change_nothing(evaluation, tiny_data, compiled, devices):
         print(json.dumps(run(Path({str(tiny_data)!r}), 3)))
         """
     )
-    environment = tiny.environment(compiled, devices, quick=True)
+    environment = tiny.environment(compiled, devices)
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

@@ -74,7 +74,7 @@ def test_hosts_change_nothing(pair, tiny_data, compiled, tmp_path):
     for devices in (8, 1):
         command = arguments(tiny_data, tmp_path / str(devices))
         processes[devices] = tiny.start(
-            tiny_data, tmp_path / str(devices), compiled, *command[2:], devices=devices, quick=True
+            tiny_data, tmp_path / str(devices), compiled, *command[2:], devices=devices
         )
     for devices, process in processes.items():
         _, err = process.communicate()
@@ -156,7 +156,7 @@ def test_a_state_is_the_same_on_any_mesh(pair, tiny_data, compiled, tmp_path):
     """Of two hosts, then from shape to shape: data, FSDP and tensor parallel, and together."""
     done = subprocess.run(
         [sys.executable, "-c", SHAPES, str(tiny_data), str(pair), str(tmp_path)],
-        env=tiny.environment(compiled, 8, quick=True),
+        env=tiny.environment(compiled, 8),
         cwd=tiny.ROOT,
         capture_output=True,
         text=True,
@@ -205,7 +205,7 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
 
     mesh = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
     more = [*arguments(tiny_data, workdir)[2:], *mesh]
-    process = tiny.start(tiny_data, workdir, compiled, *more, devices=4, quick=True)
+    process = tiny.start(tiny_data, workdir, compiled, *more, devices=4)
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert "going on from step 7 of 8" in err

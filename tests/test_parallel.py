@@ -90,7 +90,7 @@ def steps(tiny_data, compiled, tmp_path_factory):
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=tiny.environment(compiled, 8, quick=True),
+        env=tiny.environment(compiled, 8),
         capture_output=True,
         text=True,
     )

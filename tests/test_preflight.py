@@ -28,7 +28,7 @@ def run(data: Path, workdir: Path, cache: Path, topology: str, *options: str):
             f"--config.preflight.topology={topology}",
             *options,
         ],
-        env=os.environ | tiny.environment(cache, quick=True),
+        env=os.environ | tiny.environment(cache),
         cwd=tiny.ROOT,
         capture_output=True,
         text=True,

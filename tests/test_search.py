@@ -232,7 +232,7 @@ run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames=(4, 4, 2))
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=tiny.environment(compiled, 4, quick=True),
+        env=tiny.environment(compiled, 4),
         capture_output=True,
         text=True,
     )

@@ -22,6 +22,7 @@ from fluxvit_jax.budgets import Grid, capacity
 from fluxvit_jax.checkpoint import Checkpoints, check_fit, restore_params
 from fluxvit_jax.config import admissible_grids, model_config
 from fluxvit_jax.convert import names
+from fluxvit_jax.convert.adapt import resize_positions
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.interruption import Interruption
 from fluxvit_jax.models import fluxvit
@@ -323,7 +324,7 @@ def test_devices_change_nothing(tiny_data, compiled):
     )
     numbers = []
     for devices in (1, 4):
-        environment = tiny.environment(compiled, devices, quick=True)
+        environment = tiny.environment(compiled, devices)
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True
         )
@@ -374,13 +375,10 @@ def test_another_native_grid_resizes_the_positions(finished, tiny_data):
     params, notes, _, loaded = start_from(
         (finished.workdir, tiny_data), model__frames=16, model__resolution=28
     )
-    assert len(notes) == 1 and "frames=16, rows=2, columns=2" in notes[0]
-    # Linear in time: a frame of the table lies midway between two of the new one.
-    table, resized = loaded["pos_embed"][1:], params["pos_embed"][1:]
-    middle = resized.reshape(16, 2, 2, -1)[1:3].mean(axis=(0, 1, 2))
-    edges = table.reshape(8, 4, 4, -1)[:2]
-    assert middle.shape == edges.shape[-1:]
-    np.testing.assert_array_equal(params["pos_embed"][0], loaded["pos_embed"][0])
+    (note,) = notes
+    assert note.endswith(" from 8 frames x 56 x 56 px to 16 frames x 28 x 28 px")
+    expected = resize_positions(loaded["pos_embed"], Grid(8, 4, 4), Grid(16, 2, 2))
+    np.testing.assert_array_equal(params["pos_embed"], expected)
 
 
 def test_official_safetensors(finished, tiny_data, tmp_path):

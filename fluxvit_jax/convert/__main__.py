@@ -152,10 +152,10 @@ def _describe(
 ) -> str:
     dtypes = ", ".join(sorted({str(tensor.dtype) for tensor in state.values()}))
     millions = sum(tensor.size for tensor in state.values()) / 1e6
+    grid = Grid(model.frames, model.rows, model.columns)
     return (
         f"{len(state)} tensors, {millions:.1f} M parameters, {dtypes}; width {model.width}, depth "
-        f"{model.depth}, {more}native grid of {model.frames} frames x {model.rows * PATCH} x "
-        f"{model.columns * PATCH} px"
+        f"{model.depth}, {more}native grid of {grid}"
     )
 
 

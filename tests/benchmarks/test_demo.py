@@ -18,7 +18,7 @@ STEPS = 6  # of 16 clips
 def start(out, compiled) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.demo", f"--out={out}", *SHORT],
-        env=tiny.environment(compiled),
+        env=tiny.environment(compiled) | {"XLA_FLAGS": ""},  # compiled as a user's
         cwd=tiny.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -15,9 +15,8 @@ SMALL = ["--variants=Ti", "--batch=2", "--budgets=24,16", "--frames=4", "--resol
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """For the processes that a test starts; quick to compile, and one thread is enough."""
+    """For the processes that a test starts, of which one thread is enough."""
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -116,7 +116,7 @@ def test_a_signal_reaches_each_host_once(number, hosts, tmp_path):
 @pytest.mark.slow
 def test_a_run_on_two_devices(tiny_data, compiled, tmp_path):
     """The program itself, through the script, to the end of an epoch."""
-    environment = tiny.environment(compiled, quick=True) | {"PYTHON": sys.executable}
+    environment = tiny.environment(compiled) | {"PYTHON": sys.executable}
     words = [f"--config={tiny.__file__}:{tiny_data}", f"--workdir={tmp_path}/run"]
     words += ["--config.train.epochs=1", "--config.train.warmup_epochs=0.5"]
     words += ["--config.parallel.mesh.fsdp=2"]  # refused on one device

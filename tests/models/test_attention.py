@@ -348,7 +348,7 @@ def test_devices_change_nothing(compiled):
     for devices in (1, 8):
         done = subprocess.run(
             [sys.executable, "-c", program],
-            env=tiny.environment(compiled, devices, quick=True),
+            env=tiny.environment(compiled, devices),
             capture_output=True,
             text=True,
         )
