@@ -84,16 +84,19 @@ def mix(
 
     patches: [B, P, 588]; targets: [B, classes]; each run of `group` clips shares its grid and
     draws one proportion (timm's mode "batch" on the batch of one device), by the first of its keys
-    [B]. mixup, cutmix: the Beta distribution's parameter, 0 for off. Returns patches and targets.
+    [B]. mixup, cutmix: the Beta distribution's parameter; 0 for off, not both. Returns patches and
+    targets.
     """
     B, P, _ = patches.shape
     G = B // group
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of one group: the clip's own share, whether a box is cut, and its centre, 0 to 1, [2]."""
-        apply_key, switch_key, mixup_key, cutmix_key, place_key = jax.random.split(key, 5)
+        apply_key, switch_key, share_key, place_key = jax.random.split(key, 4)
         cut = _switch(mixup, cutmix, switch_key)
-        share = jnp.where(cut, _beta(cutmix_key, cutmix), _beta(mixup_key, mixup))
+        # One Beta for both ways: its sampler is long to compile.
+        parameter = jnp.where(cut, cutmix, mixup)
+        share = jax.random.beta(share_key, parameter, parameter)
         share = jnp.where(jax.random.bernoulli(apply_key, probability), share, 1.0)
         return share, cut, jax.random.uniform(place_key, (2,))
 
@@ -122,7 +125,3 @@ def _switch(mixup: float, cutmix: float, key: jax.Array) -> jax.Array:
     """Whether a group cuts rather than blends."""
     odds = 0.5 if mixup and cutmix else float(bool(cutmix))
     return jax.random.bernoulli(key, odds)
-
-
-def _beta(key: jax.Array, parameter: float) -> jax.Array:
-    return jax.random.beta(key, parameter, parameter) if parameter else jnp.ones(())

@@ -163,6 +163,9 @@ def test_shares_of_groups_left_alone_blended_and_cut(recipe, expected):
     found = np.mean([alone, blended, cut], axis=1)
     assert (abs(found - expected) < 0.12).all(), found
     assert cut.any() == bool(recipe["cutmix"])
+    # Of Beta(0.8, 0.8); five deviations.
+    shares = 1 - first[blended, 0, 0]
+    assert np.var(shares) == pytest.approx(1 / (4 * 2.6), abs=0.35 / np.sqrt(len(shares)))
 
 
 def test_the_middle_clip_of_an_odd_group_is_mixed_with_itself():
