@@ -22,6 +22,7 @@ from fluxvit_jax.config import admissible_grids, is_distillation, validate_for_t
 from fluxvit_jax.data.annotations import Source, open_source
 from fluxvit_jax.data.lessons import open_lessons
 from fluxvit_jax.data.pipeline import train_batches, training_source
+from fluxvit_jax.devices import device_name
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluate import evaluate
 from fluxvit_jax.interruption import Interruption
@@ -86,6 +87,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> int:
         if start == length.total and not owed:
             parallel.say(f"the run in {workdir} is finished: all {length.total} steps are done")
             return 0
+        parallel.say(f"training on {mesh.size} x {device_name(mesh.devices.flat[0])}")
         with distributed.together():
             write_config(workdir, config)
             metrics.rewind(start)

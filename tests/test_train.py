@@ -23,6 +23,7 @@ from fluxvit_jax.checkpoint import Checkpoints, check_fit, restore_params
 from fluxvit_jax.config import admissible_grids, model_config
 from fluxvit_jax.convert import names
 from fluxvit_jax.convert.adapt import resize_positions
+from fluxvit_jax.devices import device_name
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.interruption import Interruption
 from fluxvit_jax.models import fluxvit
@@ -81,6 +82,7 @@ def test_what_a_run_leaves(finished, tiny_data):
         "tensorboard",
     }
     assert "1 compiled training step for 40 grids, capacity P=189" in finished.log
+    assert f"training on 1 x {device_name()}" in finished.log
     average, last = restore_params(workdir), restore_params(workdir, average=False)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (average, last)), strict=True))
     assert {18, 20} <= set(saved_steps(workdir))  # the latest two, and the best
