@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks.step import Contender, machine, measure, random_patches, table
+from benchmarks.step import Contender, machine, measure, random_clips, table
 from fluxvit_jax import distill, parallel
 from fluxvit_jax.budgets import PATCH, Grid
 from fluxvit_jax.compiler.memory import memory_of
@@ -47,10 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
         config = make_config(options)
+        report = machine() | {"config": config.to_dict()} | compare(config, options)
     except UserError as error:
         print(f"benchmarks.distill_step: {error}", file=sys.stderr)
         return 2
-    report = machine() | {"config": config.to_dict()} | compare(config, options)
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0
@@ -97,7 +96,7 @@ def compare(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     """Checks and times both; prints and returns what was found."""
     mesh = parallel.make_mesh(config, jax.local_devices()[:1])
     grid = admissible_grids(config)[0]
-    clips = parallel.put(clips_of(config.train.batch_size, grid), mesh)
+    clips = parallel.put(random_clips(config.train.batch_size, grid), mesh)
     teacher = random_teacher(config, mesh)
     steps = {"asked": Step(config, mesh, teacher, clips)}
     with config.unlocked():
@@ -158,17 +157,6 @@ def ask(config: ConfigDict, mesh: Mesh, teacher: Tree, clips: Tree) -> Tree:
     objective = make_objective(config, admissible_grids(config), parallel.platform_of(mesh))
     asked = {name: clips[name] for name in ("patches", "grid")}
     return jax.jit(parallel.on_mesh(objective.cached_lesson, mesh))(teacher, asked)
-
-
-def clips_of(batch: int, grid: Grid) -> dict[str, np.ndarray]:
-    """As `step.device_batch` makes them."""
-    return {
-        "patches": random_patches(batch, grid),
-        "grid": np.tile(np.int32(grid), (batch, 1)),
-        "label": np.zeros(batch, np.int32),
-        "bad": np.zeros(batch, bool),
-        "stop": np.zeros(batch, np.int32),
-    }
 
 
 if __name__ == "__main__":

@@ -109,14 +109,7 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
     objective = make_objective(config, grids, jax.default_backend())
     step = make_train_step(config, objective, optimizer, mesh)
     state = initial_state(config, optimizer, mesh)
-    clips = {
-        "patches": random_patches(batch, grids[0]),
-        "grid": np.tile(np.int32(grids[0]), (batch, 1)),
-        "label": np.arange(batch, dtype=np.int32),
-        "bad": np.zeros(batch, bool),
-        "stop": np.zeros(batch, np.int32),
-    }
-    clips = parallel.put(clips, mesh)
+    clips = parallel.put(random_clips(batch, grids[0]), mesh)
 
     def run() -> None:
         nonlocal state
@@ -135,7 +128,7 @@ def evaluation(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Co
     params = jax.device_put(params, parallel.replicated(mesh))
     budgets = [grid.tokens // share for share in (1, *SHARES)]
     settings = {f"{budget} of {grid.tokens}": Setting(budget, grid, 0) for budget in budgets}
-    fewest = grid._replace(frames=grid.frames // SHARES[-1])
+    fewest = grid._replace(frames=max(1, grid.frames // SHARES[-1]))
     settings[f"all of {fewest.tokens}"] = Setting(fewest.tokens, fewest, 0)
     return {
         name: view_of(config, setting, params, batch, mesh) for name, setting in settings.items()
@@ -184,6 +177,17 @@ def make_config(
 def dtype() -> str:
     """CPUs compute in float32, what they have instructions for."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def random_clips(batch: int, grid: Grid) -> dict[str, np.ndarray]:
+    """As `step.device_batch` makes them."""
+    return {
+        "patches": random_patches(batch, grid),
+        "grid": np.tile(np.int32(grid), (batch, 1)),
+        "label": np.arange(batch, dtype=np.int32),
+        "bad": np.zeros(batch, bool),
+        "stop": np.zeros(batch, np.int32),
+    }
 
 
 def random_patches(batch: int, grid: Grid) -> np.ndarray:
