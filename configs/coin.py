@@ -9,9 +9,10 @@ Argument: small, base or large; `,single=2048` trains one budget (Flux-Single). 
 Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k400_single.sh of the
 official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
 
-Hardware: on one H100 with --config.train.accumulate=8 about 0.5 h (small), 1 h (base) or 3 h
-(large) for 9 thousand videos. An estimate: 1.6, 4.8 and 15.6 TFLOP a clip, at 35 % of the card's
-peak (assumed), if decoding keeps up.
+Hardware: on one H100 with --config.train.accumulate=8 about 0.7 h (small), 1 h (base) or 3 h
+(large) for 9 thousand videos. An estimate: 1.6, 4.8 and 15.6 TFLOP a clip, small at the 24 % of
+the card's peak that benchmarks.gpu measured (H200), the others at 35 % (assumed), if decoding keeps
+up.
 
 Published top-1 of the paper, plain | with Token Optimization; nothing at 512 tokens:
     tokens      3072          2048          1024

@@ -13,9 +13,9 @@ official code (commit 8e09613), "parser" the defaults of its run_flexible_finetu
 chosen, to be changed: --config.train.epochs=50.
 
 Hardware: one accelerator; base needs about 27 GB (the GPU compiler's estimate), or a quarter of it
-with --config.train.accumulate=4. A thousand videos are about 3 min (small) or 10 min (base) of work
-for an H100, by 1.6 and 4.8 TFLOP a clip (paper's GFLOPs) at 35 % of its peak (assumed), if decoding
-keeps up.
+with --config.train.accumulate=4. A thousand videos are about 4 min (small) or 10 min (base) of work
+for an H100, by 1.6 and 4.8 TFLOP a clip (paper's GFLOPs), small at the 24 % of its peak that
+benchmarks.gpu measured (H200), base at 35 % (assumed), if decoding keeps up.
 
 Expected result: that of your data.
 """
