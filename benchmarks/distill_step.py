@@ -57,13 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Raises UserError for options that are wrong."""
-    parser = ArgumentParser(prog="benchmarks.distill_step", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(
+        prog="benchmarks.distill_step",
+        description=__doc__.splitlines()[0],
+        epilog="--config.FIELD=VALUE sets a field of the recipe.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--student", default="base", help="small, base or large")
-    parser.add_argument("--teacher", default="InternVideo2-1B", help="distill.network")
+    parser.add_argument("--teacher", default="InternVideo2-1B", help="a distill.network")
     parser.add_argument("--batch", type=int, default=16, help="clips")
     parser.add_argument("--frames", type=int, default=16, help="of a clip")
     parser.add_argument("--resolution", type=int, default=224, help="of a clip, pixels")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of a step of each")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options, options.overrides = parser.parse_known_args(arguments)
     for name in ("batch", "frames", "rounds"):
