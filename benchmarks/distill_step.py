@@ -23,11 +23,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from benchmarks.step import Contender, machine, measure, random_clips, table
-from fluxvit_jax import distill, parallel
+from benchmarks.step import Contender, dtype, machine, measure, random_clips, table
+from fluxvit_jax import cache, distill, parallel
 from fluxvit_jax.budgets import PATCH, Grid
 from fluxvit_jax.compiler.memory import memory_of
 from fluxvit_jax.config import admissible_grids, load_config
+from fluxvit_jax.costs import GIGA
 from fluxvit_jax.errors import ArgumentParser, UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.optim import make_optimizer
@@ -37,7 +38,6 @@ from fluxvit_jax.step import make_objective, make_train_step
 
 GROUP = 8  # clips that share a grid, unless there are fewer
 TOLERANCE = 1e-3  # of the two first losses, relative; both read the same bfloat16 features
-GIGA = 1e9
 
 Tree = dict[str, Any]
 
@@ -81,11 +81,10 @@ def make_config(options: argparse.Namespace) -> ConfigDict:
     """The recipe on one grid. Raises UserError for what cannot be."""
     T, side = options.frames, options.resolution
     tokens = Grid.square(T, side).tokens
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return load_config(
         f"configs/pretrain.py:{options.student}",
         [
-            f"--config.model.dtype={dtype}",
+            f"--config.model.dtype={dtype()}",
             f"--config.distill.network={options.teacher}",
             f"--config.data.grids.frames=({T}, {T}, 1)",
             f"--config.data.grids.resolutions=({side}, {side}, {PATCH})",
@@ -106,7 +105,8 @@ def compare(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     steps = {"asked": Step(config, mesh, teacher, clips)}
     with config.unlocked():
         config.distill.cache = "given"
-    answers = ask(config, mesh, teacher, clips)
+    asked = {name: clips[name] for name in ("patches", "grid")}
+    answers = cache.teacher_program(config, mesh)(teacher, asked)
     steps["cached"] = Step(config, mesh, {}, clips | answers)
     first = {name: step.run()["loss"] for name, step in steps.items()}
     said = ", ".join(f"{name} {loss:.6f}" for name, loss in first.items())
@@ -155,13 +155,6 @@ def random_teacher(config: ConfigDict, mesh: Mesh) -> Tree:
         return jax.tree.map(lambda x, own: x.astype(own.dtype), fluxvit.split(network)[1], places)
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda own: own.sharding, places))()
-
-
-def ask(config: ConfigDict, mesh: Mesh, teacher: Tree, clips: Tree) -> Tree:
-    """The teacher's answers, as a cache has them."""
-    objective = make_objective(config, admissible_grids(config), parallel.platform_of(mesh))
-    asked = {name: clips[name] for name in ("patches", "grid")}
-    return jax.jit(parallel.on_mesh(objective.cached_lesson, mesh))(teacher, asked)
 
 
 if __name__ == "__main__":

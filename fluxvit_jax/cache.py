@@ -115,7 +115,7 @@ class _Writer:
             return
         mesh = parallel.make_mesh(self._config, jax.local_devices())
         frozen = distill.load_teacher(self._config, mesh)
-        see = _compiled(self._config, mesh)
+        see = teacher_program(self._config, mesh)
         total = len(own) * self._steps
         with progress_bar(total, desc="caching", unit="batch") as bar:
             bar.update((len(own) - len(missing)) * self._steps)
@@ -145,7 +145,7 @@ class _Writer:
         os.replace(unfinished, path)
 
 
-def _compiled(config: ConfigDict, mesh: Mesh) -> Callable:
+def teacher_program(config: ConfigDict, mesh: Mesh) -> Callable:
     """(frozen, {"patches", "grid"}) -> the arrays of `distill.lesson_fields`, [B, ...]."""
     objective = make_objective(config, admissible_grids(config), parallel.platform_of(mesh))
     everywhere = jax.tree.map(lambda x: x.sharding, distill.abstract_teacher(config, mesh))
