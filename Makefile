@@ -16,9 +16,10 @@ help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
 # Two processes; the tests of a file stay together, since they share what one of them has trained.
-test: $(TORCH) $(TPU)  ## make the environment, check style, run all tests
+test: $(TORCH) $(TPU)  ## make the environment, check style and types, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes

@@ -5,7 +5,8 @@
 
 No TPU is needed, but libtpu. `--tokens` counts CLS; where a kernel wants a longer sequence, it is
 padded and masked. MFU is model FLOPs, those of the real tokens without recomputation, over the
-chip's peak for that time. How the time is found: see `fluxvit_jax.compiler.estimate.METHOD`.
+chip's peak for that time. `METHOD` in fluxvit_jax/preflight/compiler/estimate.py says how the time
+is found.
 """
 
 import argparse
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from fluxvit_jax.compiler import program, topology
-from fluxvit_jax.compiler.estimate import METHOD
-from fluxvit_jax.config import VARIANTS, Variant
-from fluxvit_jax.models import attention, layers, sequence
+from fluxvit_jax.config.variants import VARIANTS, Variant
+from fluxvit_jax.models import attention, blocks, padded_sequence
+from fluxvit_jax.preflight.compiler import program, topology
+from fluxvit_jax.preflight.compiler.estimate import METHOD
 
 REMAT = ("none", "names", "full")
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = program.compile_for(lowered, wanted, [device])
         row = {
             "tokens": count,
-            "length": sequence.length_for(count, kernel),
+            "length": padded_sequence.length_for(count, kernel),
             "kernel": kernel,
             "remat": remat,
         }
@@ -87,12 +88,12 @@ def lower(
     variant: Variant, clips: int, tokens: int, kernel: str, remat: str, device: jax.Device
 ) -> jax.stages.Lowered:
     """The program that runs a block of a network on a device and finds all gradients."""
-    places = sequence.Sequence(tokens, sequence.length_for(tokens, kernel))
+    places = padded_sequence.padded_sequence(tokens - 1, kernel)
     graph = None
 
     def make() -> dict:
         nonlocal graph
-        config = layers.BlockConfig(
+        config = blocks.BlockConfig(
             width=variant.width,
             heads=variant.heads,
             hidden=4 * variant.width,
@@ -100,12 +101,12 @@ def lower(
             dtype=jnp.bfloat16,
             recompute=remat == "names",
         )
-        block = layers.Block(config, nnx.Rngs(0))
+        block = blocks.Block(config, nnx.Rngs(0))
         graph, state = nnx.split(block, nnx.Param)
         return nnx.to_pure_dict(state)
 
     def forward(params: dict, x: jax.Array) -> jax.Array:
-        lengths = places.real(clips, None)
+        lengths = places.lengths(clips, None)
         return nnx.merge(graph, nnx.State(params))(x, lengths, 0.0, None)
 
     def step(params: dict, x: jax.Array, gradient: jax.Array) -> tuple:

@@ -22,9 +22,10 @@ import cv2
 import numpy as np
 
 from benchmarks.videos import DecordVideo, PlainVideo, write_videos
-from fluxvit_jax.config import admissible_grids, default_config
+from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.annotations import Example, FileSource
-from fluxvit_jax.data.decode import Video
+from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import TrainGroups
 
 READERS = {"ours": Video, "pyav": PlainVideo, "decord": DecordVideo}
@@ -78,7 +79,7 @@ def make_groups(source: FileSource, reader: type) -> TrainGroups:
         source=source,
         seed=0,
         grids=admissible_grids(config),
-        group=config.data.grid_group,
+        group=config.data.clips_per_grid,
         repeats=1,
         augment=config.data.augment,
         open_video=reader,

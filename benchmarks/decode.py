@@ -23,8 +23,8 @@ import av
 import numpy as np
 
 from benchmarks.videos import DecordVideo, PlainVideo, write_videos
-from fluxvit_jax.data.decode import Video
-from fluxvit_jax.data.sampling import train_frames
+from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.data.frame_sampling import train_frames
 
 READERS = {"ours": Video, "pyav": PlainVideo}
 if importlib.util.find_spec("decord"):

@@ -22,10 +22,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import fluxvit_jax
-from fluxvit_jax.data.decode import Video
-from fluxvit_jax.page import fade
-from fluxvit_jax.predict import read_clip
-from fluxvit_jax.pretrained import PretrainedModel
+from fluxvit_jax.data.clips import read_clip
+from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.deploy.page import fade
+from fluxvit_jax.deploy.pretrained import PretrainedModel
 
 TITLES = {"multi": "Flux-Multi", "fixed": "Fixed grid, no selection"}
 SHOWN = ("pan_right", "object_over_still", "rotate_clockwise")  # a clip of each is drawn
@@ -95,7 +95,9 @@ def data_flags(clips: Path) -> list[str]:
 
 
 def read_report(workdir: Path) -> dict:
-    return json.loads((workdir / "evaluation" / "validation.json").read_text())
+    """The latest report of an evaluation."""
+    reports = (workdir / "evaluation").glob("*.json")
+    return json.loads(max(reports, key=lambda path: path.stat().st_mtime_ns).read_text())
 
 
 def table(reports: dict[str, dict]) -> str:

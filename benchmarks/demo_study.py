@@ -1,4 +1,4 @@
-"""Methods and selectors compared on the demo's clips over several seeds: README's study table.
+"""Methods and selectors compared on the demo's clips over several seeds: docs/benchmarks.md.
 
     python -m benchmarks.demo_study --out=demo/study [--clips=demo/clips] [--seeds=3]
 
@@ -15,7 +15,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.demo import data_flags, run
+from benchmarks.demo import data_flags, read_report, run
 
 BUDGETS = (128, 64, 32)
 # Rows of the table: what follows `configs/demo.py:`.
@@ -71,7 +71,7 @@ def accuracy(recipe: str, seed: int, options: argparse.Namespace) -> dict[int, f
             run(
                 "fluxvit_jax.main", *common, "--mode=evaluate", f"--config.eval.settings={settings}"
             )
-            found = json.loads((workdir / "evaluation" / "validation.json").read_text())["budgets"]
+            found = read_report(workdir)["budgets"]
             best |= {b: max(best.get(b, 0.0), 100 * own["top1"]) for b, own in found.items()}
         finished.write_text(json.dumps(best))
     return {int(b): value for b, value in json.loads(finished.read_text()).items()}

@@ -24,17 +24,21 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from benchmarks.step import Contender, dtype, machine, measure, random_clips, table
-from fluxvit_jax import cache, distill, parallel
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.compiler.memory import memory_of
-from fluxvit_jax.config import admissible_grids, load_config
-from fluxvit_jax.costs import GIGA
+from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.loading import load_config
+from fluxvit_jax.distributed.mesh import make_mesh, platform_of, shard_batch
 from fluxvit_jax.errors import ArgumentParser, UserError
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.optim import make_optimizer
+from fluxvit_jax.models.flops import GIGA
+from fluxvit_jax.objectives.flux_umt import FluxUMT
+from fluxvit_jax.objectives.flux_umt_teacher import make_network, teacher_config
+from fluxvit_jax.preflight.compiler.memory import memory_of
 from fluxvit_jax.preflight.programs import model_flops
-from fluxvit_jax.state import abstract_frozen, abstract_params, initial_state
-from fluxvit_jax.step import make_objective, make_train_step
+from fluxvit_jax.training import cache_targets
+from fluxvit_jax.training.optimizer import make_optimizer
+from fluxvit_jax.training.train_state import abstract_params, initial_state
+from fluxvit_jax.training.train_step import make_objective, make_train_step
 
 GROUP = 8  # clips that share a grid, unless there are fewer
 TOLERANCE = 1e-3  # of the two first losses, relative; both read the same bfloat16 features
@@ -86,10 +90,10 @@ def make_config(options: argparse.Namespace) -> ConfigDict:
         [
             f"--config.model.dtype={dtype()}",
             f"--config.distill.network={options.teacher}",
-            f"--config.data.grids.frames=({T}, {T}, 1)",
-            f"--config.data.grids.resolutions=({side}, {side}, {PATCH})",
+            f"--config.data.grids.frames={T}",
+            f"--config.data.grids.resolutions={side}",
             f"--config.data.grids.tokens=({tokens}, {tokens})",
-            f"--config.data.grid_group={min(GROUP, options.batch)}",
+            f"--config.data.clips_per_grid={min(GROUP, options.batch)}",
             f"--config.train.batch_size={options.batch}",
             *options.overrides,
         ],
@@ -98,15 +102,15 @@ def make_config(options: argparse.Namespace) -> ConfigDict:
 
 def compare(config: ConfigDict, options: argparse.Namespace) -> dict[str, Any]:
     """Checks and times both; prints and returns what was found."""
-    mesh = parallel.make_mesh(config, jax.local_devices()[:1])
+    mesh = make_mesh(config, jax.local_devices()[:1])
     grid = admissible_grids(config)[0]
-    clips = parallel.put(random_clips(config.train.batch_size, grid), mesh)
+    clips = shard_batch(random_clips(config.train.batch_size, grid), mesh)
     teacher = random_teacher(config, mesh)
     steps = {"asked": Step(config, mesh, teacher, clips)}
     with config.unlocked():
         config.distill.cache = "given"
     asked = {name: clips[name] for name in ("patches", "grid")}
-    answers = cache.teacher_program(config, mesh)(teacher, asked)
+    answers = cache_targets.teacher_program(config, mesh)(teacher, asked)
     steps["cached"] = Step(config, mesh, {}, clips | answers)
     first = {name: step.run()["loss"] for name, step in steps.items()}
     said = ", ".join(f"{name} {loss:.6f}" for name, loss in first.items())
@@ -132,7 +136,7 @@ class Step:
 
     def __init__(self, config: ConfigDict, mesh: Mesh, frozen: Tree, clips: Tree):
         optimizer = make_optimizer(config, 1000, abstract_params(config))
-        objective = make_objective(config, admissible_grids(config), parallel.platform_of(mesh))
+        objective = make_objective(config, admissible_grids(config), platform_of(mesh))
         self._state = initial_state(config, optimizer, mesh)
         self._given = frozen, clips
         step = make_train_step(config, objective, optimizer, mesh)
@@ -148,10 +152,10 @@ class Step:
 
 def random_teacher(config: ConfigDict, mesh: Mesh) -> Tree:
     """Weights as a teacher's are loaded, of no meaning."""
-    places = abstract_frozen(config, mesh)
+    places = FluxUMT.abstract_frozen(config, mesh)
 
     def make() -> Tree:
-        network = distill.make_network(distill.teacher_config(config), nnx.Rngs(0))
+        network = make_network(teacher_config(config), nnx.Rngs(0))
         return jax.tree.map(lambda x, own: x.astype(own.dtype), fluxvit.split(network)[1], places)
 
     return jax.jit(make, out_shardings=jax.tree.map(lambda own: own.sharding, places))()

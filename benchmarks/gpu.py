@@ -53,9 +53,10 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.gpu_case import Case, Side, make_config, training_name
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.config import VARIANTS, model_config
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.errors import ArgumentParser, UserError
+from fluxvit_jax.grids import PATCH, Grid
 
 TASKS = ("training", "inference")
 MODULES = {"ours": "benchmarks.gpu_jax", "pytorch": "benchmarks.gpu_torch"}
@@ -232,7 +233,7 @@ def measure(
 
 def gigaflops(case: Case) -> dict[str, float]:
     """The model FLOPs of one clip, by program."""
-    from fluxvit_jax.costs import gflops
+    from fluxvit_jax.models.flops import gflops
 
     model = model_config(make_config(case, "float32"))
     forward = {budget: 2 * gflops(model, case.grid, budget).kept for budget in case.budgets}

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.config import default_config, validate
+from fluxvit_jax.config.checks import validate
+from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.grids import PATCH, Grid
 
 
 class Case(NamedTuple):
@@ -53,10 +54,10 @@ def make_config(case: Case, dtype: str) -> ConfigDict:
     config.model.dtype = dtype
     config.model.drop_path = 0.0
     config.model.scan = False  # the quicker steps
-    config.data.grids.frames = (frames, frames, 1)
-    config.data.grids.resolutions = (resolution, resolution, PATCH)
+    config.data.grids.frames = str(frames)
+    config.data.grids.resolutions = str(resolution)
     config.data.grids.tokens = (case.grid.tokens, case.grid.tokens)
-    config.data.grid_group = config.train.batch_size = config.eval.batch_size = case.batch
+    config.data.clips_per_grid = config.train.batch_size = config.eval.batch_size = case.batch
     config.train.budgets = case.budgets
     config.train.warmup_epochs = 0.0
     config.optim.min_learning_rate = config.optim.learning_rate

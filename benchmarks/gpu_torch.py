@@ -82,7 +82,7 @@ def training(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
 
 
 def adamw(model: FluxViT, config: ConfigDict) -> torch.optim.Optimizer:
-    """The optimiser of the config: matrices and convolutions decay (see `fluxvit_jax.optim`)."""
+    """The optimizer of the config: matrices and convolutions decay (see `training.optimizer`)."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim > 1 and name not in ("cls_token", "pos_embed")].append(parameter)

@@ -1,4 +1,4 @@
-"""What the TPU compiler says of training on slices of each TPU: README's tables of the pre-flight.
+"""What the TPU compiler says of training on slices of each TPU: docs/sharding.md.
 
     python -m benchmarks.preflight [--out=preflight] [--only=TEXT]
 
@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fluxvit_jax import atomic
-from fluxvit_jax.config import load_config
+from fluxvit_jax.config.loading import load_config
+from fluxvit_jax.distributed import atomic
 from fluxvit_jax.errors import ArgumentParser, UserError
 
 # To train on: of Kinetics-400, about; of K-Mash, on which InternVideo2's students were distilled.
@@ -60,11 +60,11 @@ class Row(NamedTuple):
             f"--config.model.scan={self.form == 'scan'}",
             f"--config.model.remat={self.remat}",
             "--config.model.cls=inside",
-            f"--config.data.grid_group={min(GROUP, self.clips)}",
+            f"--config.data.clips_per_grid={min(GROUP, self.clips)}",
             f"--config.train.batch_size={self.clips * chips}",
             "--config.train.init_from=",
             f"--config.parallel.mesh.fsdp={self.fsdp}",
-            f"--config.preflight.bisect={self.largest}",
+            f"--config.preflight.find_max_batch_size={self.largest}",
         ]
 
 
@@ -125,14 +125,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def compiled(row: Row) -> dict[str, Any]:
     """The pre-flight's report of a row."""
     from fluxvit_jax import preflight  # starts JAX
-    from fluxvit_jax.compiler import topology
-    from fluxvit_jax.data.load import ClipCost
+    from fluxvit_jax.data.clip_cost import ClipCost
+    from fluxvit_jax.preflight.compiler import topology
 
     (where,) = topology.parse(row.topology)
     (devices,) = topology.open_devices([where])
     recipe = f"configs/{row.recipe}.py:{RECIPES[row.variant]}"
     config = load_config(recipe, row.overrides(len(devices)))
-    clip = ClipCost(0.0, 0.0, measured_on="nothing", videos=VIDEOS[row.recipe])
+    clip = ClipCost(cpu_seconds=0.0, bytes=0.0, measured_on="nothing", videos=VIDEOS[row.recipe])
     return preflight.check(config, where, devices, clip, settings=())
 
 

@@ -1,4 +1,4 @@
-"""Does pre-training help: the demo's clips, a tenth of the labels, several seeds; README's table.
+"""Does pre-training help: the demo's clips, a tenth of the labels, several seeds.
 
     python -m benchmarks.pretrain_study --out=demo/pretrain_study [--clips=demo/clips] [--seeds=3]
 

@@ -10,6 +10,7 @@ medians of their times and of each round's ratio.
 
 import argparse
 import contextlib
+import math
 import statistics
 import sys
 import tempfile
@@ -22,16 +23,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.demo import data_flags
-from fluxvit_jax import parallel
-from fluxvit_jax.cells import cells_of
-from fluxvit_jax.config import load_config, model_config
-from fluxvit_jax.data.decode import Video
+from fluxvit_jax.config.loading import load_config
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.patches import PATCH_VALUES
-from fluxvit_jax.devices import device_name
-from fluxvit_jax.evaluate import Weights
+from fluxvit_jax.distributed.devices import device_name
+from fluxvit_jax.distributed.mesh import make_mesh, replicated, shard_batch
+from fluxvit_jax.evaluation.evaluate import Weights
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.search import Search, splits_of
-from fluxvit_jax.viewer import Viewer
+from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
+from fluxvit_jax.token_optimization.candidates import candidates
+from fluxvit_jax.token_optimization.search import Search, splits_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,13 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
         "configs/demo.py",
         [
             *data_flags(options.clips),
-            f"--config.search.choose={options.clips / 'validation.csv'}",
+            f"--config.search.split={options.clips / 'validation.csv'}",
             f"--config.search.videos={options.videos}",
         ],
     )
     model = model_config(config)
-    weights = Weights(fluxvit.initialise(model, jax.random.key(0)), "random", None)
-    cells = len(cells_of(config, model))
+    weights = Weights(fluxvit.init_params(model, jax.random.key(0)), "random", None)
+    cells = len(candidates(config, model))
     print(f"{cells} cells, {options.videos} videos, {device_name()}, jax {jax.__version__}")
     with counting_openings() as opened:
         searching(config, weights), passing(config, weights, options.videos)  # these compile
@@ -89,7 +91,7 @@ def counting_openings() -> Iterator[list[str]]:
 
 def searching(config: ConfigDict, weights: Weights) -> float:
     """Seconds in which all cells see the videos."""
-    splits, notes = splits_of(config, None)
+    splits, notes = splits_of(config, weights)
     with (
         tempfile.TemporaryDirectory() as folder,
         Search(config, weights, splits, notes, Path(folder)) as search,
@@ -101,16 +103,16 @@ def searching(config: ConfigDict, weights: Weights) -> float:
 
 def passing(config: ConfigDict, weights: Weights, videos: int) -> float:
     """Seconds of the forward passes alone: of each cell, for each chunk and view."""
-    mesh, b = parallel.make_mesh(config), config.eval.batch_size
-    viewer = Viewer(config, weights.params, mesh)
-    params = jax.device_put(weights.params, parallel.replicated(mesh))
-    passes, seconds = -(-videos // b) * config.eval.clips * config.eval.crops, 0.0
+    mesh, b = make_mesh(config), config.eval.batch_size
+    evaluator = CandidateEvaluator(config, weights.params, mesh)
+    params = jax.device_put(weights.params, replicated(mesh))
+    passes, seconds = math.ceil(videos / b) * config.eval.clips * config.eval.crops, 0.0
     start = {"total": np.zeros((b, config.model.classes), np.float32), "video": np.arange(b)}
-    for cell in cells_of(config, model_config(config)):
+    for cell in candidates(config, model_config(config)):
         shape = (b, cell.grid.tokens, PATCH_VALUES)
         patches = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        clips = parallel.put(start | {"patches": patches}, mesh)
-        program = viewer.program(cell)
+        clips = shard_batch(start | {"patches": patches}, mesh)
+        program = evaluator.program(cell)
         begin = time.perf_counter()
         for view in range(passes):
             total = program(
@@ -118,7 +120,7 @@ def passing(config: ConfigDict, weights: Weights, videos: int) -> float:
             )
             total.block_until_ready()
         seconds += time.perf_counter() - begin
-    viewer.close()
+    evaluator.close()
     return seconds
 
 

@@ -26,17 +26,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax import parallel
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.config import admissible_grids, default_config, model_config, validate
-from fluxvit_jax.costs import gflops
+from fluxvit_jax.config.checks import validate
+from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.patches import PATCH_VALUES
-from fluxvit_jax.devices import device_name
-from fluxvit_jax.evaluate import Setting, predictor
+from fluxvit_jax.distributed.devices import device_name
+from fluxvit_jax.distributed.mesh import make_mesh, replicated, shard_batch
+from fluxvit_jax.evaluation.evaluate import Setting, predictor
+from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.optim import make_optimizer
-from fluxvit_jax.state import abstract_params, initial_state
-from fluxvit_jax.step import make_objective, make_train_step
+from fluxvit_jax.models.flops import gflops
+from fluxvit_jax.training.optimizer import make_optimizer
+from fluxvit_jax.training.train_state import abstract_params, initial_state
+from fluxvit_jax.training.train_step import make_objective, make_train_step
 
 SHARES = (2, 3, 6)  # of the grid's tokens: one in so many is kept
 
@@ -51,7 +54,7 @@ class Contender(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    mesh = parallel.make_mesh(default_config())
+    mesh = make_mesh(default_config())
     side = options.resolution // PATCH
     grid = Grid(options.frames, side, side)
     results = {}
@@ -109,7 +112,7 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
     objective = make_objective(config, grids, jax.default_backend())
     step = make_train_step(config, objective, optimizer, mesh)
     state = initial_state(config, optimizer, mesh)
-    clips = parallel.put(random_clips(batch, grids[0]), mesh)
+    clips = shard_batch(random_clips(batch, grids[0]), mesh)
 
     def run() -> None:
         nonlocal state
@@ -124,8 +127,8 @@ def step_of(config: ConfigDict, batch: int, mesh: Mesh) -> Contender:
 def evaluation(variant: str, grid: Grid, batch: int, mesh: Mesh) -> dict[str, Contender]:
     """One view of each clip at every budget, and the smallest budget without any selection."""
     config = make_config(variant, grid, batch // mesh.size, (grid.tokens,), "group_dynamic")
-    params = fluxvit.initialise(model_config(config), jax.random.key(0))
-    params = jax.device_put(params, parallel.replicated(mesh))
+    params = fluxvit.init_params(model_config(config), jax.random.key(0))
+    params = jax.device_put(params, replicated(mesh))
     budgets = [grid.tokens // share for share in (1, *SHARES)]
     settings = {f"{budget} of {grid.tokens}": Setting(budget, grid, 0) for budget in budgets}
     fewest = grid._replace(frames=max(1, grid.frames // SHARES[-1]))
@@ -140,7 +143,7 @@ def view_of(
 ) -> Contender:
     model = model_config(config, jax.default_backend())
     program = predictor(model, setting, 0, mesh)
-    clips = parallel.put(
+    clips = shard_batch(
         {
             "total": np.zeros((batch, config.model.classes), np.float32),
             "patches": random_patches(batch, setting.grid),
@@ -164,10 +167,10 @@ def make_config(
     config = default_config(variant)
     config.model.dtype = dtype()
     config.model.selector.kind = selector
-    config.data.grids.frames = (grid.frames, grid.frames, 1)
-    config.data.grids.resolutions = (grid.rows * PATCH, grid.rows * PATCH, PATCH)
+    config.data.grids.frames = str(grid.frames)
+    config.data.grids.resolutions = str(grid.rows * PATCH)
     config.data.grids.tokens = (grid.tokens, grid.tokens)
-    config.data.grid_group = config.train.batch_size = group
+    config.data.clips_per_grid = config.train.batch_size = group
     config.train.budgets = budgets
     config.eval.settings = ((grid.tokens, grid.frames, grid.rows * PATCH),)
     validate(config)
@@ -180,7 +183,7 @@ def dtype() -> str:
 
 
 def random_clips(batch: int, grid: Grid) -> dict[str, np.ndarray]:
-    """As `step.device_batch` makes them."""
+    """As `train_step.device_batch` makes them."""
     return {
         "patches": random_patches(batch, grid),
         "grid": np.tile(np.int32(grid), (batch, 1)),

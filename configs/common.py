@@ -1,17 +1,15 @@
-"""What recipes share: reading the text after the colon of `--config=configs/k400.py:TEXT`.
-
-Nothing else: a recipe is copied and changed, never inherited from.
-"""
+"""The text after the colon of `--config=configs/k400.py:TEXT`, for fine-tuning and pre-training."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fluxvit_jax.errors import UserError
 
 VARIANTS = {"small": "S", "base": "B", "large": "L"}
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
     """variant: a key of `fluxvit_jax.config.VARIANTS`. budgets: tokens of each training pass.
 
     data: what to train on, "" where it is not said.
@@ -20,7 +18,7 @@ class Options(NamedTuple):
     variant: str
     budgets: tuple[int, ...]
     recipe: str
-    data: str = ""
+    data: str
 
 
 def parse(
@@ -52,7 +50,7 @@ def parse(
             known = ["single=TOKENS"]
             known += [f"recipe={'|'.join(recipes)}"] * bool(recipes) + ["data=LIST"] * data
             raise UserError(f"{part!r} is not {' or '.join(known)}")
-    return Options(VARIANTS[variant], budgets, recipe, named)
+    return Options(variant=VARIANTS[variant], budgets=budgets, recipe=recipe, data=named)
 
 
 def _one_of(word: str, known: Sequence[str]) -> str:

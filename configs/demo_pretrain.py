@@ -6,61 +6,38 @@
 Argument: `flexible` (default) or `fixed` (one grid, as the ordinary way has it), with `,seed=N`.
 The teacher is a trained run of configs/demo.py:multi; the student is of the same size.
 
-Hardware: two CPU cores, five minutes. Expected result: README, by benchmarks/pretrain_study.py.
+Hardware: two CPU cores, five minutes. Expected result: docs/pretraining.md.
 All numbers are ours, chosen for so small a network and so short a training; none is the paper's.
 """
 
 from ml_collections import ConfigDict
 
-from configs import demo
-from fluxvit_jax.config import NO_CLASSES, REQUIRED, VARIANTS, default_config
+from fluxvit_jax.config.fields import REQUIRED
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.recipes import demo
 
 GRIDS = ("flexible", "fixed")
 
 
 def get_config(argument: str = "flexible") -> ConfigDict:
     grids, seed = parse(argument)
-    config = default_config("Ti")
-    config.seed = seed
+    config = demo.base_config(seed)
 
     config.model.classes = NO_CLASSES
-    config.model.drop_path = 0.0
-    config.model.dtype = "float32"  # CPUs are no faster in bfloat16
-    config.model.scan = False
-
-    config.data.train = "demo/clips/train.csv"
-    config.data.root = "demo/clips"
-    config.data.grids.frames = (8, 12, 2)
-    config.data.grids.resolutions = (56, 56, 14)
+    config.data.grids.frames = "8..12..2"
     config.data.grids.tokens = (demo.BUDGETS[0], 192)
-    config.data.workers = 1
-    config.data.augment.scale = (0.75, 1.0)
-    config.data.augment.ratio = (0.9, 1 / 0.9)
-    config.data.augment.flip = 0.0  # left and right are different motions
     if grids == "fixed":
-        frames, resolution = demo.FIXED_GRID
-        config.data.grids.frames = (frames, frames, 1)
-        config.data.grids.resolutions = (resolution, resolution, 14)
+        demo.fix_grid(config)
 
-    config.train.objective = "distillation"
-    config.train.batch_size = 16
+    config.train.objective = "flux_umt"
     config.train.epochs = 10
-    config.train.warmup_epochs = 0.7
-    config.train.budgets = demo.BUDGETS
     config.distill.teacher = REQUIRED
     config.distill.network = "Ti"
     config.distill.frames = VARIANTS["Ti"].frames
     config.distill.resolution = VARIANTS["Ti"].resolution
     config.distill.tokens = demo.BUDGETS[0]
     config.distill.student_blocks = config.distill.teacher_blocks = (0, 1)
-
-    config.optim.learning_rate = 2e-3
-    config.optim.b2 = 0.98
-    config.optim.layer_decay = 1.0  # nothing is pre-trained
-    config.optim.clip_norm = 1.0
-    config.checkpoint.every_steps = 500
-    config.log.every_steps = 50
     return config
 
 

@@ -4,78 +4,17 @@ r"""Kinetics-710 (K400, K600 and K700 merged): the first stage of fine-tuning. N
         --config.data.train=k710/train.csv --config.data.validation=k710/val.csv \
         --config.data.root=kinetics --config.train.init_from=PRETRAINED
 
-Argument: small, base or large; `,single=2048` trains one budget (Flux-Single). Numbers of table 15.
-It starts from Flux-UMT pre-trained weights, of which none are published: use your own, or released
-K400 ones as a stand-in. FluxViT-L is not published: InternVideo2-L's epochs (L14_ft_k710_f8.sh).
-
-Sources: "table" is of the paper (arXiv 2503.14237), "script" exp/base/ft/k400/k400_single.sh of the
-official code (commit 8e09613), "parser" the defaults of its run_flexible_finetune.py.
+Argument: small, base or large; `,single=2048` trains one budget (Flux-Single). Numbers of table 15,
+sources: configs/finetune.py. It starts from Flux-UMT pre-trained weights (table 15), of which none
+are published: use your own, or released K400 ones as a stand-in. FluxViT-L is not published:
+InternVideo2-L's epochs (L14_ft_k710_f8.sh).
 
 Hardware: on a TPU v5e-16 about 7 h (small), 11 h (base) or 28 h (large) for 650 thousand videos. An
-estimate: 1.6, 4.8 and 15.6 TFLOP a clip at the 44, 53 and 45 % of the chip's peak that the TPU
-compiler estimates (README). On TPU add --config.model.cls=inside: one token more than the budget
-costs a tenth more. Where a batch does not fit, --config.train.accumulate=2 or more;
---mode=preflight tells.
+estimate: configs/finetune.py, with what to add on TPU.
 
 Published result: none on K710 itself; its weights are what configs/k400.py starts from.
 """
 
-from ml_collections import ConfigDict
+from fluxvit_jax.recipes import finetune
 
-from configs import common
-from fluxvit_jax.config import REQUIRED, default_config
-
-
-def get_config(argument: str = "base") -> ConfigDict:
-    options = common.parse(argument)
-    config = default_config(options.variant)
-
-    config.model.classes = 710
-    config.model.drop_path = 0.1  # table 15
-    config.model.scan = False  # blocks unrolled and remat by names: the quickest step that the
-    config.model.remat = "names"  # TPU compiler estimates (16 clips of B a chip fit a v5e)
-
-    # Official code: 6..24 frames, 112..336 px; script: 2048..6144 tokens. 41 grids.
-    config.data.grids.frames = (6, 24, 2)
-    config.data.grids.resolutions = (112, 336, 28)
-    config.data.grids.tokens = (2048, 6144)
-    config.data.repeats = 1  # table 15 does not list repeats: chosen
-    config.data.grid_group = 8  # script: a grid for the 8 videos of a GPU
-    config.data.workers = 16  # processes a host; chosen
-    config.data.augment.crop = "random_resized"  # official code, as are scale and ratio
-    config.data.augment.scale = (0.08, 1.0)
-    config.data.augment.ratio = (3 / 4, 4 / 3)
-    config.data.augment.flip = 0.5  # table 15
-    # Table 15: RandAugment(9, 0.5), two operations as where timm is not told.
-    config.data.augment.randaugment = "rand-m9-n2-mstd0.5-inc1"
-
-    config.train.init_from = REQUIRED  # pre-trained weights, table 15
-    config.train.batch_size = 1024  # table 15
-    # Table 15: 35 for S, 20 for B, warm-up 5. L not published: InternVideo2-L's 14, warm-up 2.
-    config.train.epochs = {"S": 35, "B": 20, "L": 14}[options.variant]
-    config.train.warmup_epochs = {"S": 5.0, "B": 5.0, "L": 2.0}[options.variant]
-    config.train.budgets = options.budgets  # script: 3072, 2048, 1024
-    config.train.align = 1.0  # official code
-    config.train.label_smoothing = 0.0  # table 15; the next three are not in it: chosen off
-    config.train.mixup = 0.0
-    config.train.cutmix = 0.0
-    config.train.erase = 0.0
-
-    # Official code: rates are for 256 clips, repeats counted. So 8e-4 at 1024.
-    # A batch size from the command line leaves them as they are.
-    batches = config.train.batch_size / 256
-    config.optim.learning_rate = 2e-4 * batches  # table 15
-    config.optim.min_learning_rate = 1e-6 * batches  # parser
-    config.optim.warmup_learning_rate = 1e-6 * batches  # parser
-    config.optim.b1, config.optim.b2 = 0.9, 0.999  # table 15
-    config.optim.eps = 1e-8  # parser
-    config.optim.weight_decay = 0.05  # table 15
-    config.optim.layer_decay = 0.75  # script; not in table 15
-    config.optim.clip_norm = 0.0  # parser: none
-
-    # Budget, frames, resolution. 1024: the best cell of table 11 (S, K400) with the fewest tokens.
-    # The others are chosen by us, with 1.5 to 2.3 tokens for each that is kept, as on the flat top
-    # of that table. Token Optimization on your own data may find better ones.
-    config.eval.settings = ((3072, 20, 224), (2048, 16, 196), (1024, 12, 168), (512, 8, 168))
-    config.eval.clips, config.eval.crops = 4, 3  # as for K400
-    return config
+get_config = finetune.recipe("k710")

@@ -21,7 +21,7 @@ Sources: "table" is table 14 of the paper (arXiv 2503.14237), whose code for thi
 released; "base" is InternVideo2's distillation, on which it builds (single_modality of
 OpenGVLab/InternVideo, scripts/distillation). What neither tells is chosen here, and said so.
 
-Hardware: see README's page on pre-training for what the TPU compiler says of it. On TPU add
+Hardware: docs/pretraining.md has what the TPU compiler says of it. On TPU add
 --config.model.cls=inside, and --config.parallel.mesh.fsdp=16 or so to cut the teacher.
 
 Published result: none of this stage alone; FluxViT's results on K400 start from it.
@@ -29,8 +29,10 @@ Published result: none of this stage alone; FluxViT's results on K400 start from
 
 from ml_collections import ConfigDict
 
-from configs import common
-from fluxvit_jax.config import NO_CLASSES, REQUIRED, default_config
+from fluxvit_jax.config.fields import REQUIRED, default_config
+from fluxvit_jax.config.variants import NO_CLASSES
+from fluxvit_jax.data import places
+from fluxvit_jax.recipes import common
 
 
 def get_config(argument: str = "base") -> ConfigDict:
@@ -44,18 +46,18 @@ def get_config(argument: str = "base") -> ConfigDict:
     config.model.scan = True
     config.model.remat = "names"
 
-    config.data.train = options.data
-    config.data.grids.frames = (4, 24, 2)  # table
-    config.data.grids.resolutions = (168, 252, 28)  # table
+    config.data.train = options.data or places.find("pretrain", ("mixture.csv", *places.TRAIN))
+    config.data.grids.frames = "4..24..2"  # table
+    config.data.grids.resolutions = "168..252..28"  # table
     # Not in the table: Flux-CLIP's thresholds, so that the teacher's 2048 are always there.
     config.data.grids.tokens = (2048, 4096)
-    config.data.grid_group = 8  # as in fine-tuning's released script; chosen
-    config.data.repeats = 1  # base
+    config.data.clips_per_grid = 8  # as in fine-tuning's released script; chosen
+    config.data.repeated_aug = 1  # base
     config.data.workers = 16  # processes a host; chosen
     config.data.augment.crop = "multi_scale"  # base
     config.data.augment.flip = 0.5  # base; sources may forbid it
 
-    config.train.objective = "distillation"
+    config.train.objective = "flux_umt"
     config.train.batch_size = 2048  # table
     config.train.epochs = 100  # table
     config.train.warmup_epochs = 20.0  # table
@@ -67,12 +69,12 @@ def get_config(argument: str = "base") -> ConfigDict:
     config.distill.tokens = 2048  # table
     # The double mask's first half is the paper's selector. On whose embedding is not told: the
     # teacher's means something from the first step on, the student's begins random.
-    config.distill.scored_by = "teacher"
+    config.distill.selector_features = "teacher"
     config.distill.mask = "attention"  # base; its rate of 0.8 gives way to the students' counts
     config.distill.student_blocks = (-6, -5, -4, -3, -2, -1)  # base
     config.distill.teacher_blocks = (23, 26, 29, 33, 36, 39)  # base
-    config.distill.layer_weight = 1.0  # base, as is the next
-    config.distill.pooled_weight = 1.0
+    config.distill.feature_loss_weight = 1.0  # base, as is the next
+    config.distill.clip_loss_weight = 1.0
 
     # Table: 1e-3. Base scales its 1e-3 by batch / 256; here it is for the whole batch, as written.
     config.optim.learning_rate = 1e-3

@@ -1,28 +1,168 @@
-"""What the command line takes besides `--config`."""
+"""Command-line flags besides `--config`, and the text of `--help`."""
+
+import re
+from collections.abc import Sequence
 
 from absl import flags
 
-OF_A_RUN = ("train", "evaluate", "search", "cache", "preflight")  # modes that need a recipe
+from fluxvit_jax.config import loading, reference
+from fluxvit_jax.config.fields import default_config
+
+# Modes that need a recipe, and the modules that run them.
+OF_A_RUN = {
+    "train": "fluxvit_jax.training.train",
+    "evaluate": "fluxvit_jax.evaluation.evaluate",
+    "search": "fluxvit_jax.token_optimization.search",
+    "cache": "fluxvit_jax.training.cache_targets",
+    "preflight": "fluxvit_jax.preflight",
+}
 OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
+MODES = (*OF_A_RUN, *OF_WEIGHTS)
+
+# What `--help` says of a mode, and the sections of the config that concern it.
+ABOUT = {
+    "train": "train a network, or go on with the run in the workdir",
+    "evaluate": "accuracy at every token budget of eval.settings, into WORKDIR/evaluation",
+    "search": "the best grid for each budget (Token Optimization), into WORKDIR/search",
+    "cache": "the teacher's targets for every clip of a plan, into distill.cache",
+    "preflight": "whether the run would compile and fit, on devices that need not be there",
+    "predict": "classes of one video, as a page, or of a folder of videos, as a CSV",
+    "export": "one folder for a server, which needs JAX only",
+}
+_NETWORK = ("seed", "model", "data", "parallel")
+SECTIONS = {
+    "train": (*_NETWORK, "train", "distill", "optim", "eval", "checkpoint", "log"),
+    "evaluate": (*_NETWORK, "eval"),
+    "search": (*_NETWORK, "eval", "search"),
+    "cache": (*_NETWORK, "train", "distill"),
+    "preflight": (*_NETWORK, "train", "distill", "optim", "eval", "preflight"),
+    "predict": ("eval",),
+    "export": ("eval",),
+}
+EXAMPLES = {
+    "train": (
+        "--config=configs/k400.py:base",
+        "--config=configs/custom.py:small --workdir=runs/mine --config.data.train=train.csv "
+        "--config.model.classes=12 --config.train.init_from=runs/k400",
+        "--workdir=runs/mine --config.train.epochs=30",
+    ),
+    "evaluate": ("--mode=evaluate --workdir=runs/mine",),
+    "search": ("--mode=search --workdir=runs/mine --config.search.split=chosen_on.csv",),
+    "cache": (
+        "--mode=cache --config=configs/pretrain.py:base,data=mixture.csv "
+        "--config.data.sampling_period_epochs=1 --config.distill.teacher=teacher "
+        "--config.distill.cache=targets",
+    ),
+    "preflight": (
+        "--mode=preflight --config=configs/k400.py:base --config.preflight.topology=v5e:4x4",
+    ),
+    "predict": ("--mode=predict --workdir=runs/mine --video=video.mp4 --tokens=1024,512",),
+    "export": ("--mode=export --workdir=runs/mine --out=exported",),
+}
+HELP = ("-h", "-?", "-help", "--help", "--helpshort")
 
 
 def define_flags() -> None:
-    """Defines every flag but `--config`, which is `config.define_flag`'s."""
-    flags.DEFINE_enum("mode", "train", [*OF_A_RUN, *OF_WEIGHTS], "What to do.")
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, evaluations.")
+    """Defines every flag but `--config`, which is `loading.define_flag`'s.
+
+    Help that begins with modes, as in "predict, export: ", says that the flag concerns only these.
+    """
+    flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder of the run: checkpoints, metrics, evaluations; default with a recipe: runs/RECIPE. "
+        "Without a recipe: that of a run that exists, which brings its own config.",
+    )
+    flags.DEFINE_boolean(
+        "print_config",
+        False,
+        f"{', '.join(OF_A_RUN)}: print the config as config.json has it, and end.",
+    )
     flags.DEFINE_boolean("debug", False, "Show where in the program an error arises.")
+    flags.DEFINE_boolean(
+        "accept_data_change", False, "train: go on with a run although its data are not the same."
+    )
     cluster = "of several processes, where neither Cloud TPU nor SLURM tells: "
     flags.DEFINE_string("coordinator", "", f"{cluster}ADDRESS:PORT on which the first listens.")
-    flags.DEFINE_integer("hosts", 0, f"{cluster}how many they are.")
-    flags.DEFINE_integer("host", -1, f"{cluster}which this one is, from 0.")
-    own = "predict, export: "
-    flags.DEFINE_string("checkpoint", None, f"{own}weights of any form; default: the workdir.")
-    flags.DEFINE_string("network", "", f"{own}config.json for what the weights do not tell.")
-    flags.DEFINE_list("tokens", [], f"{own}budgets, such as 1024,512; default: the checkpoint's.")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], f"{own}of the computation.")
-    flags.DEFINE_string("out", None, f"{own}folder to write; default: WORKDIR/MODE, or MODE.")
+    flags.DEFINE_integer("hosts", 0, f"{cluster}number of processes.")
+    flags.DEFINE_integer("host", -1, f"{cluster}number of this one, from 0.")
+    mode = "predict, export: "
+    flags.DEFINE_string(
+        "checkpoint", None, f"{mode}weights of any form, or hf://OWNER/NAME; default: the workdir."
+    )
+    flags.DEFINE_string("network", "", f"{mode}config.json with what the weights do not determine.")
+    flags.DEFINE_list("tokens", [], f"{mode}budgets, such as 1024,512; default: the checkpoint's.")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], f"{mode}of the computation.")
+    flags.DEFINE_string("out", None, f"{mode}folder to write; default: WORKDIR/MODE, or MODE.")
     flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
-    flags.DEFINE_integer("top", 5, "predict: so many classes are named.")
+    flags.DEFINE_string("window", "", "predict: also in windows of so long, such as 4s.")
+    flags.DEFINE_string("stride", "", "predict: from window to window; default: the window.")
+    flags.DEFINE_integer("top", 5, "predict: number of classes to name.")
     flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
-    flags.DEFINE_string("class_names", "", "predict: file of the classes' names, one a line.")
-    flags.DEFINE_float("milliseconds", None, "predict: as accurate as a search found in this time.")
+    flags.DEFINE_string(
+        "class_names", "", "predict: class names, a file of one a line, or k400 etc."
+    )
+    flags.DEFINE_float("milliseconds", None, "predict: the best setting of a search in this time.")
+
+
+def resolved(argv: Sequence[str]) -> list[str]:
+    """The command line with the file of the recipe.
+
+    A recipe of ours may be given by its name. Modes of a run take the config of the workdir's own
+    run where no recipe is given.
+    """
+    argv = loading.located(argv)
+    workdir = loading.flag_argument(argv, "workdir")
+    mode = loading.flag_argument(argv, "mode") or "train"
+    if workdir and mode in OF_A_RUN and loading.flag_argument(argv, "config") is None:
+        from fluxvit_jax.checkpoints import stored_recipe
+
+        if stored_recipe.is_run(workdir):
+            return [argv[0], f"--config={stored_recipe.__file__}:{workdir}", *argv[1:]]
+    return argv
+
+
+def help_text(argv: Sequence[str]) -> str:
+    """The text of `--help`: of one mode, and with the values of a recipe, if argv names them.
+
+    absl's own `--helpfull` lists the flags of all libraries. Raises UserError: no such recipe.
+    """
+    given = loading.flag_argument(argv, "mode")
+    modes = [given] if given in MODES else list(MODES)
+    recipe = loading.flag_argument(argv, "config")
+    values = loading.read_recipe(recipe) if recipe else default_config()
+    sections = {section for mode in modes for section in SECTIONS[mode]}
+    parts = {
+        "Modes (--mode=MODE)": "\n".join(f"  {mode:<10} {ABOUT[mode]}" for mode in modes),
+        "Flags": "\n".join(
+            reference.paragraph(f"--{flag.name}", f"{_words(flag)}{_default(flag)}")
+            for flag in [flags.FLAGS["config"], *flags.FLAGS.get_flags_for_module(__name__)]
+            if not set(modes).isdisjoint(_modes_of(flag))
+        ),
+        f"Fields, with the values {f'of {recipe}' if recipe else 'where no recipe sets them'}": (
+            reference.help_text(values, sections)
+        ),
+        "Recipes": f"  {', '.join(loading.shipped())}\n  Each says its argument at its top.",
+        "Examples": "\n".join(
+            f"  python -m fluxvit_jax.main {line}" for mode in modes for line in EXAMPLES[mode]
+        ),
+    }
+    return "\n\n".join(f"{title}:\n{text}" for title, text in parts.items())
+
+
+def _modes_of(flag: flags.Flag) -> Sequence[str]:
+    """The modes that a flag concerns: those before the colon of its help, or all."""
+    words = _words(flag).partition(": ")[0].split(", ")
+    return words if set(words) <= set(MODES) else MODES
+
+
+def _words(flag: flags.Flag) -> str:
+    """The help of a flag, with its choices at the end, which absl puts in front."""
+    choices, words = re.fullmatch(r"(?:<(.*)>: )?(.*)", str(flag.help)).groups()  # type: ignore[union-attr]  # matches all
+    return f"{words} One of {choices.replace('|', ', ')}." if choices else words
+
+
+def _default(flag: flags.Flag) -> str:
+    """The default of a flag in words, where it says something."""
+    return "" if flag.default in (None, False, "", [], 0, -1) else f" Default: {flag.default}."

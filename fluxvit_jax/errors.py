@@ -1,10 +1,11 @@
-"""The one kind of error that users are expected to cause and able to mend."""
+"""UserError, the error for wrong input that users can correct themselves."""
 
 import argparse
+from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input: a message of one line that says what is wrong, where, and what to do.
+    """Bad input: a message, mostly of one line, that says what is wrong, where, and what to do.
 
     `main` prints it to stderr without a traceback and exits with status 2.
     """
@@ -13,5 +14,5 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """Raises UserError for a wrong command line, where argparse itself would print and exit."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

@@ -1,39 +1,56 @@
-"""The program: `python -m fluxvit_jax.main --config=configs/k400.py --workdir=DIR [--mode=MODE]`.
+"""The program: `python -m fluxvit_jax.main --config=RECIPE [--workdir=DIR] [--mode=MODE]`.
 
-Modes: train (goes on by itself with what the workdir holds), evaluate, search (the best grid for
-each budget), predict (one video or a folder), export (one folder for a server), preflight (would
-the run compile and fit on devices that need not be there), cache (what a teacher makes of a plan).
-`--config.a.b=VALUE` sets a field of the config. Exit status: 0; 1 for a pre-flight that does not
-fit; 2 for bad input, said in one line; 130 or 143 when Ctrl-C or SIGTERM ended it.
+`fluxvit` is the same. A run that exists needs its workdir only: `--mode=evaluate --workdir=DIR`.
+`--config.a.b=VALUE` sets a field of the config. `--mode=MODE --help` tells what concerns a mode,
+`--config=RECIPE --help` the values of a recipe. A recipe is Python code that is executed: use only
+recipes that you trust. Exit status: 0; 1 for a pre-flight that does not fit; 2 for bad input, with
+the reason on stderr; 130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
-import importlib
+import glob
+import importlib.util
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from fluxvit_jax.errors import UserError
 
-# All else is imported by `main`: the workers that read data import this module as well.
+if TYPE_CHECKING:
+    from absl import flags
+
+# `main` imports the rest, because the workers that read data import this module as well.
+
+# Device files of TPUs, NVIDIA's GPUs (the second under WSL) and AMD's.
+ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd")
 
 
 def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
+    _avoid_libtpu()
 
     from absl import app, flags
 
-    from fluxvit_jax import command_line, config
+    from fluxvit_jax import command_line
+    from fluxvit_jax.config.loading import define_flag, parse_flags
 
-    config.define_flag(argv=list(argv))
     command_line.define_flags()
     app.define_help_flags()
     try:
-        config.parse_flags(argv)
-        run = _run_weights if flags.FLAGS.mode in command_line.OF_WEIGHTS else _run
-        return run(flags.FLAGS)
+        given, argv = argv, command_line.resolved(argv)
+        define_flag(argv=argv)
+        if any(argument in command_line.HELP for argument in argv):
+            _show(f"{__doc__}\n{command_line.help_text(argv)}")
+            return 0
+        parse_flags(argv)
+        if flags.FLAGS.mode in command_line.OF_WEIGHTS:
+            return _run_weights(flags.FLAGS)
+        return _run(flags.FLAGS, given)
     except UserError as error:
         if "--debug" in argv:
             raise
@@ -41,44 +58,104 @@ def main(argv: Sequence[str] = sys.argv) -> int:
         return 2
 
 
-def _run(options) -> int:
-    if options.config is None:
-        raise UserError("no recipe given: add, for example, --config=configs/demo.py")
-    mode = importlib.import_module(f"fluxvit_jax.{options.mode}")
+def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
+    from fluxvit_jax.command_line import OF_A_RUN
+
+    config = options.config
+    if config is None:
+        raise UserError(
+            "no recipe given: add, for example, --config=configs/demo.py, or the --workdir of a run"
+        )
+    if options.print_config:
+        _show(json.dumps(config.to_dict(), indent=1))
+        return 0
+    mode = importlib.import_module(OF_A_RUN[options.mode])
     if options.mode == "preflight":
-        return mode.run(options.config, options.workdir or ".")
-    if not options.workdir and options.mode != "cache":
+        return mode.run(config, options.workdir or ".")
+    if options.workdir == "":
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
-    from fluxvit_jax import distributed
+    from fluxvit_jax.config.loading import flag_argument
+    from fluxvit_jax.data import places
+    from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
+    from fluxvit_jax.distributed.mesh import say
+    from fluxvit_jax.distributed.storage import full_disk
+    from fluxvit_jax.training.completeness import check_complete
 
-    with distributed.joined(options.coordinator, options.hosts, options.host):
-        own = {"mode": options.mode, "workdir": options.workdir}
-        distributed.check_same(own | {"config": options.config.to_dict()})
-        run = mode.train if options.mode == "train" else mode.run
-        return run(options.config, options.workdir)
+    recipe = flag_argument(argv, "config") or ""
+    workdir = options.workdir or places.workdir_of(recipe)
+    hosts = joined(options.coordinator, options.hosts, options.host)
+    with hosts, full_disk(workdir):
+        check_same({"mode": options.mode, "workdir": workdir, "config": config.to_dict()})
+        if options.workdir is None and options.mode != "cache":
+            say(f"workdir: {workdir}; --workdir=DIR names another")
+        if options.mode == "train":
+            with raise_on_all_hosts():
+                check_complete(config, recipe, workdir, argv)
+            return mode.train(config, workdir, options.accept_data_change)
+        return mode.run(config, workdir)
 
 
-def _run_weights(options) -> int:
+def _run_weights(options: "flags.FlagValues") -> int:
     weights = options.checkpoint or options.workdir
     if not weights:
         raise UserError("no weights given: add --workdir=DIR or --checkpoint=FILE_OR_FOLDER")
     if not all(text.isdecimal() and int(text) > 0 for text in options.tokens):
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
-    from fluxvit_jax import export, predict, storage
+    from fluxvit_jax.deploy import export, predict
+    from fluxvit_jax.distributed import storage
 
     if storage.is_remote(options.out or ""):
         raise UserError(f"--out={options.out}: must be a folder of this machine")
     here = "" if storage.is_remote(options.workdir or "") else options.workdir or ""
     out = options.out or os.path.join(here, options.mode)
-    shared = (weights, out, tuple(map(int, options.tokens)), options.network, options.dtype)
+    tokens = tuple(map(int, options.tokens))
     if options.mode == "export":
-        return export.run(*shared, options.config, options.workdir)
-    own = (options[name].value for name in predict.Options._fields[len(shared) :])
-    return predict.run(predict.Options(*shared, *own), options.config)
+        with storage.full_disk(out):
+            return export.run(
+                weights,
+                out,
+                tokens,
+                options.network,
+                options.dtype,
+                options.config,
+                options.workdir,
+            )
+    settings = predict.Options(
+        weights=weights,
+        out=out,
+        tokens=tokens,
+        network=options.network,
+        dtype=options.dtype,
+        video=options.video,
+        top=options.top,
+        features=options.features,
+        class_names=options.class_names,
+        milliseconds=options.milliseconds,
+        workdir=options.workdir,
+        window=options.window,
+        stride=options.stride,
+    )
+    with storage.full_disk(out):
+        return predict.run(settings, options.config)
 
 
-def _exit(number: int, _) -> None:
-    """Ends the program at once, where an exception might be caught; training has its own way."""
+def _show(text: str) -> None:
+    """Prints a long text; ends without a word if what reads it, such as a pager, has enough."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)
+
+
+def _avoid_libtpu() -> None:
+    """Leaves CPUs to JAX where libtpu is installed, as for pre-flights, but no accelerator is.
+
+    It would look for a TPU for seconds, and print errors that are none.
+    """
+    if importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS)):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    """Signal handler that exits at once, since exceptions might be caught; training replaces it."""
     os.write(sys.stderr.fileno(), b"interrupted\n")
     os._exit(128 + number)
 

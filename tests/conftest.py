@@ -1,29 +1,42 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jaxtyping
 import pytest
 
-from tests import tiny
+from tests import type_checks
+
+# Before anything imports them: a call with other shapes than the annotations say is an error.
+CHECKED = ["fluxvit_jax.models", "fluxvit_jax.objectives"]
+jaxtyping.install_import_hook(CHECKED, f"{type_checks.__name__}.check")
+
+from tests import tiny  # noqa: E402
 
 # For this process and those that it starts, before XLA looks.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK_TO_COMPILE])
+# A shell starts its background jobs with SIGINT ignored, and processes that tests start and then
+# interrupt would inherit that. A handler is not inherited: they begin with the default.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory) -> Path:
     """Folder of compiled programs: what one test or process has compiled, the next ones load.
 
-    All processes of pytest-xdist share it.
+    All processes of pytest-xdist share it. JAX_COMPILATION_CACHE_DIR names one that stays.
     """
     own = tmp_path_factory.getbasetemp()
-    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
-    cache.mkdir(exist_ok=True)
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared)
+    cache.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    os.environ |= tiny.caching(cache)  # of processes that tests start
     return cache
 
 

@@ -1,6 +1,9 @@
 """Recipes load and hold the published numbers; what is wrong with a config is one helpful line."""
 
+import ast
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,26 +11,30 @@ from typing import get_args
 
 import pytest
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config import (
-    CHOICES,
-    MAY_CHANGE,
+from fluxvit_jax.checkpoints.workdir import check_workdir
+from fluxvit_jax.config.checks import validate, validate_for_training
+from fluxvit_jax.config.fields import (
+    ADDED,
+    FIELDS,
+    RENAMED,
     REQUIRED,
-    VARIANTS,
-    admissible_grids,
     config_difference,
     default_config,
     flatten,
-    from_dict,
-    load_config,
-    validate,
-    validate_for_training,
 )
-from fluxvit_jax.distill import block_pairs
+from fluxvit_jax.config.grids import admissible_grids, search_grids
+from fluxvit_jax.config.loading import from_dict, load_config, read_recipe
+from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.models.selection import SELECTORS, Rounding
-from fluxvit_jax.objectives.distillation import MASKS
+from fluxvit_jax.evaluation.evaluate import settings_of
+from fluxvit_jax.grids import kept_tokens
+from fluxvit_jax.models.token_selection import SELECTORS, Rounding
+from fluxvit_jax.objectives.base import check_objective
+from fluxvit_jax.objectives.flux_umt import MASKS
+from fluxvit_jax.objectives.flux_umt_teacher import block_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -51,9 +58,9 @@ def recipe(name: str, options: str = "base", overrides=()) -> ConfigDict:
     return load_config(f"{CONFIGS / name}.py:{options}", [*classes, *overrides])
 
 
-def error_of(function, *arguments) -> str:
+def error_of(function, *arguments, **options) -> str:
     with pytest.raises(UserError) as caught:
-        function(*arguments)
+        function(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -81,17 +88,65 @@ def manifest_shapes(variant: str) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_default_of_every_variant_is_valid(variant):
-    validate(default_config(variant))
+    config = default_config(variant)
+    validate(config)
+    sizes = VARIANTS[variant]
+    assert (config.model.frames, config.model.resolution) == (sizes.frames, sizes.resolution)
+    config.model.resolution += 1  # and what is wrong with it would be found
+    assert "config.model.resolution: " in error_of(validate, config)
 
 
 def test_a_config_survives_json_and_old_ones_get_new_fields():
     config = recipe("k400", "small")
     stored = json.loads(json.dumps(config.to_dict()))
     assert from_dict(stored).to_dict() == config.to_dict()
-    del stored["train"]["align"]
-    assert from_dict(stored).train.align == default_config().train.align
+    del stored["train"]["align_weight"]
+    assert from_dict(stored).train.align_weight == default_config().train.align_weight
     stored["train"]["epoch"] = 1
     assert "config.train.epoch:" in error_of(from_dict, stored)
+
+
+def old_form(config: ConfigDict) -> dict:
+    """What runs stored when ranges were (start, last, step)."""
+    stored = json.loads(json.dumps(config.to_dict()))
+    for section in (stored["data"]["grids"], stored["search"]):
+        for side in ("frames", "resolutions"):
+            section[side] = [int(number) for number in section[side].split("..")]
+    return stored
+
+
+def test_ranges_that_a_run_has_stored_as_lists_are_read_as_ranges(tmp_path):
+    config = recipe("k400", "small")
+    stored = old_form(config)
+    assert stored["data"]["grids"]["frames"] == [6, 24, 2]
+    assert from_dict(stored).to_dict() == config.to_dict()
+    assert config_difference(stored, config.to_dict()) == []
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    check_workdir(epath.Path(tmp_path), config)
+    stored["data"]["grids"]["frames"] = [6, 24, 4]
+    assert config_difference(stored, config.to_dict()) == [
+        "data.grids.frames: 6..24..4 -> 6..24..2"
+    ]
+    stored["data"]["grids"]["frames"] = [8, 8, 1]
+    fixed = recipe("k400", "small", ["--config.data.grids.frames=8"])
+    assert config_difference(stored, fixed.to_dict()) == []  # the same numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "frames", "resolutions"),
+    [
+        ("14..56", list(range(14, 57)), [14, 28, 42, 56]),
+        ("28..56..14", [28, 42, 56], [28, 42, 56]),
+        ("28..55..14", [28, 42], [28, 42]),
+        ("28", [28], [28]),
+        ("28,42,140", [28, 42, 140], [28, 42, 140]),
+    ],
+)
+def test_ranges_and_lists_of_numbers(text, frames, resolutions):
+    overrides = [f"--config.search.{side}={text}" for side in ("frames", "resolutions")]
+    grids = search_grids(recipe("k400", "small", overrides))
+    assert sorted({grid.frames for grid in grids}) == frames
+    assert sorted({grid.resolution for grid in grids}) == resolutions
 
 
 def test_default_grids_are_the_official_ones():
@@ -117,19 +172,37 @@ def test_every_recipe_loads(name, variant):
 
 
 def test_every_recipe_is_tested():
-    # No recipe; the demo, its pre-training and that of the paper have tests of their own.
-    not_here = {"common", "demo", "demo_pretrain", "pretrain"}
+    # No recipe; the table of the rest; those that have tests of their own.
+    not_here = {"common", "finetune", "demo", "demo_pretrain", "pretrain"}
     assert {file.stem for file in CONFIGS.glob("*.py")} - not_here == CLASSES.keys()
 
 
-@pytest.mark.parametrize("name", [*CLASSES, "pretrain"])
-def test_every_recipe_says_how_to_run_it_and_what_was_run(name):
-    text = (CONFIGS / f"{name}.py").read_text()
-    docstring = text.split('"""')[1]
-    assert f"python -m fluxvit_jax.main --config=configs/{name}.py" in docstring
-    assert "NOT RUN HERE" in docstring
-    assert "Hardware:" in docstring
-    assert "result: " in docstring or "Published top-1" in docstring
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_file_of_a_data_set_is_its_entry_in_the_table(name):
+    for options in ("", "small", "large,single=2048"):
+        entry = read_recipe(f"{CONFIGS / 'finetune.py'}:{name},{options}")
+        assert entry.to_dict() == read_recipe(f"{CONFIGS / name}.py:{options}").to_dict()
+
+
+def test_a_recipe_of_the_table_asks_for_its_data_set():
+    for argument in ("", ":", ":small", ":k40,small"):
+        message = error_of(load_config, f"{CONFIGS / 'finetune.py'}{argument}")
+        assert "the data set comes first (k400,small)" in message
+        assert f"none of {', '.join(CLASSES)}" in message
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "finetune", "pretrain", "demo", "demo_pretrain"])
+def test_the_command_in_a_recipe_is_one_that_trains(name):
+    """Of its own recipe, with a workdir; all that has no default is in it."""
+    docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text()))
+    (command,) = re.findall(r"python -m fluxvit_jax\.main ((?:.*\\\n)*.*)", docstring)
+    options = shlex.split(command.replace("\\\n", " "))
+    (recipe,) = [o.removeprefix("--config=") for o in options if o.startswith("--config=")]
+    assert recipe.partition(":")[0] == f"configs/{name}.py"
+    assert any(o.startswith("--workdir=") for o in options)
+    config = load_config(f"{ROOT / recipe}", [o for o in options if o.startswith("--config.")])
+    assert REQUIRED not in flatten(config).values()
+    validate_for_training(config)
 
 
 @pytest.mark.parametrize("variant", ["small", "base", "large"])
@@ -150,7 +223,8 @@ def test_the_recipe_of_pretraining(variant):
     grids = admissible_grids(config)
     assert {grid.frames for grid in grids} <= set(range(4, 25, 2))
     assert {grid.rows * 14 for grid in grids} == {168, 196, 224, 252}
-    assert "config.distill.teacher=WEIGHTS" in error_of(validate_for_training, config)
+    check_objective(config)
+    assert "config.distill.teacher=WEIGHTS" in error_of(check_objective, config, training=True)
     assert "--config.data.train" in error_of(validate_for_training, recipe("pretrain", variant))
 
 
@@ -160,7 +234,7 @@ def test_the_recipe_of_pretraining(variant):
         ("model.classes=400", "knows of no classes; leave it 1"),
         ("train.mixup=0.8", "config.train.mixup: distillation has no such thing"),
         ("data.validation=val.csv", "no classifier that could be evaluated"),
-        ("data.held_out=0.1", "leaves no videos out"),
+        ("data.holdout_fraction=0.1", "leaves no videos out"),
         ("data.grids.tokens=(1024, 4096)", "1024 tokens cannot fill the teacher's 2048"),
         ("train.budgets=(3072, 2048)", "cannot see 3072 of the teacher's 2048"),
         ("model.selector.rounding=official", "exact budgets only"),
@@ -171,11 +245,28 @@ def test_the_recipe_of_pretraining(variant):
         ("distill.network=InternVideo2-2B", "none of InternVideo2-Ti, InternVideo2-1B"),
         ("distill.resolution=225", "no multiple of the patch size 14"),
         ("distill.mask=tube", "none of attention, attention_topk, random"),
+        (
+            "data.sampling=balanced",
+            "objective flux_umt trains without labels",
+        ),
+        ("train.class_weights=balanced", "so it has no classes to balance"),
+        ("train.freeze=backbone", "config.train.freeze: objective flux_umt trains the whole"),
     ],
 )
 def test_mistakes_in_distillation(override, message):
-    error = error_of(recipe, "pretrain", "base", [f"--config.{override}"])
+    def check():
+        check_objective(recipe("pretrain", "base", [f"--config.{override}"]))
+
+    error = error_of(check)
     assert message in error and "\n" not in error
+
+
+def test_an_unknown_objective_is_refused():
+    config = default_config()
+    config.train.objective = "flux_multy"
+    error = error_of(check_objective, config)
+    # Other tests may have registered one of their own.
+    assert error.startswith("config.train.objective: 'flux_multy' is none of flux_multi, flux_umt")
 
 
 # Published numbers: paper's table 15, released K400 script, InternVideo2-S's SSv2 script.
@@ -203,7 +294,7 @@ def test_recipes_hold_the_published_numbers(which):
     assert optim.learning_rate == pytest.approx(rate * batch / 256)
     assert optim.min_learning_rate == pytest.approx(1e-6 * batch / 256)
     assert (train.label_smoothing, train.mixup, train.cutmix) == (smoothing, mixup, cutmix)
-    assert (train.erase, config.data.augment.flip) == (erase, flip)
+    assert (train.random_erasing, config.data.augment.flip) == (erase, flip)
     assert (optim.b1, optim.b2, optim.weight_decay, optim.layer_decay) == (0.9, 0.999, 0.05, 0.75)
     assert config.model.drop_path == 0.1
     assert config.data.augment.scale == (0.08, 1)
@@ -214,9 +305,9 @@ def test_recipes_hold_the_published_numbers(which):
 def test_the_released_recipe_has_the_official_rate_and_augmentation():
     config = recipe("k400", "base,recipe=released")
     assert config.optim.learning_rate == pytest.approx(8e-4)
-    assert config.data.repeats == 2
+    assert config.data.repeated_aug == 2
     assert config.data.augment.randaugment == "rand-m7-n4-mstd0.5-inc1"
-    assert config.data.grid_group == 16  # 8 videos of a GPU, each twice
+    assert config.data.clips_per_grid == 16  # 8 videos of a GPU, each twice
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -232,6 +323,10 @@ def test_a_recipe_that_starts_from_weights_asks_for_them():
     assert "--config.train.init_from=CHECKPOINT" in error_of(validate_for_training, config)
     scratch = ["--config.data.train=list.csv", "--config.train.init_from="]
     validate_for_training(recipe("k400", overrides=scratch))
+    blind = recipe("k400", overrides=[*scratch, "--config.train.early_stopping_epochs=2"])
+    assert "add --config.data.validation=LIST" in error_of(validate_for_training, blind)
+    frozen = recipe("k400", overrides=[*scratch, "--config.train.freeze=backbone"])
+    assert "backbone would keep random weights" in error_of(validate_for_training, frozen)
     assert "--config.data.train" in error_of(validate_for_training, recipe("k400"))
 
 
@@ -274,14 +369,24 @@ WRONG = {
     "epochs=3": "did you mean train.epochs?",
     "trian.epochs=3": "did you mean train.epochs?",
     "optim.learning_rat=1": "did you mean optim.learning_rate?",
-    "data.gird_group=4": "did you mean data.grid_group?",
+    "data.clips_per_gird=4": "did you mean data.clips_per_grid?",
     "train=3": "config.train is a section",
     "train.epochs=abc": "config.train.epochs: 'abc' is not a whole number",
     "train.epochs=1.5": "config.train.epochs: '1.5' is not a whole number",
     "optim.b1=high": "config.optim.b1: 'high' is not a number",
     "model.scan=maybe": "config.model.scan: 'maybe' is not true or false",
     "train.budgets=many": "config.train.budgets",
-    "data.grids.frames=(6,24)": "not 3 whole numbers, such as (6, 24, 2)",
+    "data.grids.frames=(6,24)": """'(6,24)' is not a range "start..last..step", such as""",
+    "data.grids.frames=(6,24,2)": 'step write "6..24..2", for a list of values "2,6,24"',
+    "data.grids.frames=6,24,2": 'step write "6..24..2", for a list of values "2,6,24"',
+    "search.frames=(6, 8, 10)": "(6, 8, 10) can be read in two ways: for start, last",
+    "search.resolutions=[112,336,28]": 'step write "112..336..28"',
+    "search.frames=6:10:2": 'such as "6..24..2", or a list that rises, such as "6,8,12"',
+    "search.frames=6,8,8": 'for a list of values "6,8"',
+    "search.frames=0,8": "'0,8' is not a range",
+    "search.frames=0..8": "0..8 is empty or not above 0",
+    "search.frames=-4..8": "'-4..8' is not a range",
+    "search.frames=": "'' is not a range",
     "data.augment.scale=(0.1,'a')": "config.data.augment.scale",
     "eval.settings=(1024,12,168)": "(budget, frames, resolution)",
     "eval.settings=((1024,12),)": "(budget, frames, resolution)",
@@ -289,28 +394,34 @@ WRONG = {
     "model.gelu=relu": "none of tanh, erf",
     "model.selector.kind=best": "group_dynamic",
     "model.drop_path=1": "at least 0 and below 1",
-    "train.ema=1": "config.train.ema",
+    "train.ema_decay=1": "config.train.ema_decay",
     "train.epochs=0": "config.train.epochs: 0 must be above 0",
     "seed=-1": "config.seed: -1 must be 0 or more",
     "data.augment.flip=2": "between 0 and 1",
     "data.augment.scale=(0.5,0.1)": "the lower end 0.5 is above",
     "data.augment.randaugment=strong": "config.data.augment.randaugment",
-    "data.grids.frames=(6,24,0)": "must be above 0",
-    "data.grids.frames=(24,6,2)": "first is above the last",
-    "data.grids.resolutions=(112,336,20)": "no multiple of the patch size 14",
+    "data.grids.frames=6..24..0": "6..24..0 is empty or not above 0",
+    "data.grids.frames=24..6..2": "24..6..2 is empty",
+    "data.grids.resolutions=112..336..20": "no multiple of the patch size 14",
     "data.grids.tokens=(9,10)": "no grid has between 9 and 10 tokens",
     "model.resolution=250": "the nearest is 252",
-    "model.classes=0": "--config.model.classes=",
+    "model.classes=-1": "config.model.classes: -1 must be 0 or more",
     "eval.settings=((1024,12,170),)": "170 px is no multiple of the patch size 14",
     "eval.settings=((1024,0,168),)": "must be above 0",
     "eval.settings=((1024,12,168),(1024,4,224))": "1024 tokens twice",
     "train.batch_size=100": "the nearest that does is 96",
-    "train.accumulate=3": "train.accumulate=3",
-    "data.repeats=3": "no multiple of data.repeats=3",
+    "train.grad_accum_steps=3": "train.grad_accum_steps=3",
+    "data.repeated_aug=3": "no multiple of data.repeated_aug=3",
     "train.budgets=(1024,2048)": "largest first",
     "train.budgets=(4000,3000,2000,1000)": "at most 3",
     "train.budgets=6145": "no grid can fill 6145 tokens",
     "model.selector.kind=none": "none keeps every token",
+    "train.class_weights=equal": "'equal' is none of none, balanced",
+    "data.sampling=even": "'even' is none of uniform, balanced",
+    "train.early_stopping_epochs=-1": "0 or more",
+    "train.freeze=head": "'head' is none of none, backbone, all_but_head, nor a number of blocks",
+    "train.freeze=0": "nor a number of blocks above 0",
+    "train.freeze=13": "13 blocks are more than FluxViT-B has, 12",
     "train.warmup_epochs=4": "more than train.epochs=3",
     "optim.min_learning_rate=1": "above optim.learning_rate",
 }
@@ -324,8 +435,8 @@ def test_a_wrong_override_is_one_line_that_names_the_field(override):
 def test_no_selection_needs_grids_and_settings_within_the_budget():
     fixed = [
         "--config.model.selector.kind=none",
-        "--config.data.grids.frames=(8,8,1)",
-        "--config.data.grids.resolutions=(224,224,14)",
+        "--config.data.grids.frames=8",
+        "--config.data.grids.resolutions=224",
         "--config.data.grids.tokens=(2048,2048)",
         "--config.train.budgets=2048",
     ]
@@ -336,13 +447,21 @@ def test_no_selection_needs_grids_and_settings_within_the_budget():
 
 
 def test_a_budget_above_the_tokens_of_an_evaluation_keeps_all():
-    load_config(K400, ["--config.eval.settings=((3072,4,112),)"])
+    config = load_config(K400, ["--config.eval.settings=((3072,4,112),)"])
+    ((budget, grid, _),) = settings_of(config)
+    assert kept_tokens(grid, budget) == grid.tokens == 4 * 8 * 8
 
 
 def test_mixing_needs_a_group():
-    overrides = ["--config.data.grid_group=1", "--config.train.mixup=0.8"]
+    overrides = ["--config.data.clips_per_grid=1", "--config.train.mixup=0.8"]
     assert "mixup" in error_of(load_config, K400, overrides)
-    load_config(K400, overrides[:1])
+    config = load_config(K400, overrides[:1])
+    assert (config.data.clips_per_grid, config.train.mixup, config.train.cutmix) == (1, 0, 0)
+
+
+def test_classes_are_balanced_in_one_way_only():
+    both = ["--config.data.sampling=balanced", "--config.train.class_weights=balanced"]
+    assert "set one of the two" in error_of(load_config, K400, both)
 
 
 def test_only_the_group_dynamic_selector_has_groups():
@@ -351,9 +470,9 @@ def test_only_the_group_dynamic_selector_has_groups():
 
 
 def test_the_selectors_of_the_config_are_those_of_the_network():
-    assert CHOICES["model.selector.kind"] == SELECTORS
-    assert CHOICES["distill.mask"] == MASKS
-    assert CHOICES["model.selector.rounding"] == get_args(Rounding)
+    assert FIELDS["model.selector.kind"].choices == SELECTORS
+    assert FIELDS["distill.mask"].choices == MASKS
+    assert FIELDS["model.selector.rounding"].choices == get_args(Rounding)
 
 
 # --- Recipe files
@@ -383,6 +502,12 @@ def test_a_missing_recipe_names_the_nearest():
         ("config.train.epoch = 3", "config.train.epoch: no such field; did you mean train.epochs"),
         ("config.trian.epochs = 3", "mine.py, line 4: AttributeError"),
         ("config.train.epochs = 'x'", "mine.py, line 4: TypeError"),
+        (
+            "config.data.grids.frames = (6, 24, 2)",
+            '(6, 24, 2) can be read in two ways: for start, last and step write "6..24..2", '
+            'for a list of values "2,6,24"',
+        ),
+        ("config.search.frames = [6, 8, 10]", 'step write "6..8..10", for a list of values "6,8,1'),
         ("return 3", "get_config returns int"),
         ("del config.train.epochs", "config.train.epochs is missing"),
         ("import nothing_of_this_name", "mine.py, line 4: ModuleNotFoundError"),
@@ -392,7 +517,7 @@ def test_a_missing_recipe_names_the_nearest():
 def test_a_faulty_recipe_names_its_line(tmp_path, body, message):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from fluxvit_jax.config import default_config\n"
+        "from fluxvit_jax.config.fields import default_config\n"
         "def get_config():\n"
         "    config = default_config()\n"
         f"    {body}\n"
@@ -407,13 +532,20 @@ def test_a_faulty_recipe_names_its_line(tmp_path, body, message):
 def test_difference_names_what_makes_another_model():
     old = json.loads(json.dumps(recipe("k400", "base").to_dict()))
     assert config_difference(old, recipe("k400", "base").to_dict()) == []
-    new = recipe("k400", "base", ["--config.train.epochs=5", "--config.train.budgets=2048"])
+    new = recipe("k400", "base", ["--config.train.epochs=2", "--config.train.budgets=2048"])
     assert config_difference(old, new.to_dict()) == [
         "train.budgets: (3072, 2048, 1024) -> (2048,)",
-        "train.epochs: 3 -> 5",
+        "train.epochs: 3 -> 2",
     ]
-    del old["train"]["align"]
-    assert config_difference(old, recipe("k400").to_dict()) == ["train.align: (absent) -> 1.0"]
+    del old["train"]["align_weight"]
+    assert config_difference(old, recipe("k400").to_dict()) == [
+        "train.align_weight: (absent) -> 1.0"
+    ]
+
+
+def test_a_run_may_be_trained_for_more_epochs():
+    longer = recipe("k400", "base", ["--config.train.epochs=5"])
+    assert config_difference(recipe("k400").to_dict(), longer.to_dict()) == []
 
 
 def test_difference_leaves_out_what_may_change():
@@ -427,9 +559,40 @@ def test_difference_leaves_out_what_may_change():
         "--config.model.remat=full",
     ]
     assert config_difference(recipe("k400").to_dict(), recipe("k400", "base", changes)) == []
-    known = flatten(default_config())
-    for name in MAY_CHANGE:
-        assert any(field == name or field.startswith(f"{name}.") for field in known)
+    may_change = {name for name, field in FIELDS.items() if field.may_change}
+    sections = {"log", "checkpoint", "eval", "search", "parallel", "preflight"}
+    assert {name for name in FIELDS if name.split(".")[0] in sections} < may_change
+    trained = {name for name in may_change if name.split(".")[0] in ("optim", "train")}
+    assert trained == {"train.early_stopping_epochs"}  # it ends a run, and changes no step of it
+
+
+def test_renamed_fields_are_read_from_old_runs_and_named_in_errors():
+    error = error_of(load_config, K400, ["--config.train.align=0"])
+    assert error == "config.train.align is called train.align_weight now"
+    old = recipe("k400").to_dict()
+    for before, now in RENAMED.items():
+        section, name = now.split(".")
+        old[section][before.split(".")[1]] = old[section].pop(name)
+    old["train"] |= {"objective": "supervised", "compiled_steps": 1}
+    assert config_difference(old, recipe("k400").to_dict()) == []
+    assert from_dict(old).to_dict() == recipe("k400").to_dict()
+
+
+def test_a_run_from_before_a_field_goes_on_with_its_default():
+    old = recipe("k400").to_dict()
+    for name in ADDED:
+        section, field = name.split(".")
+        del old[section][field]
+    assert config_difference(old, recipe("k400").to_dict()) == []
+    frozen = recipe("k400", overrides=["--config.train.freeze=3"])
+    assert config_difference(old, frozen.to_dict()) == ["train.freeze: none -> 3"]
+
+
+def test_every_field_is_described_and_its_default_is_right():
+    assert flatten(default_config()).keys() == FIELDS.keys()
+    for name, field in FIELDS.items():
+        assert field.help and "\n" not in field.help, name
+        assert not field.rule(field.default), name
 
 
 # --- As a program
@@ -437,10 +600,10 @@ def test_difference_leaves_out_what_may_change():
 PROGRAM = """
 import sys
 from absl import app, flags
-from fluxvit_jax import config
+from fluxvit_jax.config import loading
 from fluxvit_jax.errors import UserError
 
-config.define_flag()
+loading.define_flag()
 flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "what to do")
 flags.DEFINE_string("workdir", None, "where")
 
@@ -449,7 +612,7 @@ def main(argv):
 
 if __name__ == "__main__":
     try:
-        app.run(main, flags_parser=config.parse_flags)
+        app.run(main, flags_parser=loading.parse_flags)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

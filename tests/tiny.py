@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config import TEACHERS, default_config, validate
-from fluxvit_jax.convert import names, teacher
-from fluxvit_jax.convert.names import INTERNVIDEO2
+from fluxvit_jax.config.checks import validate
+from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.config.variants import TEACHERS
+from fluxvit_jax.convert import official_names, teacher
+from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from tests.data.videos import moving_texture, write_video
 
@@ -55,6 +58,15 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def class_folders(data: Path, folder: Path, names: Sequence[str], videos: Iterable[int]) -> str:
+    """Makes a folder of class folders with links to the videos of `write_data` of these numbers."""
+    for number in videos:
+        target = folder / names[number % CLASSES]
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"{number}.mp4").symlink_to(data / f"{number}.mp4")
+    return str(folder)
+
+
 def get_config(argument: str) -> ConfigDict:
     folder, _, weights = argument.partition(",")
     return make_pretraining(folder, weights) if weights else _supervised(folder)
@@ -67,11 +79,11 @@ def _supervised(folder: str) -> ConfigDict:
     config.model.dtype = "float32"
     config.data.train = f"{folder}/train.csv"
     config.data.validation = f"{folder}/validation.csv"
-    config.data.grids.frames = (2, 21, 1)
-    config.data.grids.resolutions = (28, 42, 14)
+    config.data.grids.frames = "2..21..1"
+    config.data.grids.resolutions = "28..42..14"
     config.data.grids.tokens = (8, 189)
-    config.data.grid_group = 2
-    config.data.repeats = 2
+    config.data.clips_per_grid = 2
+    config.data.repeated_aug = 2
     config.data.workers = 0
     config.data.augment.scale = (0.5, 1.0)
     config.train.batch_size = 8
@@ -82,8 +94,8 @@ def _supervised(folder: str) -> ConfigDict:
     config.train.mixup = 0.2
     config.train.cutmix = 0.2
     config.train.mixup_probability = 0.5
-    config.train.erase = 0.25
-    config.train.ema = 0.8
+    config.train.random_erasing = 0.25
+    config.train.ema_decay = 0.8
     config.optim.learning_rate = 2e-3
     config.optim.layer_decay = 0.9
     config.eval.settings = ((24, 6, 42), (12, 4, 28))
@@ -91,8 +103,8 @@ def _supervised(folder: str) -> ConfigDict:
     config.eval.batch_size = 4
     config.eval.every_epochs = 2
     config.search.budgets = (24, 12)
-    config.search.frames = (4, 8, 2)
-    config.search.resolutions = (28, 42, 14)
+    config.search.frames = "4..8..2"
+    config.search.resolutions = "28..42..14"
     config.search.timed_batch = 2
     config.checkpoint.every_steps = 2
     config.log.every_steps = 1
@@ -109,7 +121,7 @@ def write_teacher(path: Path) -> Path:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape), shapes)
     params = jax.tree.map(np.float32, params)
-    teacher.write(teacher.Teacher(names.to_official(params, INTERNVIDEO2), config), path)
+    teacher.write(teacher.Teacher(official_names.to_official(params, INTERNVIDEO2), config), path)
     return path
 
 
@@ -117,8 +129,8 @@ def make_pretraining(folder: Path | str, weights: Path | str, **changes) -> Conf
     """The config of distillation from such a teacher on the same videos."""
     own = {
         **{"model__classes": 1, "data__validation": "", "data__grids__tokens": (32, 189)},
-        **{"train__objective": "distillation", "train__budgets": (24, 16, 8)},
-        **{"train__mixup": 0.0, "train__cutmix": 0.0, "train__erase": 0.0},
+        **{"train__objective": "flux_umt", "train__budgets": (24, 16, 8)},
+        **{"train__mixup": 0.0, "train__cutmix": 0.0, "train__random_erasing": 0.0},
         **{"train__label_smoothing": 0.0, "distill__teacher": str(weights)},
         **{"distill__network": "InternVideo2-Ti", "distill__resolution": 42},
         **{"distill__tokens": 32, "distill__student_blocks": (0, 1)},
@@ -136,14 +148,17 @@ def make_config(folder: Path, **changes) -> ConfigDict:
     return config
 
 
-def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """Of a process on so many simulated devices. `cache`: keeps compiled programs."""
-    own = {
-        "JAX_PLATFORMS": "cpu",
+def caching(cache: Path) -> dict[str, str]:
+    """The part of an environment by which programs are compiled once and then loaded."""
+    return {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "PYTHONPATH": str(ROOT),
     }
+
+
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """Of a process on so many simulated devices. `cache`: keeps compiled programs."""
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | caching(cache)
     options = [f"--xla_force_host_platform_device_count={devices}"] * (devices > 1)
     own["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
     return os.environ | own
@@ -166,6 +181,13 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def read_evaluation(workdir: Path) -> tuple[dict, list[dict]]:
+    """The latest report of an evaluation, and its predictions."""
+    reports = (workdir / "evaluation").glob("*.json")
+    path = max(reports, key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(path.read_text()), read_lines(path.with_suffix(".predictions.jsonl"))
 
 
 def read_lines(path: Path) -> list[dict]:

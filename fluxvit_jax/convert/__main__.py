@@ -19,10 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxvit_jax.budgets import PATCH, Grid
-from fluxvit_jax.convert import adapt, files, teacher
-from fluxvit_jax.convert.files import Pretrained
+from fluxvit_jax.checkpoints.weights import read_weights, write_workdir
+from fluxvit_jax.convert import adapt, teacher, weight_files
+from fluxvit_jax.convert.config_json import describe_assumption
+from fluxvit_jax.convert.weight_files import Pretrained
+from fluxvit_jax.data.annotations import read_class_names
+from fluxvit_jax.data.class_names import PARTS_OF_K710
 from fluxvit_jax.errors import ArgumentParser, UserError
+from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
 
@@ -61,7 +65,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         help="likewise, tensors to leave out: text_encoder",
     )
-    add("--classes", type=int, metavar="N", help="cut the classifiers to their first N classes")
+    add(
+        "--classes",
+        metavar="N",
+        help="cut the classifiers to their first N classes, or those of Kinetics-710 to k400, k600 "
+        "or k700",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="names of SOURCE's classes: a file of one a line, or a data set's, such as k400",
+    )
     add(
         "--grid",
         metavar="FRAMESxPIXELS",
@@ -92,44 +106,63 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError("SOURCE and TARGET are the same")
     if args.network == "internvideo2":
         return _convert_teacher(args, grid)
-    pretrained = files.read(
+    given = weight_files.read_config(args.config) if args.config else {}
+    if args.class_names:
+        given["id2label"] = {str(i): n for i, n in enumerate(read_class_names(args.class_names))}
+    pretrained = read_weights(
         args.source,
-        files.read_config(args.config) if args.config else None,
+        given,
         allow_missing=args.allow_missing,
         allow_unexpected=args.allow_unexpected,
     )
     for note in pretrained.notes:
         print(note)
     print(f"{args.source}: {describe(pretrained)}")
+    if assumption := describe_assumption(pretrained.config, args.source):
+        print(f"{assumption}; --class-names=FILE names others", file=sys.stderr)
     adapted = _adapt(pretrained, args.classes, grid, args.dtype)
-    write = files.write_workdir if args.workdir else files.write
+    write = write_workdir if args.workdir else weight_files.write
     write(adapted, args.target)
     print(f"{args.target}: {describe(adapted)}")
 
 
 def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
-    for option in ("workdir", "classes", "allow_missing"):
+    for option in ("workdir", "classes", "class_names", "allow_missing"):
         if getattr(args, option):
             raise UserError(f"--{option.replace('_', '-')}: not for --network=internvideo2")
-    given = files.read_config(args.config) if args.config else None
+    given = weight_files.read_config(args.config) if args.config else None
     found = teacher.read(args.source, given, args.allow_unexpected)
     for note in found.notes:
         print(note)
     print(f"{args.source}: {_describe(found.state, found.config)}")
     adapted = teacher.resize_grid(found, grid) if grid else found
-    adapted = adapt.cast(adapted, args.dtype) if args.dtype else adapted
+    if args.dtype:
+        adapted = adapted._replace(state=adapt.cast(adapted.state, args.dtype))
     teacher.write(adapted, args.target)
     print(f"{args.target}: {_describe(adapted.state, adapted.config)}")
 
 
 def _adapt(
-    pretrained: Pretrained, classes: int | None, grid: Grid | None, dtype: str | None
+    pretrained: Pretrained, classes: str | None, grid: Grid | None, dtype: str | None
 ) -> Pretrained:
-    if classes is not None:
-        pretrained = adapt.cut_classes(pretrained, classes)
+    if classes in PARTS_OF_K710:
+        pretrained = adapt.cut_k710(pretrained, classes)
+    elif classes is not None:
+        pretrained = adapt.cut_classes(pretrained, _number(classes))
     if grid is not None:
         pretrained = adapt.resize_grid(pretrained, grid)
-    return adapt.cast(pretrained, dtype) if dtype else pretrained
+    if dtype is not None:
+        state = adapt.cast(pretrained.state, dtype)
+        pretrained = pretrained._replace(state=state, evaluations=())
+    return pretrained
+
+
+def _number(classes: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,8}", classes):
+        raise UserError(
+            f"--classes={classes}: neither a number nor one of {', '.join(PARTS_OF_K710)}"
+        )
+    return int(classes)
 
 
 def _grid(text: str) -> Grid:

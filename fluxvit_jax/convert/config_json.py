@@ -9,16 +9,17 @@ still open must be given.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.budgets import PATCH, nearest_head
-from fluxvit_jax.config import CHOICES, VARIANTS, default_config, model_config
-from fluxvit_jax.data.annotations import class_names, read_class_names
+from fluxvit_jax.config.fields import FIELDS, default_config
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.data.class_names import DATASETS, OF_OFFICIAL_WEIGHTS, of_dataset
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import PATCH, nearest_head
 from fluxvit_jax.models.fluxvit import MEAN, STD, FluxViTConfig
 
 MODEL_TYPE = "fluxvit"
@@ -34,6 +35,7 @@ NUMBERS = (*SIZES, *POOL, "groups")
 # Written by others into files of this name; of no meaning here.
 FOREIGN = ("architectures", "dtype", "torch_dtype", "transformers_version", "label2id")
 HEAD_BUDGETS = (3072, 2048, 1024)  # of the released weights
+RELEASED = ("S", "B")  # sizes of the released weights
 
 Setting = tuple[int, int, int]
 
@@ -45,12 +47,15 @@ class PretrainedConfig:
     head_budgets: tokens that each head was trained at, largest first.
     settings: (budget, frames, resolution in pixels), the grid that each budget is asked on.
     class_names: as many as classes, or none where they are not known.
+    assumed_names: the data set that `class_names` are taken of, one of `class_names.DATASETS`,
+        where the weights name none and only their form speaks for it; else "".
     """
 
     model: FluxViTConfig
     head_budgets: tuple[int, ...] = HEAD_BUDGETS
     settings: tuple[Setting, ...] = ()
     class_names: tuple[str, ...] = ()
+    assumed_names: str = dataclasses.field(default="", compare=False)
 
     def asked(self, budgets: Sequence[int] = (), settings: Sequence[Setting] = ()) -> list[Setting]:
         """The grid of each of `budgets`: that of the nearest in `settings`, by default its own.
@@ -60,6 +65,30 @@ class PretrainedConfig:
         settings = settings or self.settings
         known = [budget for budget, _, _ in settings]
         return [(budget, *settings[nearest_head(budget, known)][1:]) for budget in budgets or known]
+
+
+def assume_names(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with the class names that official weights of its size and classes have.
+
+    Official files name no classes. Those of the released sizes with as many classes as Kinetics
+    are taken for Kinetics'. They may be somebody's own, so whoever uses the names must say so.
+    """
+    model = config.model
+    dataset = OF_OFFICIAL_WEIGHTS.get(model.classes)
+    released = {(VARIANTS[v].width, VARIANTS[v].depth) for v in RELEASED}
+    if config.class_names or not dataset or (model.width, model.depth) not in released:
+        return config
+    return dataclasses.replace(config, class_names=of_dataset(dataset), assumed_names=dataset)
+
+
+def describe_assumption(config: PretrainedConfig, source: str) -> str:
+    """The warning that belongs to `assume_names`, in a line; "" where nothing is assumed."""
+    if not config.assumed_names:
+        return ""
+    return (
+        f"{source}: names no classes; as official weights its {config.model.classes} are taken "
+        f"for those of {DATASETS[config.assumed_names]}"
+    )
 
 
 def to_json(config: PretrainedConfig) -> dict[str, Any]:
@@ -89,23 +118,21 @@ def preprocessor_json(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def of_recipe(config: ConfigDict) -> PretrainedConfig:
-    """What the config of a run says of the network it trains."""
-    names: tuple[str, ...] = ()
-    if Path(config.data.class_names).is_file():
-        names = read_class_names(config.data.class_names)
-    elif config.data.train and Path(config.data.train).is_dir():
-        names = class_names(config.data.train)
+def from_run_config(config: ConfigDict, class_names: Sequence[str] = ()) -> PretrainedConfig:
+    """What the config of a run says of the network it trains.
+
+    class_names: as its checkpoints keep them. The config only knows where they once lay.
+    """
     return PretrainedConfig(
         model_config(config),
         tuple(config.train.budgets),
         tuple(tuple(setting) for setting in config.eval.settings),
-        names if len(names) == config.model.classes else (),
+        tuple(class_names),
     )
 
 
-def recipe_of(config: PretrainedConfig) -> ConfigDict:
-    """The config that a workdir of this network has; the inverse of `of_recipe`.
+def to_run_config(config: PretrainedConfig) -> ConfigDict:
+    """The config that a workdir of this network has; the inverse of `from_run_config`.
 
     Raises UserError for a network that is none of `VARIANTS`, or with a native grid that is not
     square: recipes know no others.
@@ -231,8 +258,8 @@ def _check(given: Mapping[str, Any], source: str) -> None:
         if type(value) is not int or value < least:
             raise UserError(f"{source}: config.json says {name} {value!r}, no number from {least}")
     for name, field in BEHAVIOUR.items():
-        if name in given and given[name] not in CHOICES[field]:
-            choices = ", ".join(CHOICES[field])
+        if name in given and given[name] not in FIELDS[field].choices:
+            choices = ", ".join(FIELDS[field].choices)
             raise UserError(f"{source}: config.json says {name} {given[name]!r}, none of {choices}")
     budgets = given.get("head_budgets", HEAD_BUDGETS)
     right = isinstance(budgets, Sequence) and all(type(b) is int and b > 0 for b in budgets)

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fluxvit_jax.budgets import Grid
-from fluxvit_jax.config import CHOICES
-from fluxvit_jax.convert import adapt, files, names
-from fluxvit_jax.convert.names import INTERNVIDEO2
+from fluxvit_jax.config.fields import FIELDS as CONFIG_FIELDS
+from fluxvit_jax.convert import adapt, official_names, weight_files
+from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
 
 MODEL_TYPE = "internvideo2"
@@ -47,7 +47,7 @@ class Teacher(NamedTuple):
 
     def params(self, dtype: np.dtype | type | None = None) -> dict[str, Any]:
         """Our nested parameter tree, in another dtype if one is given."""
-        tree = names.from_official(self.state, self.config.heads, INTERNVIDEO2)
+        tree = official_names.from_official(self.state, self.config.heads, INTERNVIDEO2)
         return jax.tree.map(lambda x: np.asarray(x, dtype), tree)
 
 
@@ -67,16 +67,16 @@ def read(
         UserError: there are no such weights; they are damaged, not those of an InternVideo2, or
             their network cannot be told.
     """
-    tensors, embedded = files.read_tensors(source)
+    tensors, embedded = weight_files.read_tensors(source)
     state, notes = _own(tensors), []
-    for name in names.unexpected(state, INTERNVIDEO2):
-        if files.is_named(name, (*FOR_TRAINING, *allow_unexpected)):
+    for name in official_names.unexpected(state, INTERNVIDEO2):
+        if weight_files.is_named(name, (*FOR_TRAINING, *allow_unexpected)):
             del state[name]
             notes.append(f"{source}: {name} is left out")
     if outside := len(tensors) - len(state) - len(notes):
         notes.append(f"{source}: {outside} tensors outside {STAGE_2[:-1]} are left out")
     try:
-        names.check(state, INTERNVIDEO2)
+        official_names.check(state, INTERNVIDEO2)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return Teacher(state, _described(state, {**embedded, **(config or {})}, source), tuple(notes))
@@ -134,7 +134,7 @@ def _check_given(given: Mapping[str, Any], source: str | os.PathLike) -> None:
     for name in (*SIZES, *POOL):
         if name in given and (type(given[name]) is not int or given[name] < 1):
             raise UserError(f"{source}: its config says {name} {given[name]!r}, no number from 1")
-    if given.get("gelu", "tanh") not in CHOICES["model.gelu"]:
+    if given.get("gelu", "tanh") not in CONFIG_FIELDS["model.gelu"].choices:
         raise UserError(f"{source}: its config says gelu {given['gelu']!r}, none of tanh, erf")
 
 
@@ -168,17 +168,19 @@ def write(teacher: Teacher, target: str | os.PathLike) -> None:
     Raises UserError: another form is asked for, or the place cannot be written.
     """
     target = Path(target)
-    if target.suffix in files.PTH:
+    if target.suffix in weight_files.PTH:
         raise UserError(f"{target}: a teacher is written as .safetensors or as a folder")
     content = {"model_type": MODEL_TYPE} | {name: getattr(teacher.config, name) for name in FIELDS}
     try:
         if target.suffix == ".safetensors":
             target.parent.mkdir(parents=True, exist_ok=True)
-            files.write_tensors(teacher.state, {"config": content}, target)
+            weight_files.write_tensors(teacher.state, {"config": content}, target)
         else:
             target.mkdir(parents=True, exist_ok=True)
-            files.write_tensors(teacher.state, {"config": content}, target / files.WEIGHTS)
+            weight_files.write_tensors(
+                teacher.state, {"config": content}, target / weight_files.WEIGHTS
+            )
             text = json.dumps(content, indent=2) + "\n"
-            files.replace(target / files.CONFIG, lambda path: path.write_text(text))
+            weight_files.replace(target / weight_files.CONFIG, lambda path: path.write_text(text))
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error

@@ -73,7 +73,9 @@ class Depthwise(nn.Module):
         self.depthwise_conv = nn.Conv3d(width, width, 1, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.depthwise_conv.weight.flatten() + self.depthwise_conv.bias
+        scale, bias = self.depthwise_conv.weight.flatten(), self.depthwise_conv.bias
+        assert bias is not None
+        return x * scale + bias
 
 
 class PatchEmbed(nn.Module):
@@ -244,22 +246,26 @@ class FluxViT(nn.Module):
         tokens: int | None = None,
         head: int | None = None,
         rounding: str | None = None,
+        normalized: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logits [B, classes] and clip vectors [B, pool_width] at a budget of `tokens`.
 
-        video: uint8 [B, T, 14 H, 14 W, 3], or float and already normalised; B may be left out.
+        video: uint8 [B, T, 14 H, 14 W, 3], or with `normalized` float; B may be left out.
         tokens: None keeps all. head: None takes the one trained at the nearest budget.
+        normalized: the video is (pixels / 255 - MEAN) / STD already.
         """
-        patches = self.embed(video)
+        patches = self.embed(video, normalized)
         index = None if tokens is None else self._kept(patches, tokens, rounding)
         if head is None:
             head = self.nearest_head(math.prod(patches.shape[1:4]) if tokens is None else tokens)
         pooled = self.clip_projector[head](self.encode(patches, index))
         return self.head[head](self.fc_norm(pooled)), pooled
 
-    def select(self, video: Tensor, tokens: int, rounding: str | None = None) -> Tensor:
+    def select(
+        self, video: Tensor, tokens: int, rounding: str | None = None, normalized: bool = False
+    ) -> Tensor:
         """The patches that a budget of `tokens` keeps: bool [B, T, H, W]. video: as `forward`."""
-        patches = self.embed(video)
+        patches = self.embed(video, normalized)
         index = self._kept(patches, tokens, rounding)
         dropped = torch.ones(patches.shape[:-1], dtype=torch.bool, device=patches.device)
         return ~dropped.flatten(1).scatter(1, index, False).view_as(dropped)
@@ -273,9 +279,9 @@ class FluxViT(nn.Module):
         ratios = [abs(math.log(tokens / budget)) for budget in self.head_budgets]
         return ratios.index(min(ratios))
 
-    def embed(self, video: Tensor) -> Tensor:
+    def embed(self, video: Tensor, normalized: bool = False) -> Tensor:
         """The patches before positions, [B, T, H, W, C]. video: as `forward`."""
-        return self.patch_embed(as_input(video))
+        return self.patch_embed(as_input(video, normalized))
 
     def encode(self, patches: Tensor, index: Tensor | None = None) -> Tensor:
         """The tokens after the last block: [B, 1 + N, C], CLS first.
@@ -342,10 +348,10 @@ def check(**chosen: str) -> None:
             raise ValueError(f"{field} is {word!r} but must be one of {known}")
 
 
-def as_input(video: Tensor) -> Tensor:
-    """A video as the network takes it: normalised floats [B, T, 14 H, 14 W, 3].
+def as_input(video: Tensor, normalized: bool = False) -> Tensor:
+    """A video as the network takes it: normalized floats [B, T, 14 H, 14 W, 3].
 
-    video: uint8, or float and already normalised, [B, T, Y, X, 3] or [T, Y, X, 3].
+    video: uint8, or with `normalized` float, [B, T, Y, X, 3] or [T, Y, X, 3].
     """
     shape = tuple(video.shape)
     if len(shape) not in (4, 5) or shape[-1] != 3:
@@ -355,11 +361,15 @@ def as_input(video: Tensor) -> Tensor:
             f"frames of {shape[-3]} x {shape[-2]} pixels cannot be cut into patches: "
             f"resize both sides to multiples of {PATCH}"
         )
-    if video.dtype == torch.uint8:
+    # By type alone: an exported program cannot look at the values.
+    if normalized != video.is_floating_point() or not (normalized or video.dtype == torch.uint8):
+        raise ValueError(
+            f"this video is {video.dtype}, with normalized={normalized}: pass uint8 pixels "
+            "(0 to 255), or with normalized=True floats that are (pixels / 255 - MEAN) / STD"
+        )
+    if not normalized:
         mean, std = (torch.tensor(values, device=video.device) for values in (MEAN, STD))
         video = (video.float() / 255 - mean) / std
-    elif not video.is_floating_point():
-        raise ValueError(f"a video is uint8, or normalised floats, but this one is {video.dtype}")
     return video if len(shape) == 5 else video[None]
 
 

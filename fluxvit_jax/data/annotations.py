@@ -1,72 +1,99 @@
-"""What there is to train on: lists of videos, folders of class folders, prepared folders.
+"""Sources of videos: lists, folders of class folders, and prepared folders.
 
 `open_source` turns any of the three into a `Source`, a random-access sequence of `Record`s. All may
-be in a bucket (gs://), and so may the videos of a list of this machine. Bad input is a `UserError`
-that names the file and the line.
+be in a bucket (gs://), as may the videos of a local list. Bad input is a `UserError` that names the
+file and the line.
 """
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
 
-from fluxvit_jax import storage
-from fluxvit_jax.data.sampling import stream_rng
+from fluxvit_jax.data.class_names import KnownNames, is_dataset, normalized, of_dataset
+from fluxvit_jax.data.random_streams import HOLDOUT_STREAM, stream_rng
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
-HELD_OUT_STREAM = 3  # which videos a list gives up; beside the streams of `sampling`, `pipeline`
+MAX_LABEL = 2**31 - 1  # labels are int32 on the device
 
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv"),
+# Names of columns are made of these words: path, video_id, ClassIndex.
+_COLUMN_NAME = re.compile(
+    r"#?\s*((path|video|vid|clip|file|name|image|img|sample|source|url|youtube"
+    r"|label|class|category|target|action|id|uid|idx|index)(e?s)?[ _-]?)+",
+    re.IGNORECASE,
 )
+
+VIDEO_SUFFIXES = {
+    ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv",
+}  # fmt: skip
 
 
 class Example(NamedTuple):
-    """One line of a list: where a video is and what it shows."""
+    """One line of a list.
 
-    id: str  # path relative to the root, "/" between its parts
+    A NamedTuple rather than a dataclass: workers are sent hundreds of thousands of them.
+    """
+
+    id: str  # path relative to the root, "/" between its parts, as `storage.display_name` shows it
     label: int
     source: str  # absolute path, or one of a bucket
 
 
 class Record(NamedTuple):
-    """One video of a source: its path, or the bytes of its file.
-
-    flip: whether a mirrored video still shows the same.
-    """
+    """One video of a source."""
 
     id: str
     label: int
-    video: str | bytes
-    flip: bool = True
+    video: str | bytes  # the path, or the content of the file
+    flip: bool = True  # whether training may mirror it
 
 
+@runtime_checkable
 class Source(Protocol):
-    """A random-access sequence of videos that pickles small enough for worker processes.
-
-    `class_names` is None where they are not known. `fingerprint` names the content: a sha256 over
-    ids, labels and byte sizes in order, the same on every machine and under every root, and the
-    same for a list and for the folder prepared from it (if all of its videos went in).
-    """
-
-    class_names: tuple[str, ...] | None
+    """A random-access sequence of videos that pickles small enough for worker processes."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes in the order of the labels; None where unknown."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over ids, labels and byte sizes in order.
+
+        The same on every machine and under every root, and the same for a list and for the folder
+        prepared from it (if all of its videos went in).
+        """
+
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """Comparison of sources without reading any file.
+
+        {"videos": number, "ids": sha256 of all ids in order, "labels": sha256 of all labels in
+        order}; of a folder prepared without these, {"videos": number, "content": sha256}.
+        """
+
+    @property
+    def files(self) -> list[str] | None:
+        """The absolute paths of all videos; None where only reading every video would tell."""
 
     @property
     def ids(self) -> list[str] | None:
         """The ids of all videos; None where only reading every video would tell."""
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """The labels of all videos; None where only reading every video would tell."""
 
     def __len__(self) -> int: ...
 
@@ -78,15 +105,17 @@ def open_source(
     root: str | os.PathLike | None = None,
     classes: int | None = None,
     labelled: bool = True,
-) -> Source:
+    known: KnownNames | None = None,
+) -> "FileSource | PreparedSource":
     """Opens a list, a folder of class folders, or a folder written by `prepare`.
 
     Args:
       path: the list or folder. A prepared folder of several splits takes `FOLDER:SPLIT`.
       root: folder that the paths of a list are relative to (default: the folder of the list);
-        of no meaning for folders.
+        folders ignore it.
       classes: number of classes, to check the labels against.
-      labelled: whether labels are wanted; otherwise a list needs none, and all are 0.
+      labelled: whether to read labels; otherwise a list needs none, and all are 0.
+      known: the order of the classes, where something else gives it; see `read_named`.
 
     Raises:
       UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
@@ -95,8 +124,12 @@ def open_source(
     folder, split = split_of(path)
     if _is_prepared(folder):
         return _open_prepared(folder, split, classes)
-    examples = read_annotations(path, root, classes, labelled)
-    return FileSource(examples, class_names(path) if storage.is_folder(path) else None)
+    return FileSource(*read_named(path, root, classes, labelled, known))
+
+
+def is_list(path: str | os.PathLike) -> bool:
+    """Whether `open_source` reads a path as a list, not as a folder."""
+    return not _is_prepared(split_of(path)[0]) and not storage.is_folder(path)
 
 
 def read_annotations(
@@ -105,43 +138,61 @@ def read_annotations(
     classes: int | None = None,
     labelled: bool = True,
 ) -> list[Example]:
-    """Reads a list of videos or a folder of class folders.
+    """The videos of a list or of a folder of class folders: see `read_named`."""
+    return read_named(path, root, classes, labelled)[0]
 
-    A list has a video a line, `path,label`: UTF-8, two columns apart by a comma (with CSV quoting),
-    a tab or blanks, as in its first line; the first line may be a header. In a folder of class
-    folders the label is the index of the sorted class names.
+
+def read_named(
+    path: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    classes: int | None = None,
+    labelled: bool = True,
+    known: KnownNames | None = None,
+) -> tuple[list[Example], tuple[str, ...] | None]:
+    """Reads a list of videos or a folder of class folders; also the names of its classes, if any.
+
+    A list has a video a line, `path,label`: UTF-8, two columns separated by a tab, comma, semicolon
+    (with CSV quoting) or blanks, whichever most lines have before the label; the first line may
+    name the columns. Labels are numbers, or, not after blanks, names: then the label is the index
+    of the sorted names, as it is of class folders.
 
     Args:
       path: the list or folder.
       root: folder that the paths of a list are relative to (default: the folder of the list).
-      classes: number of classes; labels must be below it, and a folder must have just as many.
-      labelled: False for the paths alone: other columns are not looked at and need not be there.
+      classes: number of classes; labels must be below it, and there must be just as many names.
+      labelled: False to read the paths only: other columns are optional and ignored.
+      known: the order of the classes. Names are then looked up in it, and some may be missing; a
+        folder with others keeps its own order.
 
     Raises:
       UserError: the list, folder or root is missing or empty; with the line number, a wrong number
-        of columns, a label that is no integer or out of range, a path that is a URL or leaves
-        the root.
+        of columns, a label that is out of range or neither number nor known name, a path that is
+        a URL or leaves the root, one video with two labels.
     """
     if not os.fspath(path):
         raise UserError("no data is given: name a list or a folder of videos")
-    path = storage.path_of(path)
-    if storage.is_folder(path):
-        return _read_folder(path, classes)
-    root = storage.path_of(root) if root else path.parent
-    return _read_list(path, root, classes, labelled)
+    location = storage.path_of(path)
+    if storage.is_folder(location):
+        return _read_folder(location, classes, known)
+    base = storage.path_of(root) if root else location.parent
+    return _read_list(location, base, classes, labelled, known)
 
 
 def class_names(path: str | os.PathLike) -> tuple[str, ...]:
-    """The sorted names of the class folders in a folder; a name's index is its label."""
-    return tuple(sorted(name for name in storage.folders_in(path) if not name.startswith(".")))
+    """The names of the class folders in a folder, in the order of the labels."""
+    return tuple(storage.display_name(name) for name in _class_folders(path))
 
 
 def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
-    """Reads the name of a class a line, in the order of the labels.
+    """Reads a file with one class name a line, in the order of the labels.
+
+    path: the file, or one of `class_names.DATASETS`, whose names ship: k400.
 
     Raises:
       UserError: the file cannot be read, is empty, or has a name missing or twice.
     """
+    if is_dataset(path):
+        return of_dataset(os.fspath(path))
     lines = text_of(path).rstrip().split("\n")
     names = tuple(line.strip() for line in lines)
     for number, name in enumerate(names, 1):
@@ -153,10 +204,21 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
 
 def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
     """Hex sha256 over rows of (id, label, bytes of the video file), in order."""
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for name, label, size in rows:
-        digest.update(f"{name}\t{label}\t{size}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        content.update(f"{name}\t{label}\t{size}\n".encode())
+    return content.hexdigest()
+
+
+def identity(ids: Iterable[str], labels: Iterable[int]) -> dict[str, int | str]:
+    """`Source.identity` of ids and labels in order."""
+    ids = list(ids)
+    return {"videos": len(ids), "ids": digest(ids), "labels": digest(map(str, labels))}
+
+
+def digest(lines: Iterable[str]) -> str:
+    """Hex sha256 over lines."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,15 +235,33 @@ class FileSource:
         rows = zip(self.examples, sizes, strict=True)
         return fingerprint((example.id, example.label, size) for example, size in rows)
 
+    @cached_property
+    def identity(self) -> dict[str, int | str]:
+        return identity(self.ids, self.labels)
+
+    @property
+    def files(self) -> list[str]:
+        return [example.source for example in self.examples]
+
     @property
     def ids(self) -> list[str]:
         return [example.id for example in self.examples]
+
+    @property
+    def classes(self) -> int:
+        """As many as there are names, or as the largest label tells."""
+        return len(self.class_names or ()) or 1 + max(example.label for example in self.examples)
+
+    @property
+    def labels(self) -> list[int]:
+        return [example.label for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Record:
-        return Record(*self.examples[index])
+        example = self.examples[index]
+        return Record(example.id, example.label, example.source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +269,14 @@ class PreparedSource:
     """One split of a folder written by `prepare`."""
 
     folder: str
-    records: Any  # of TFDS: a random-access sequence of dicts of id, label, video
+    records: Any  # TFDS's data source: a random-access sequence of dicts of id, label, video
     class_names: tuple[str, ...] | None
     fingerprint: str
+    identity: dict[str, int | str]
+    classes: int  # as many as there are names, or as the largest label tells
     ids: None = None
+    labels: None = None
+    files: None = None
 
     def __len__(self) -> int:
         return len(self.records)
@@ -204,15 +288,16 @@ class PreparedSource:
             record = self.records[index]
         except RuntimeError as error:  # what array_record raises for a damaged shard
             raise UserError(f"{self.folder}: record {index} cannot be read: {error}") from error
-        return Record(os.fsdecode(record["id"]), int(record["label"]), record["video"])
+        name = record["id"].decode(errors="backslashreplace")
+        return Record(name, int(record["label"]), record["video"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subset:
-    """Videos of another source, those of `numbers` in that order."""
+    """A selection of another source's videos, in the order of `numbers`, int [n]."""
 
     source: Source
-    numbers: np.ndarray  # int [n]
+    numbers: np.ndarray
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -220,14 +305,34 @@ class Subset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the source and of what was taken from it."""
+        """See `Source`; depends on the source's fingerprint and the numbers."""
         numbers = self.numbers.astype("<i8").tobytes()
         return hashlib.sha256(self.source.fingerprint.encode() + numbers).hexdigest()
+
+    @cached_property
+    def identity(self) -> dict[str, int | str]:
+        numbers = hashlib.sha256(self.numbers.astype("<i8").tobytes()).hexdigest()
+        digests = {
+            name: digest([str(value), numbers])
+            for name, value in self.source.identity.items()
+            if name != "videos"
+        }
+        return {"videos": len(self), **digests}
+
+    @property
+    def files(self) -> list[str] | None:
+        files = self.source.files
+        return None if files is None else [files[number] for number in self.numbers]
 
     @property
     def ids(self) -> list[str] | None:
         ids = self.source.ids
         return None if ids is None else [ids[number] for number in self.numbers]
+
+    @property
+    def labels(self) -> list[int] | None:
+        labels = self.source.labels
+        return None if labels is None else [labels[number] for number in self.numbers]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -236,20 +341,20 @@ class Subset:
         return self.source[int(self.numbers[index])]
 
     def first(self, videos: int) -> "Subset":
-        """Its first videos."""
+        """The subset of the first `videos`."""
         return Subset(self.source, self.numbers[:videos])
 
 
 def training_part(source: Source, held_out: float) -> Source:
-    """What training uses of a source when it leaves out a share of `held_out`, 0 to 1."""
+    """The training part of a source when a fraction of it, 0 to 1, is held out."""
     if not held_out:
         return source
-    return Subset(source, np.sort(_shuffled(source)[_held(source, held_out) :]))
+    return Subset(source, np.sort(_shuffled(source)[round(held_out * len(source)) :]))
 
 
 def held_out_part(source: Source, held_out: float) -> Subset:
-    """What training leaves out, in random order: the rest of `training_part`."""
-    return Subset(source, _shuffled(source)[: _held(source, held_out)])
+    """The held-out part of a source in random order: the complement of `training_part`."""
+    return Subset(source, _shuffled(source)[: round(held_out * len(source))])
 
 
 def shuffled(source: Source) -> Subset:
@@ -257,21 +362,28 @@ def shuffled(source: Source) -> Subset:
     return held_out_part(source, 1.0)
 
 
-def _held(source: Source, share: float) -> int:
-    return round(share * len(source))
-
-
 def _shuffled(source: Source) -> np.ndarray:
-    """Its numbers in an order that depends on how many there are, not on any config's seed."""
-    return stream_rng(0, 0, HELD_OUT_STREAM).permutation(len(source))
+    """A permutation of the source's numbers that depends on its length, not on a config's seed."""
+    return stream_rng(0, 0, HOLDOUT_STREAM).permutation(len(source))
 
 
-def _read_folder(folder: epath.Path, classes: int | None) -> list[Example]:
-    names = class_names(folder)
+def _class_folders(folder: str | os.PathLike) -> list[str]:
+    """The class folders in a folder, sorted; the index in this order is the label."""
+    return sorted(name for name in storage.folders_in(folder) if not name.startswith("."))
+
+
+def _read_folder(
+    folder: epath.Path, classes: int | None, known: KnownNames | None
+) -> tuple[list[Example], tuple[str, ...]]:
+    names = _class_folders(folder)
+    shown = tuple(storage.display_name(name) for name in names)
     labels = {name: label for label, name in enumerate(names)}
+    if known and all(name in known for name in shown):
+        labels = {name: known.label(s, str(folder)) for name, s in zip(names, shown, strict=True)}
+        shown, classes = known.names, None
     root = _absolute(folder)
     examples = [
-        Example(video, labels[video.split("/")[0]], os.path.join(root, video))
+        Example(storage.display_name(video), labels[video.split("/")[0]], os.path.join(root, video))
         for video in _videos(storage.files_below(folder, names))
     ]
     if not examples:
@@ -279,59 +391,158 @@ def _read_folder(folder: epath.Path, classes: int | None) -> list[Example]:
             f"{folder}: holds no class folders with videos, nor what a finished `prepare` leaves"
         )
     if classes is not None and len(names) != classes:
-        # The label is a place in the sorted names: one folder more or less would shift them.
+        # The label is an index into the sorted names: one folder more or less would shift them.
         raise UserError(f"{folder}: holds {len(names)} class folders where {classes} are expected")
-    return examples
+    return examples, shown
 
 
 def videos_below(folder: epath.Path) -> list[epath.Path]:
-    """All video files in a folder and its folders, by their suffix; hidden ones are left out."""
+    """All files with a video suffix in a folder and its folders, without hidden ones."""
     return [folder / video for video in _videos(storage.files_below(folder))]
 
 
 def _videos(files: Iterable[str]) -> list[str]:
-    """The videos among relative paths, folder by folder."""
-    videos = []
-    for file in files:
-        name = os.path.basename(file)
-        if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):
-            videos.append(file)
+    """The videos among relative paths, sorted folder by folder."""
+    videos = (
+        file
+        for file in files
+        if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES
+        and not os.path.basename(file).startswith(".")
+    )
     return sorted(videos, key=lambda video: video.split("/"))
 
 
 def _read_list(
-    path: epath.Path, root: epath.Path, classes: int | None, labelled: bool
-) -> list[Example]:
-    lines = text_of(path).split("\n")
+    path: epath.Path,
+    root: epath.Path,
+    classes: int | None,
+    labelled: bool,
+    known: KnownNames | None,
+) -> tuple[list[Example], tuple[str, ...] | None]:
+    lines = text_of(path, errors="surrogateescape").split("\n")
     if not storage.is_folder(root):
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    delimiter = next((d for d in ",\t" if numbered and d in numbered[0][1]), None)
+    delimiter = _delimiter([line for _, line in numbered], labelled)
     rows = [
         (number, _columns(path, number, line, delimiter, labelled)) for number, line in numbered
     ]
-    if rows and _is_header(*rows[0][1]):
+    # In a list of names all that tells a header is that there is no such file.
+    named = labelled and delimiter is not None and not any(_is_number(row[1]) for _, row in rows)
+    if rows and _is_header(rows[0][1], root, labelled and not named):
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
-    root = _absolute(root)
-    return [
-        Example(
-            name,
-            _label(path, number, label, classes) if labelled else 0,
-            os.path.join(root, name),
+    names = None
+    if named:
+        known = known or _listed_names(path, rows, classes)
+        names, label_of = known.names, functools.partial(_named_label, path, known)
+    else:
+        label_of = functools.partial(_label, path, classes)
+    absolute = _absolute(root)
+    examples = []
+    first_lines: dict[str, tuple[int, int]] = {}  # source -> line number, label
+    for number, (text, label) in rows:
+        name = _inside(path, number, text, absolute)
+        source = os.path.join(absolute, name)
+        example = Example(
+            storage.display_name(name), label_of(number, label) if labelled else 0, source
         )
-        for number, (text, label) in rows
-        for name in [_inside(path, number, text, root)]
-    ]
+        if example.id != name and not os.path.exists(source):
+            raise UserError(
+                f"{path}, line {number}: is not UTF-8, and there is no file {example.id}; "
+                "write the list as UTF-8"
+            )
+        before, first = first_lines.setdefault(source, (number, example.label))
+        if first != example.label:
+            labels = [repr(names[i]) if names else i for i in (example.label, first)]
+            raise UserError(
+                f"{path}, line {number}: {example.id} has label {labels[0]}, but {labels[1]} in "
+                f"line {before}"
+            )
+        examples.append(example)
+    return examples, names
+
+
+def _listed_names(
+    path: epath.Path, rows: Sequence[tuple[int, Sequence[str]]], classes: int | None
+) -> KnownNames:
+    """The sorted names of a list, each as it is spelled first."""
+    spelled: dict[str, str] = {}
+    for _, (_, name) in rows:
+        spelled.setdefault(normalized(name), name)
+    if classes is not None and len(spelled) != classes:
+        # The label is an index into the sorted names: one more or less would shift them.
+        raise UserError(f"{path}: names {len(spelled)} classes where {classes} are expected")
+    return KnownNames(sorted(spelled.values()), str(path))
+
+
+def _named_label(path: epath.Path, known: KnownNames, number: int, name: str) -> int:
+    if not name:
+        raise UserError(f"{path}, line {number}: the label is missing")
+    return known.label(name, f"{path}, line {number}")
+
+
+def _is_number(label: str) -> bool:
+    """Whether a label was meant as a number; "nan" stands for a missing one."""
+    return (
+        re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+(e[-+]?[0-9]+)?|nan", label, re.IGNORECASE) is not None
+    )
+
+
+def _delimiter(lines: Sequence[str], labelled: bool) -> str | None:
+    """The column separator of most lines: a tab, comma or semicolon, None for blanks."""
+    delimiters = ("\t", ",", ";", None)
+    separates = _precedes_label if labelled else _ends_path
+    counts = [sum(separates(delimiter, line) for line in lines) for delimiter in delimiters]
+    if any(counts):
+        return delimiters[counts.index(max(counts))]  # ties go to the first
+    if not labelled:
+        return None
+    # No line has a number for a label, so labels are names.
+    counts = [sum(_is_pair(delimiter, line) for line in lines) for delimiter in "\t,;"]
+    if any(counts):
+        return "\t,;"[counts.index(max(counts))]
+    # The columns that were probably meant make the clearest error.
+    return next((d for d in "\t,;" if any(d in line for line in lines)), None)
+
+
+def _is_pair(delimiter: str, line: str) -> bool:
+    try:
+        return len(_csv_columns(line, delimiter)) == 2
+    except csv.Error:
+        return False
+
+
+def _precedes_label(delimiter: str | None, line: str) -> bool:
+    return re.search(rf'{delimiter or "[ ]"}\s*"?-?[0-9]+"?\s*$', line) is not None
+
+
+def _ends_path(delimiter: str | None, line: str) -> bool:
+    """Whether a path ends at a delimiter, in a list whose other columns do not matter."""
+    if delimiter is None or delimiter not in line:
+        return False
+    try:
+        columns = _csv_columns(line, delimiter)
+    except csv.Error:
+        return True
+    # A line that looks like one path with a comma in it is one path.
+    return _has_suffix(columns[0]) or not _has_suffix(columns[-1])
+
+
+def _has_suffix(name: str) -> bool:
+    return re.search(r"\.\w+$", name) is not None
 
 
 def _absolute(folder: epath.Path) -> str:
     return os.fspath(folder) if storage.is_remote(folder) else os.path.abspath(folder)
 
 
-def text_of(path: str | os.PathLike) -> str:
-    """The text of a file, its lines ended by \\n. Raises UserError if it cannot be read."""
+def text_of(path: str | os.PathLike, errors: str = "strict") -> str:
+    """The text of a file with \\n as line end. Raises UserError if it cannot be read.
+
+    errors: "surrogateescape" keeps bytes that are not UTF-8, which file names may contain.
+    """
     try:
         content = storage.read_bytes(path)
     except FileNotFoundError:
@@ -339,8 +550,10 @@ def text_of(path: str | os.PathLike) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        # All line ends become \n.
-        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+        if b"\0" in content:  # no file name has it, but UTF-16 does
+            errors = "strict"
+        # Universal newlines: all line ends become \n.
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", errors=errors).read()
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
 
@@ -348,21 +561,26 @@ def text_of(path: str | os.PathLike) -> str:
 def _columns(
     path: epath.Path, number: int, line: str, delimiter: str | None, labelled: bool
 ) -> list[str]:
-    """Path and label of a line, "" for one that is not wanted.
+    """Path and label of a line; the label is "" unless `labelled`.
 
-    The delimiter None splits at runs of blanks, else it is CSV.
+    The delimiter None splits at the last blanks; with any other the line is CSV.
     """
-    if delimiter is None and not labelled:  # numbers at the end are labels and the like
+    if delimiter is None and not labelled:  # numbers at the end are labels or frame counts
         return [re.sub(r"(\s+-?\d+)+$", "", line.strip()), ""]
-    try:
-        columns = line.split() if delimiter is None else _csv_columns(line, delimiter)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {number}: is not valid CSV: {error}") from None
+    if delimiter is None:
+        columns = line.rsplit(maxsplit=1)
+        if len(columns) == 2 and re.search(r"\s-?[0-9]+$", columns[0]):  # frame counts, say
+            columns = line.split()
+    else:
+        try:
+            columns = _csv_columns(line, delimiter)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {number}: is not valid CSV: {error}") from None
     if not labelled:
         return [columns[0], ""]
     if len(columns) != 2:
         raise UserError(f"{path}, line {number}: {len(columns)} columns where path,label are 2")
-    return columns
+    return [columns[0].strip(), columns[1]]
 
 
 def _csv_columns(line: str, delimiter: str) -> list[str]:
@@ -371,18 +589,29 @@ def _csv_columns(line: str, delimiter: str) -> list[str]:
     return [column.strip() for column in row]
 
 
-def _is_header(first: str, second: str) -> bool:
-    """Whether a first line names columns: no number for a label and no file for a path."""
-    return not re.fullmatch(r"-?\d+", second) and not PurePosixPath(first).suffix
+def _is_header(columns: Sequence[str], root: epath.Path, labelled: bool) -> bool:
+    """Whether a first line names columns; in doubt it is taken for a video."""
+    first, second = columns
+    if not _COLUMN_NAME.fullmatch(first):
+        return False
+    if labelled:
+        return _COLUMN_NAME.fullmatch(second) is not None
+    with storage.errors(root):
+        return not (root / first).exists()
 
 
-def _label(path: epath.Path, number: int, text: str, classes: int | None) -> int:
+def _label(path: epath.Path, classes: int | None, number: int, text: str) -> int:
     if not re.fullmatch(r"-?[0-9]+", text):
-        raise UserError(f"{path}, line {number}: label {text!r} is no integer")
-    label = int(text)
-    if label < 0 or (classes is not None and label >= classes):
-        allowed = "0 or more" if classes is None else f"one of 0..{classes - 1}"
-        raise UserError(f"{path}, line {number}: label {label} must be {allowed}")
+        raise UserError(
+            f"{path}, line {number}: label {text!r} is no integer; labels are all numbers, or all "
+            "names after a comma, tab or semicolon"
+        )
+    # int() refuses thousands of digits.
+    label = int(text) if len(text) <= len(str(MAX_LABEL)) else MAX_LABEL + 1
+    if not 0 <= label <= MAX_LABEL or (classes is not None and label >= classes):
+        most = MAX_LABEL if classes is None else classes - 1
+        allowed = "0 or more" if label < 0 and classes is None else f"one of 0..{most}"
+        raise UserError(f"{path}, line {number}: label {text[:40]} must be {allowed}")
     return label
 
 
@@ -392,15 +621,15 @@ def _inside(path: epath.Path, number: int, text: str, root: str) -> str:
         raise UserError(
             f"{path}, line {number}: path {text!r} is a URL; write what comes after the root {root}"
         )
-    own = os.path.isabs(text) and not storage.is_remote(root)
-    name = os.path.normpath(os.path.relpath(text, root) if own else text)
+    is_local = os.path.isabs(text) and not storage.is_remote(root)
+    name = os.path.normpath(os.path.relpath(text, root) if is_local else text)
     if not text or "\0" in text or name == "." or name.split("/")[0] in ("", ".."):
         raise UserError(f"{path}, line {number}: path {text!r} is not inside the root {root}")
     return name
 
 
 def split_of(path: str | os.PathLike) -> tuple[str, str | None]:
-    """`FOLDER:SPLIT` in its two parts; the split is None where there is none."""
+    """Folder and split of `FOLDER:SPLIT`; the split is None if not given."""
     match = re.fullmatch(r"(.+):(\w+)", os.fspath(path))
     return (match[1], match[2]) if match else (os.fspath(path), None)
 
@@ -444,12 +673,22 @@ def _open_prepared(folder: str, split: str | None, classes: int | None) -> Prepa
     for shard in builder.info.splits[split].filenames:
         if shard not in present:
             raise UserError(f"{folder}: shard {shard} is missing")
+    names = tuple(getattr(features["label"], "names", ())) or None
     return PreparedSource(
         folder=folder,
         records=builder.as_data_source(split),
-        class_names=tuple(getattr(features["label"], "names", ())) or None,
+        class_names=names,
+        classes=len(names or ()) or 1 + about[split]["max_label"],
         fingerprint=about[split]["fingerprint"],
+        identity=_prepared_identity(about[split]),
     )
+
+
+def _prepared_identity(about: Any) -> dict[str, int | str]:
+    """`Source.identity` by the metadata of a prepared split."""
+    if "ids" not in about:  # prepared by a version without ids
+        return {"videos": about["videos"], "content": about["fingerprint"]}
+    return {name: about[name] for name in ("videos", "ids", "labels")}
 
 
 def _chosen_split(folder: str, split: str | None, splits: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Images among videos: an image is read as a video of one frame."""
+"""Images, read as videos of one frame."""
 
 import os
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from fluxvit_jax import storage
-from fluxvit_jax.data.decode import DecodeError, Video
-from fluxvit_jax.data.sampling import resized_size
+from fluxvit_jax.data.decoding import DecodeError, Video, image_format
+from fluxvit_jax.data.frame_sampling import resized_size
+from fluxvit_jax.distributed import storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # of JPEG and PNG; WebP has a length inside
+IMAGE_FORMATS = ("JPEG", "PNG", "WebP")  # those of the suffixes
 
 
 def open_clip(source: str | os.PathLike | bytes, name: str | None = None) -> "Video | Image":
@@ -24,13 +24,12 @@ def open_clip(source: str | os.PathLike | bytes, name: str | None = None) -> "Vi
 
 def _is_image(source: str | os.PathLike | bytes) -> bool:
     if isinstance(source, bytes):
-        is_webp = source[:4] == b"RIFF" and source[8:12] == b"WEBP"
-        return is_webp or source.startswith(_BEGINNINGS)
+        return image_format(source[:16]) in IMAGE_FORMATS
     return os.path.splitext(os.fspath(source))[1].lower() in IMAGE_SUFFIXES
 
 
 class Image:
-    """One frame, read as those of a `Video`; a rotation that the file asks for is applied.
+    """An image with the interface of a `Video` of one frame; EXIF rotation is applied.
 
     Raises:
       DecodeError: the file is missing, or is no image that can be read whole.
@@ -64,7 +63,8 @@ class Image:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        return self._frame.shape[:2]
+        height, width, _ = self._frame.shape
+        return height, width
 
     def read(
         self,

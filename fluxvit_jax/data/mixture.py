@@ -1,16 +1,16 @@
-"""Several sources of videos as one, each with its weight and rules, for training without labels.
+"""Weighted mixtures of video sources, for training without labels.
 
-A mixture is a CSV file with a source a line, of which only the first column must be there:
+A mixture is a CSV file with a source a line; only its first column is required:
 
     list,root,weight,flip
     k710/train.csv,k710/videos,1,yes
     ssv2/train.csv,ssv2/videos,2,no
 
-list: what `annotations.open_source` takes; its labels, if it has any, are not looked at. root: of
-its paths. weight: how often one of its videos is drawn, relative to those of other sources: with 2,
-twice as often as with 1. flip: whether a mirrored video still shows the same; where hands and
-directions matter, as in Something-Something, it does not. Lists and roots are relative to the
-folder of the mixture.
+list: what `annotations.open_source` takes; labels are ignored. root: what the paths of the list are
+relative to. weight: how often each video is drawn relative to videos of other sources: with 2,
+twice as often as with 1. flip: whether training may mirror the videos; "no" where hands and
+directions matter, as in Something-Something. Lists and roots are relative to the folder of the
+mixture.
 """
 
 import csv
@@ -20,23 +20,24 @@ import io
 import os
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 
-from fluxvit_jax import storage
-from fluxvit_jax.data.annotations import Record, Source, open_source, split_of, text_of
+from fluxvit_jax.data.annotations import Record, Source, digest, open_source, split_of, text_of
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 COLUMNS = ("list", "root", "weight", "flip")
 WORDS = {"yes": True, "no": False}
 
 
-class Part(NamedTuple):
-    """One source of a mixture; name: its list, as the mixture writes it."""
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One source of a mixture."""
 
-    name: str
+    name: str  # its list as the mixture writes it, see `storage.display_name`
     source: Source
     weight: float = 1.0
     flip: bool = True
@@ -44,28 +45,37 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """The videos of several sources, one after another; the ids say which each is from."""
+    """The concatenated videos of several sources; each id starts with the name of its part."""
 
     parts: tuple[Part, ...]
     class_names: None = None
+    files: None = None
+    labels: None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the sources, their weights and rules."""
+        """sha256 over the fingerprints, weights and flip rules of the parts."""
         rows = [f"{part.source.fingerprint} {part.weight} {part.flip}\n" for part in self.parts]
         return hashlib.sha256("".join(rows).encode()).hexdigest()
 
+    @cached_property
+    def identity(self) -> dict[str, int | str]:
+        """See `Source`; with weights and flip rules, without labels."""
+        rows = [
+            f"{part.source.identity.get('ids', part.source.fingerprint)} {part.weight} {part.flip}"
+            for part in self.parts
+        ]
+        return {"videos": len(self), "ids": digest(rows)}
+
     @property
     def ids(self) -> list[str] | None:
-        """With the weights and rules, by which hosts could differ as well."""
-        own = [part.source.ids for part in self.parts]
-        if None in own:
-            return None
-        return [
-            f"{part.name}/{id} {part.weight} {part.flip}"
-            for part, ids in zip(self.parts, own, strict=True)
-            for id in ids
-        ]
+        """See `Source`; with weights and flip rules, in which hosts could differ as well."""
+        names = []
+        for part in self.parts:
+            if (ids := part.source.ids) is None:
+                return None
+            names += [f"{part.name}/{id} {part.weight} {part.flip}" for id in ids]
+        return names
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -79,32 +89,35 @@ class Mixture:
         return record._replace(id=f"{part.name}/{record.id}", flip=part.flip)
 
     def order(self, seed: int) -> Any:
-        """The numbers of the videos in the order in which they are drawn, without end.
+        """The endless drawing order: a `grain.MapDataset` of numbers of videos.
 
-        Each source has its own permutations, one after another. The sources take turns by their
-        weights: any run of draws has each one's share to within a draw or so.
+        Each source runs through seeded permutations of its videos. The sources are interleaved by
+        their weights: any run of draws holds each source's share to within about one draw.
         """
-        own = []
+        orders = []
         for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
-            places = grain.MapDataset.range(int(end) - len(part.source), int(end))
-            own.append(places.seed((seed + number) % 2**32).shuffle().repeat())
-        return grain.MapDataset.mix(own, [len(part.source) * part.weight for part in self.parts])
+            numbers = grain.MapDataset.range(int(end) - len(part.source), int(end))
+            orders.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
+        return grain.MapDataset.mix(orders, [len(part.source) * part.weight for part in self.parts])
 
     @cached_property
     def _ends(self) -> np.ndarray:
+        """Number after the last video of each part: int [parts]."""
         return np.cumsum([len(part.source) for part in self.parts])
 
 
 def open_mixture(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Mixture:
-    """Opens a mixture, or a single source as one, by whether its first line begins with "list".
+    """Opens a mixture, which is a file whose first line begins with "list", or a single source.
 
-    root: of a single source.
+    root: what the paths of a single source are relative to.
 
     Raises UserError: as `annotations.open_source`; a line of the mixture is not as it should be.
     """
     if not _is_mixture(path):
-        return Mixture((Part(os.fspath(path), open_source(path, root, labelled=False)),))
-    rows = csv.reader(io.StringIO(text_of(path)), skipinitialspace=True)
+        name = storage.display_name(path)
+        return Mixture((Part(name=name, source=open_source(path, root, labelled=False)),))
+    text = text_of(path, errors="surrogateescape")
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
     columns = [column.strip() for column in next(rows)]
     if unknown := [column for column in columns if column not in COLUMNS]:
         raise UserError(f"{path}, line 1: {unknown[0]!r} is none of {', '.join(COLUMNS)}")
@@ -117,7 +130,8 @@ def open_mixture(path: str | os.PathLike, root: str | os.PathLike | None = None)
 def _is_mixture(path: str | os.PathLike) -> bool:
     if not os.fspath(path) or split_of(path)[1] or storage.is_folder(storage.path_of(path)):
         return False
-    return text_of(path).split("\n", 1)[0].split(",")[0].strip() == COLUMNS[0]
+    text = text_of(path, errors="surrogateescape")
+    return text.split("\n", 1)[0].split(",")[0].strip() == COLUMNS[0]
 
 
 def _part(path: str | os.PathLike, line: int, columns: Sequence[str], row: Sequence[str]) -> Part:
@@ -130,11 +144,19 @@ def _part(path: str | os.PathLike, line: int, columns: Sequence[str], row: Seque
     folder = storage.path_of(path).parent
     root = os.fspath(folder / given["root"]) if "root" in given else None
     source = open_source(os.fspath(folder / given["list"]), root, labelled=False)
-    return Part(given["list"], source, _weight(where, given), _flip(where, given))
+    weight = _weight(where, given.get("weight", "1"))
+    flip = given.get("flip", "yes")
+    if flip not in WORDS:
+        raise UserError(f"{where}: flip is {flip!r}, neither yes nor no")
+    return Part(
+        name=storage.display_name(given["list"]),
+        source=source,
+        weight=weight,
+        flip=WORDS[flip],
+    )
 
 
-def _weight(where: str, given: dict[str, str]) -> float:
-    text = given.get("weight", "1")
+def _weight(where: str, text: str) -> float:
     try:
         weight = float(text)
     except ValueError:
@@ -142,10 +164,3 @@ def _weight(where: str, given: dict[str, str]) -> float:
     if not 0 < weight < float("inf"):
         raise UserError(f"{where}: the weight {text!r} is no number above 0")
     return weight
-
-
-def _flip(where: str, given: dict[str, str]) -> bool:
-    text = given.get("flip", "yes")
-    if text not in WORDS:
-        raise UserError(f"{where}: flip is {text!r}, neither yes nor no")
-    return WORDS[text]

@@ -1,8 +1,12 @@
-"""Frames to patches and back: the form in which clips travel to the device."""
+"""Conversion between frames and patches, the form in which clips travel to the device.
+
+In plain NumPy rather than einops: a server of an exported model imports this, and needs JAX and
+NumPy only.
+"""
 
 import numpy as np
 
-from fluxvit_jax.budgets import PATCH, Grid
+from fluxvit_jax.grids import PATCH, Grid
 
 PATCH_VALUES = PATCH * PATCH * 3  # 588
 
@@ -36,7 +40,7 @@ def unpatchify(patches: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def pad(patches: np.ndarray, capacity: int) -> np.ndarray:
-    """Fill patches [n, 588] up with zeros: [capacity, 588].
+    """Patches [n, 588] padded with zeros: [capacity, 588].
 
     Raises ValueError when there are more patches than `capacity`.
     """

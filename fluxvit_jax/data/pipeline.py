@@ -1,15 +1,15 @@
-"""From a source of videos to batches of patches, the same whatever machines and workers make them.
+"""Batches of patches from a source of videos, independent of the number of hosts and workers.
 
 Training is an endless sequence of groups of clips (`TrainGroups`), evaluation a sequence of videos
-(`EvaluationVideos`). Any item of them can be made anywhere from its number alone: grids, frames and
+(`EvaluationVideos`). Any item can be made anywhere from its number alone: grids, frames and
 augmentation are drawn from the seed and that number. A host takes its share of each global batch
-(`HostShare`), Grain's worker processes make the items, and `Batches` puts them together in order.
-So nothing changes with the number of hosts or workers, or when a run stops and goes on, and all
-there is to remember is how many batches were delivered.
+(`HostShare`), Grain's worker processes make the items, and `Batches` concatenates them in order.
+So the data depend neither on the number of hosts or workers nor on interruptions, and the only
+state to save is the number of delivered batches.
 
-Workers hand over single items instead of batches: the first batch comes sooner, hosts get
-consecutive samples, and memory is bounded by `HELD_ITEMS` items a worker, however large the batch.
-Worker processes start anew and import `__main__`, so the program needs its `__main__` guard.
+Workers deliver single items instead of batches: the first batch comes sooner, hosts get consecutive
+samples, and memory is bounded by `BUFFERED_ITEMS` items a worker, however large the batch. Worker
+processes are spawned and import `__main__`, so the program needs its `__main__` guard.
 """
 
 import contextlib
@@ -18,12 +18,14 @@ import gc
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -31,46 +33,75 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from fluxvit_jax.budgets import PATCH, Grid, capacity
-from fluxvit_jax.config import admissible_grids, is_distillation
+from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
-from fluxvit_jax.data.augment import MAX_SHORT_SIDE, augment_clip
-from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
+from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.frame_sampling import train_frames
+from fluxvit_jax.data.grid_sampling import grid_of_group
 from fluxvit_jax.data.images import open_clip
-from fluxvit_jax.data.lessons import Lessons, plan_groups
 from fluxvit_jax.data.mixture import Mixture, open_mixture
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
-from fluxvit_jax.data.sampling import grid_of_group, stream_rng, train_frames
+from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
+from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.views import cut_views, read_frames
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import PATCH, Grid, capacity
 
-# What takes the place of a bad video; beside the streams of `sampling`.
-REPLACEMENT_STREAM = 2
-# Videos that are tried in place of a bad one. With 5 % bad ones, all fail once in 10^10 times.
+# Videos that are tried in place of a bad one. With 5 % bad videos, all fail once in 10^10 cases.
 REPLACEMENTS = 8
 
 # Items that a worker can be ahead: ready and waiting (1), queued (1), and received (2). Each lies
 # in shared memory; one more is being made.
-HELD_ITEMS = 4
-SHARED_MEMORY = "/dev/shm"  # where Linux keeps it
+BUFFERED_ITEMS = 4
+SHARED_MEMORY = "/dev/shm"  # Linux
 MIN_SHARED_BYTES = 1 << 16  # smaller arrays are cheaper to copy
 
-# Frames of one video kept at full size while views are cut; a video of more is decoded once for
-# each resolution instead, scaled down on the way. The views are the same.
+# Limit of one video's frames at full size while views are cut. A larger video is decoded once for
+# each resolution instead and scaled down while decoding; the views are the same.
 MAX_DECODED_BYTES = 512 << 20
 
 Arrays = dict[str, np.ndarray]
 
 
-def training_source(config: ConfigDict) -> Source:
-    """What `config.data` says to train on.
+class Items(Protocol):
+    """A random-access sequence of items, each a dict of arrays with a leading axis."""
 
-    Raises UserError: as `open_source`, or `open_mixture` where no labels are wanted.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Arrays: ...
+
+
+@runtime_checkable
+class ClipData(Protocol):
+    """Stored arrays of each clip, by the number of the sample."""
+
+    @property
+    def bytes_a_clip(self) -> int: ...
+
+    def read(self, samples: np.ndarray) -> Arrays:
+        """Arrays [n, ...] of `samples`, int64 [n]. Raises UserError if they cannot be read."""
+
+
+def plan_groups(config: ConfigDict, source: Source) -> int:
+    """Number of groups after which grids, frames and crops repeat; 0 if they never do."""
+    data = config.data
+    return data.sampling_period_epochs * len(source) * data.repeated_aug // data.clips_per_grid
+
+
+def training_source(config: ConfigDict, labelled: bool = True) -> Source:
+    """The training source of `config.data`; a mixture of sources if labels are not needed.
+
+    Raises UserError: as `open_source`, or as `open_mixture`.
     """
     data = config.data
-    if is_distillation(config):
+    if not labelled:
         return open_mixture(data.train, data.root)
-    return training_part(open_source(data.train, data.root, config.model.classes), data.held_out)
+    listed = open_source(
+        data.train, data.root, config.model.classes, known=configured_names(config)
+    )
+    return training_part(listed, data.holdout_fraction)
 
 
 def train_batches(
@@ -79,54 +110,57 @@ def train_batches(
     *,
     start_step: int = 0,
     groups: Sequence[int] | None = None,
-    lessons: Lessons | None = None,
+    clip_data: ClipData | None = None,
 ) -> "Batches":
-    """This host's share of each global batch of augmented clips, without end.
+    """Endless iterator over this host's share of each global batch of augmented clips.
 
     A batch is a dict of the b clips of `groups`:
-      patches: uint8 [b, P, 588], zeros behind a clip's own tokens; P fits every admissible grid.
-      grid: int32 [b, 3], frames, rows and columns; equal within each `data.grid_group` clips.
+      patches: uint8 [b, P, 588], zero-padded; P fits every admissible grid.
+      grid: int32 [b, 3], frames, rows and columns; equal within each `data.clips_per_grid` clips.
       label: int32 [b].
       index: int64 [b], the global number of the sample.
-      failure: str [b]; where the clip stands for one that could not be read, a line for each video
-        that failed: "id: reason". All repeats of a video say so.
-    and the arrays of `lessons`.
+      failure: str [b]; if the clip replaces one that could not be read, a line "id: reason" for
+        each video that failed, on all repeats of the video; else "".
+    and the arrays of `clip_data`.
 
-    Sample i is augmentation i % repeats of the video at place i // repeats of the epochs' order.
-    Each epoch is a fresh permutation of all videos, seeded, and the next follows at once: a batch
-    may hold the end of one epoch and the start of the next, nothing is dropped or repeated to fill
-    it. So a run of floor(videos * repeats / batch_size) steps an epoch slowly falls behind the
-    permutations, and still shows all videos equally often, to within one.
+    Sample i is repeat `i % repeats` of video `order[i // repeats]`. `order` concatenates seeded
+    permutations of all videos, one per epoch, without dropping or padding: a batch may cross
+    epochs. So a run of floor(videos * repeats / batch_size) steps an epoch slowly falls behind the
+    permutations, and still shows all videos equally often, to within one. With `data.sampling` of
+    "balanced", `order` is `BalancedOrder`; a video that replaces one that cannot be read may be of
+    any class.
 
     Args:
-      start_step: global batches delivered before, `state()["step"]` of the iterator to go on from.
-      groups: which groups of a global batch this host makes, of train.batch_size / grid_group; all
-        by default.
-      lessons: what a teacher has made of the clips before.
+      start_step: global batches delivered before: `state()["step"]` of the interrupted iterator.
+      groups: the groups of a global batch that this host makes, out of train.batch_size /
+        data.clips_per_grid; all by default.
+      clip_data: stored arrays of the clips, added to each batch.
 
     Raises:
       UserError: no videos; a batch size that does not divide into groups, or groups not into
-        repeats; too little shared memory; on `next`, a bad video of which the replacements
-        are bad as well.
+        repeats; too little shared memory; on `next`, a bad video whose replacements are bad as
+        well.
     """
     if not len(source):
         raise UserError("config.data.train: there are no videos to train on")
-    group = config.data.grid_group
+    group = config.data.clips_per_grid
     items = TrainGroups(
         source=source,
         seed=config.seed,
         grids=admissible_grids(config),
         group=group,
-        repeats=config.data.repeats,
+        repeats=config.data.repeated_aug,
         augment=config.data.augment,
         period=plan_groups(config, source),
-        lessons=lessons,
+        clip_data=clip_data,
+        balanced=config.data.sampling == "balanced",
     )
-    _check_multiple("config.train.batch_size of data.grid_group", config.train.batch_size, group)
-    whole = config.train.batch_size // group
-    share = HostShare(items, whole, groups, start_step)
+    _check_multiple(
+        "config.train.batch_size of data.clips_per_grid", config.train.batch_size, group
+    )
+    share = HostShare(items, config.train.batch_size // group, groups, start_step)
     item_bytes = group * items.capacity * PATCH_VALUES
-    item_bytes += group * lessons.bytes_a_clip if lessons else 0
+    item_bytes += group * clip_data.bytes_a_clip if clip_data else 0
     return Batches(share, share.per_batch, config.data.workers, item_bytes, start_step)
 
 
@@ -138,20 +172,20 @@ def evaluation_batches(
     batch_size: int = 0,
     rows: Sequence[int] | None = None,
 ) -> "Batches":
-    """This host's share of the videos to evaluate, each once; all grids and views of one decode.
+    """Iterator over this host's share of the evaluation videos, each once and decoded once.
 
     A batch is a dict of the b videos of `rows`, with V = clips * crops views of each, clip by clip:
-      video: int64 [b], number in the source; -1 where there is none any more.
+      video: int64 [b], number in the source; -1 for padding.
       id: str [b], its id in the source.
       label: int32 [b].
-      failure: str [b], why a video could not be read; its patches are zeros then. Else "".
-      patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, P being its tokens.
+      failure: str [b], why the video could not be read (its patches are zeros then); else "".
+      patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, where P is its tokens.
 
-    All hosts yield as many batches, the last of them filled up with -1.
+    All hosts yield the same number of batches; the last one is padded.
 
     Args:
       batch_size: videos of a batch over all hosts; by default eval.batch_size.
-      rows: which of them this host reads; all by default.
+      rows: the rows of a batch that this host reads; all by default.
 
     Raises UserError when there is too little shared memory.
     """
@@ -170,16 +204,17 @@ def evaluation_batches(
 class Batches(Iterator[Arrays]):
     """Iterator over batches of `per_batch` items each, made by `workers` processes (0: in place).
 
-    An item is a dict of arrays with a leading axis; a batch has them one behind another. Whatever
-    goes wrong is final, be it an exception in a worker or its death: every later `next` fails too,
-    where Grain would go on without the items of that worker. Close it, or use `with`.
+    A batch concatenates the arrays of its items along their leading axis. Any failure, be it an
+    exception in a worker or its death, is final: every later `next` fails too, where Grain would
+    go on without the items of that worker. Close it, or use `with`.
 
-    Raises UserError when `workers` need more shared memory than there is.
+    Raises UserError when `workers` need more shared memory than there is; on `next`, when one of
+    them was killed.
     """
 
     def __init__(
         self,
-        items: Sequence[Arrays],
+        items: Items,
         per_batch: int,
         workers: int,
         item_bytes: int,
@@ -189,9 +224,9 @@ class Batches(Iterator[Arrays]):
         self._step = start_step
         self._error: BaseException | None = None
         if workers:
-            _check_shared_memory((workers * HELD_ITEMS + per_batch) * item_bytes)
-        self._items = _start(items, workers)
-        self._begun = False
+            _check_shared_memory((workers * BUFFERED_ITEMS + per_batch) * item_bytes)
+        self._items: Iterator[Arrays] = _start(items, workers)
+        self._started = False
 
     def __next__(self) -> Arrays:
         if self._error is not None:
@@ -201,33 +236,38 @@ class Batches(Iterator[Arrays]):
         except StopIteration:
             self.close()
             raise
-        except BaseException as error:  # an interrupt too: the items so far are lost with it
+        except BaseException as error:  # an interrupt too: it loses the items so far
             self._error = error
             self.close()
             raise
         self._step += 1
-        # As plain arrays: those of a worker are of a class that carries its shared memory along.
+        # As plain arrays: a worker's arrays are of a class that keeps its shared memory alive.
         return {
             name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]
         }
 
     def _next_item(self) -> Arrays:
-        if self._begun:
-            return next(self._items)
-        self._begun = True
-        with _stop_signals_blocked():  # Grain starts its workers now
-            return next(self._items)
+        try:
+            if self._started:
+                return next(self._items)
+            self._started = True
+            with _stop_signals_blocked():  # Grain starts its workers now
+                return next(self._items)
+        except RuntimeError as error:
+            if died := re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error)):
+                raise UserError(_worker_death(int(died[1]))) from error
+            raise
 
     def state(self) -> dict[str, int]:
-        """What resumes this iterator, as JSON: {"step": global batches delivered}."""
+        """The state to resume from, as JSON: {"step": global batches delivered}."""
         return {"step": self._step}
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         items, self._items = self._items, iter(())
         if isinstance(items, grain.DatasetIterator):
             items.close()
-        # Grain's iterator is part of a cycle, and with it the last items' shared memory.
+        # Grain's iterator is part of a reference cycle that keeps the last items' shared memory.
         del items
         gc.collect()
 
@@ -239,7 +279,7 @@ class Batches(Iterator[Arrays]):
 
 
 @dataclasses.dataclass(repr=False)
-class TrainGroups(Sequence[Arrays]):
+class TrainGroups:
     """The endless sequence of training groups: item g holds the samples g * group onwards.
 
     See `train_batches` for the arrays. Raises UserError when `group` is no multiple of `repeats`.
@@ -251,19 +291,23 @@ class TrainGroups(Sequence[Arrays]):
     group: int  # clips that share a grid
     repeats: int  # clips of one decoded video
     augment: ConfigDict  # section data.augment
-    period: int = 0  # groups after which they repeat; 0: never
-    lessons: Lessons | None = None
+    period: int = 0  # number of groups after which they repeat; 0: never
+    clip_data: ClipData | None = None
+    balanced: bool = False  # whether all classes are drawn equally often
     open_video: Callable[..., Any] = open_clip
 
-    def __post_init__(self):
-        _check_multiple("config.data.grid_group of data.repeats", self.group, self.repeats)
+    def __post_init__(self) -> None:
+        _check_multiple("config.data.clips_per_grid of data.repeated_aug", self.group, self.repeats)
         self.capacity = capacity(self.grids)
-        # Place in the epochs -> video.
-        if isinstance(self.source, Mixture):
+        # The numbers of the videos in drawing order, epoch after epoch.
+        self._order: Any  # a grain.MapDataset, which ships no types
+        if self.balanced:
+            self._order = BalancedOrder(source_labels(self.source, "data.sampling"), self.seed)
+        elif isinstance(self.source, Mixture):
             self._order = self.source.order(self.seed)
         else:
-            places = grain.MapDataset.range(len(self.source))
-            self._order = places.seed(self.seed).shuffle().repeat()
+            numbers = grain.MapDataset.range(len(self.source))
+            self._order = numbers.seed(self.seed).shuffle().repeat()
         self._augment_unflipped = ConfigDict({**self.augment.to_dict(), "flip": 0.0})
 
     def __len__(self) -> int:
@@ -274,11 +318,12 @@ class TrainGroups(Sequence[Arrays]):
         grid = grid_of_group(self.grids, self.seed, number)
         samples = np.arange(number * self.group, (number + 1) * self.group)
         patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
-        labels, failures = [], []
+        labels: list[int] = []
+        failures: list[str] = []
         for first in range(0, self.group, self.repeats):
-            own = slice(first, first + self.repeats)
-            clips, label, failure = self._read_or_replace(samples[own], grid)
-            for target, clip in zip(patches[own], clips, strict=True):
+            rows = slice(first, first + self.repeats)
+            clips, label, failure = self._read_or_replace(samples[rows], grid)
+            for target, clip in zip(patches[rows], clips, strict=True):
                 target[: grid.tokens] = patchify(clip)
             labels += [label] * self.repeats
             failures += [failure] * self.repeats
@@ -288,16 +333,15 @@ class TrainGroups(Sequence[Arrays]):
             "label": np.array(labels, np.int32),
             "index": samples,
             "failure": np.array(failures, np.str_),
-            **(self.lessons.read(samples) if self.lessons else {}),
+            **(self.clip_data.read(samples) if self.clip_data else {}),
         }
 
     def _read_or_replace(
         self, samples: np.ndarray, grid: Grid
     ) -> tuple[list[np.ndarray], int, str]:
         """Clips of a video's samples, its label, and a line for each video that failed before."""
-        place = int(samples[0]) // self.repeats
-        failures = []
-        for video in self._candidates(place):
+        failures: list[str] = []
+        for video in self._candidates(int(samples[0]) // self.repeats):
             record = self.source[video]
             try:
                 return self._clips(record, samples, grid), record.label, "\n".join(failures)
@@ -307,17 +351,17 @@ class TrainGroups(Sequence[Arrays]):
             f"config.data.train: {len(failures)} videos in a row cannot be read; {failures[0]}"
         )
 
-    def _candidates(self, place: int) -> Iterator[int]:
-        """The video at a place of the epochs' order, then those to replace it, all different."""
-        video = int(self._order[place])
+    def _candidates(self, position: int) -> Iterator[int]:
+        """The video at a position of the order, then its replacements, all different."""
+        video = int(self._order[position])
         yield video
-        rng = stream_rng(self.seed, place, REPLACEMENT_STREAM)
+        rng = stream_rng(self.seed, position, REPLACEMENT_STREAM)
         count = len(self.source)
         others = rng.choice(count, min(REPLACEMENTS + 1, count), replace=False)
         yield from [int(other) for other in others if other != video][:REPLACEMENTS]
 
     def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:
-        """An augmented clip uint8 [T, size, size, 3] for each sample, of one decode."""
+        """An augmented clip uint8 [T, size, size, 3] for each sample, from one decode."""
         rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
         augment = self.augment if record.flip else self._augment_unflipped
         with self.open_video(record.video) as opened:
@@ -331,8 +375,8 @@ class TrainGroups(Sequence[Arrays]):
 
 
 @dataclasses.dataclass(repr=False)
-class EvaluationVideos(Sequence[Arrays]):
-    """The videos of a source with their views: item i is video i, and there is padding beyond.
+class EvaluationVideos:
+    """The videos of a source with their views: item i is video i, and padding beyond the last.
 
     See `evaluation_batches` for the arrays, which have a leading axis of 1 here.
     """
@@ -370,47 +414,54 @@ class EvaluationVideos(Sequence[Arrays]):
     def _views(self, video: Video) -> list[np.ndarray]:
         """Patches uint8 [V, P, 588] on each grid."""
         read = partial(read_frames, video, clips=self.clips, most_bytes=MAX_DECODED_BYTES)
-        frames = read(self.grids)
-        return [
-            cut_views(
-                frames or read([grid], short_side=grid.rows * PATCH), grid, self.clips, self.crops
-            )
-            for grid in self.grids
-        ]
+        shared = read(self.grids)
+        views = []
+        for grid in self.grids:
+            frames = shared or read([grid], short_side=grid.resolution)
+            assert frames is not None  # scaled down, they are never too large
+            views.append(cut_views(frames, grid, self.clips, self.crops))
+        return views
 
 
-@dataclasses.dataclass(repr=False)
-class HostShare(Sequence[Arrays]):
-    """The items that one host makes: those at `places` of each global batch of `whole`, in order.
+class HostShare:
+    """The items that one host makes: those at `rows` of each global batch, in order.
 
-    Its length is a whole number of batches, the same for all hosts, so it may ask `items` for
-    numbers beyond their length.
+    Its length is a whole number of batches, the same for all hosts, so it may index `items` beyond
+    their length.
+
+    items_per_batch: of a global batch. rows: all by default.
     """
 
-    items: Sequence[Arrays]
-    whole: int
-    places: Sequence[int] | None = None  # all
-    start_step: int = 0
-
-    def __post_init__(self):
-        self.places = [int(p) for p in (range(self.whole) if self.places is None else self.places)]
+    def __init__(
+        self,
+        items: Items,
+        items_per_batch: int,
+        rows: Sequence[int] | None = None,
+        start_step: int = 0,
+    ):
+        self._items = items
+        self._items_per_batch = items_per_batch
+        self._rows = [int(row) for row in (range(items_per_batch) if rows is None else rows)]
+        self._start_step = start_step
 
     @property
     def per_batch(self) -> int:
-        return len(self.places)
+        """Items of a batch that this host makes."""
+        return len(self._rows)
 
     def __len__(self) -> int:
-        batches = -(-len(self.items) // self.whole)
-        return max(0, batches - self.start_step) * self.per_batch
+        # In integers: training groups are 2**62.
+        batches = (len(self._items) + self._items_per_batch - 1) // self._items_per_batch
+        return max(0, batches - self._start_step) * self.per_batch
 
     def __getitem__(self, number: int) -> Arrays:
-        step, place = divmod(number, self.per_batch)
-        return self.items[(self.start_step + step) * self.whole + self.places[place]]
+        step, row = divmod(number, self.per_batch)
+        return self._items[(self._start_step + step) * self._items_per_batch + self._rows[row]]
 
 
-def _start(items: Sequence[Arrays], workers: int) -> grain.DatasetIterator:
+def _start(items: Items, workers: int) -> Iterator[Arrays]:
     """Iterates over `items` in order, made by `workers` processes."""
-    if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which only `main` parses
+    if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which only `main` parses
         flags.FLAGS.mark_as_parsed()
     dataset = grain.MapDataset.source(items).to_iter_dataset(
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -427,21 +478,25 @@ def _start(items: Sequence[Arrays], workers: int) -> grain.DatasetIterator:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in each worker."""
+    """Initializes a worker."""
     cv2.setNumThreads(0)  # the workers themselves are the parallelism
-    # Should it be killed, the workers must not outlive it.
+    # Workers must not outlive the main process, even if it is killed.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Keeps Ctrl-C and SIGTERM waiting, and from what is started meanwhile for good.
+    """Defers Ctrl-C and SIGTERM, and blocks them for good in processes started meanwhile.
 
-    Sent to all processes of a job, they are for the main one to act on: it ends the workers. These
-    inherit the mask, so that no signal can hit them while they still import.
+    A job's signals go to all of its processes, but only the main one acts on them: it stops the
+    workers. These inherit the mask, so that no signal can hit them while they still import.
     """
-    # Python starts this process beside the first worker, and unblocks the signals then.
+    # Python would start the resource tracker with the first worker, and unblock the signals then.
+    # The tracker frees the shared memory of a killed worker; its warning would follow our error.
+    silent = [] if sys.warnoptions else ["ignore::UserWarning:multiprocessing.resource_tracker"]
+    sys.warnoptions.extend(silent)  # the tracker inherits them
     multiprocessing.resource_tracker.ensure_running()
+    del sys.warnoptions[len(sys.warnoptions) - len(silent) :]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -449,8 +504,21 @@ def _stop_signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _worker_death(code: int) -> str:
+    """The error for a worker that ended with an exit code; negative: killed by that signal."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    if -code in (signal.SIGKILL, signal.SIGBUS):
+        how += ", as happens when memory runs out"
+    return (
+        f"config.data.workers: a worker that reads data {how}; lower data.workers or the batch "
+        "size and start the same command again: training goes on from its last checkpoint"
+    )
+
+
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 
@@ -461,7 +529,7 @@ def _check_multiple(what: str, value: int, unit: int) -> None:
 
 
 def _check_shared_memory(needed: int) -> None:
-    """Without this, a worker in a container of 64 MB shared memory just dies of a bus error."""
+    """Raises UserError if shared memory is short; a worker would just die of a bus error."""
     if not os.path.isdir(SHARED_MEMORY):
         return
     free = shutil.disk_usage(SHARED_MEMORY).free

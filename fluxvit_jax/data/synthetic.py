@@ -1,22 +1,23 @@
-"""The demo's data set: photographs that ship inside packages, filmed under twelve motions.
+"""The demo's data set: synthetic clips of twelve motions, rendered from photographs in packages.
 
     python -m fluxvit_jax.data.synthetic --out=DIR [--train=N] [--validation=M] [--seed=0]
 
 A clip shows a print (an oblong cut of a photograph, lightened) and a small object (a disc cut of
-another photograph, tinted red) over a third photograph, dark, blurred and still. The class says how
-print and object move; in all but the two object classes the object sticks to the print. Everything
-else is drawn alike for every class, and in one frame near the middle of the clip all classes look
-the same. Training must not flip frames: it would swap left and right, and the senses of rotation.
+another photograph, tinted red) over a third photograph, dark, blurred and still. The class is the
+motion of print and object; in all but the two object classes the object sticks to the print.
+Everything else has the same distribution for every class, and in one frame near the middle of the
+clip all classes look the same. Training must not flip frames: it would swap left and right, and the
+senses of rotation.
 
-A frame from the middle tells nothing of the class, but one from either end tells much of it: what
-is going to move right begins on the left, what is going to grow begins small. A forest of trees,
-shown colours, edges, and places and shapes of print and object in one frame, names the class of an
-unseen clip in 9 % of cases for the middle frame (chance is 8 %), 23 % for a frame at random, 53 %
-for the first and 55 % for the last; shown how both move, in 99 % (tests/data/test_synthetic.py).
+The middle frame does not reveal the class, but the first and the last reveal much of it: what moves
+right begins on the left, what grows begins small. A random forest on colors, edges, positions and
+shapes of print and object in one frame classifies an unseen clip correctly in 9 % of cases for the
+middle frame (chance is 8 %), 23 % for a random frame, 53 % for the first and 55 % for the last; on
+the motion of both, in 99 % (tests/data/test_synthetic.py).
 
 DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
 and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
-the same versions of the packages); a run that was interrupted goes on where it stopped.
+the same versions of the packages); an interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
@@ -87,35 +89,34 @@ PHOTOGRAPHS = {
         "skimage/data/ihc.png",
     ),
 }
-# height, width: 4:3, 16:9, square, 3:4, 9:16.
-SIZES = (
-    *((84, 112), (90, 120), (96, 128)),
-    *((84, 150), (90, 160)),
-    *((84, 84), (96, 96), (112, 112)),
-    *((112, 84), (120, 90), (128, 96)),
-    *((150, 84), (160, 90)),
-)
+SIZES = (  # height, width
+    (84, 112), (90, 120), (96, 128),  # 4:3
+    (84, 150), (90, 160),  # 16:9
+    (84, 84), (96, 96), (112, 112),  # square
+    (112, 84), (120, 90), (128, 96),  # 3:4
+    (150, 84), (160, 90),  # 9:16
+)  # fmt: skip
 FRAME_RATES = (Fraction(12), Fraction(15), Fraction(24), Fraction(25), Fraction(30000, 1001))
 FRAMES = (20, 45)  # shortest, and one more than longest
 SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
-# When, as a share of the clip, print and object are where they lie alike in all classes. Were that
-# always the middle, the first and the last frame would name 3 to 5 % more of the clips.
+# The moment, as a share of the clip, at which print and object lie alike in all classes. If it were
+# always the middle, the first and the last frame would reveal the class of 3 to 5 % more clips.
 CENTRAL = (0.35, 0.65)
 # Pixels along the short side of a print, and along a square that an object fills, before they are
-# drawn in a frame: about twice as many as there.
+# drawn into a frame at about half that size.
 PRINT_SIDE = 64
 OBJECT_SIDE = 32
 
 
 class Course(NamedTuple):
-    """How a thing moves on screen, relative to where the clip has it at rest; each float64 [T]."""
+    """Motion of print or object on screen, relative to its position at rest; each float64 [T]."""
 
     x: np.ndarray  # right, in short sides of the frame
     y: np.ndarray  # down, in short sides of the frame
-    turn: np.ndarray  # clockwise, radians, about the print's centre
-    zoom: np.ndarray  # natural logarithm of the magnification about the print's centre
+    turn: np.ndarray  # clockwise, radians, about the print's center
+    zoom: np.ndarray  # natural logarithm of the magnification about the print's center
 
 
 def photographs(split: str) -> list[np.ndarray]:
@@ -130,7 +131,8 @@ def photographs(split: str) -> list[np.ndarray]:
 def _photograph(name: str) -> np.ndarray:
     package, inside = name.split("/", 1)
     spec = importlib.util.find_spec(package)  # does not import the package
-    path = Path(spec.submodule_search_locations[0]) / inside if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(folders[0]) / inside if folders else None
     if path is None or not path.is_file():
         raise UserError(f"photograph {name} is missing: pip install 'fluxvit_jax[demo]'")
     with av.open(path) as file:
@@ -159,18 +161,18 @@ def render(
     nothing but how print and object move.
     """
     print_course, object_course = _courses(motion, rng, frames)
-    print_photo, object_photo, background_photo = (_recolour(photo, rng) for photo in photos)
+    print_photo, object_photo, background_photo = (_recolor(photo, rng) for photo in photos)
     middle, short = np.array(size[::-1]) / 2, min(size)
-    centre = middle + rng.uniform(-0.12, 0.12, 2) * short
+    center = middle + rng.uniform(-0.12, 0.12, 2) * short
     offset = rng.uniform(0.14, 0.28) * short * _direction(rng.uniform(-np.pi, np.pi))
 
     clip = np.repeat(_background(background_photo, rng, size)[None], frames, axis=0)
     picture, tilt = _print(print_photo, rng), math.radians(rng.uniform(-30, 30))
-    rest = _placed(picture, rng.uniform(0.38, 0.52) * short / PRINT_SIDE, tilt, centre)
-    _draw(clip, picture, rest, print_course, centre)
+    rest = _placed(picture, rng.uniform(0.38, 0.52) * short / PRINT_SIDE, tilt, center)
+    _draw(clip, picture, rest, print_course, center)
     picture = _object(object_photo, rng)
-    rest = _placed(picture, rng.uniform(0.22, 0.3) * short / OBJECT_SIDE, 0, centre + offset)
-    _draw(clip, picture, rest, object_course, centre)
+    rest = _placed(picture, rng.uniform(0.22, 0.3) * short / OBJECT_SIDE, 0, center + offset)
+    _draw(clip, picture, rest, object_course, center)
     return clip
 
 
@@ -268,20 +270,21 @@ def _cut(
     return cv2.resize(part, size[::-1], interpolation=cv2.INTER_AREA)
 
 
-def _placed(picture: np.ndarray, scale: float, turn: float, centre: np.ndarray) -> np.ndarray:
+def _placed(picture: np.ndarray, scale: float, turn: float, center: np.ndarray) -> np.ndarray:
     """The map [3, 3] that takes pixels of a picture to where the frame has it at rest."""
     height, width = picture.shape[:2]
-    return _similarity(scale, turn, centre) @ _similarity(1, 0, (-width / 2, -height / 2))
+    to_origin = _similarity(1, 0, np.array([-width / 2, -height / 2]))
+    return _similarity(scale, turn, center) @ to_origin
 
 
-def _similarity(scale: float, turn: float, shift: Sequence[float]) -> np.ndarray:
-    """The map [3, 3] that scales, turns clockwise (radians), then shifts by (x, y)."""
+def _similarity(scale: float, turn: float, shift: np.ndarray) -> np.ndarray:
+    """The map [3, 3] that scales, turns clockwise (radians), then shifts by (x, y), [2]."""
     cos, sin = scale * _direction(turn)
     return np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]], [0, 0, 1]])
 
 
 def _draw(
-    clip: np.ndarray, picture: np.ndarray, rest: np.ndarray, course: Course, centre: np.ndarray
+    clip: np.ndarray, picture: np.ndarray, rest: np.ndarray, course: Course, center: np.ndarray
 ) -> None:
     """Draw on the frames, uint8 [T, height, width, 3], a picture that moves on course.
 
@@ -289,17 +292,17 @@ def _draw(
     """
     height, width = clip.shape[1:3]
     for frame, x, y, turn, zoom in zip(clip, *course, strict=True):
-        shift = centre + min(height, width) * np.array([x, y])
-        moved = _similarity(math.exp(zoom), turn, shift) @ _similarity(1, 0, -centre) @ rest
+        shift = center + min(height, width) * np.array([x, y])
+        moved = _similarity(math.exp(zoom), turn, shift) @ _similarity(1, 0, -center) @ rest
         layer = cv2.warpAffine(picture, moved[:2], (width, height))
         around = 255 - cv2.cvtColor(layer[..., 3], cv2.COLOR_GRAY2RGB)
         cv2.add(layer[..., :3], cv2.multiply(frame, around, scale=1 / 255), frame)
 
 
-def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The photograph, or its mirror image, in other colours: of equal size.
+def _recolor(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The photograph, or its mirror image, in other colors: of equal size.
 
-    Three in ten keep their colours but for brightness; the others get their channels swapped and
+    Three in ten keep their colors but for brightness; the others get their channels swapped and
     scaled, and half of those become negatives.
     """
     order, gain, lift = rng.permutation(3), rng.uniform(0.6, 1, 3), rng.random(3)
@@ -315,7 +318,8 @@ def _recolour(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.LUT(np.ascontiguousarray(photo[:, ::-1] if mirrored else photo), table)
 
 
-class Clip(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
     """One file of the data set."""
 
     split: str
@@ -342,8 +346,8 @@ def write_dataset(
     out = Path(out)
     _claim(out, {"train": train, "validation": validation, "seed": seed, "recipe": RECIPE})
     splits = {
-        "train": [Clip("train", index) for index in range(train)],
-        "validation": [Clip("validation", index) for index in range(validation)],
+        "train": [Clip(split="train", index=index) for index in range(train)],
+        "validation": [Clip(split="validation", index=index) for index in range(validation)],
     }
     clips = [clip for split in splits.values() for clip in split]
     missing = [clip for clip in clips if not (out / clip.path).exists()]
@@ -370,14 +374,14 @@ def _claim(out: Path, arguments: dict[str, int]) -> None:
         raise UserError("--train and --validation must be at least 1, --seed at least 0")
     marker = out / "synthetic.json"
     if marker.is_file():
-        found = json.loads(marker.read_text())
-        other = [
-            f"{key} {found.get(key)}, not {value}"
+        recorded = json.loads(marker.read_text())
+        differences = [
+            f"{key} {recorded.get(key)}, not {value}"
             for key, value in arguments.items()
-            if found.get(key) != value
+            if recorded.get(key) != value
         ]
-        if other:
-            raise UserError(f"{out} was made with {'; '.join(other)}: give another --out")
+        if differences:
+            raise UserError(f"{out} was made with {'; '.join(differences)}: give another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is no data set of ours: give another --out")
     else:
@@ -409,7 +413,7 @@ def _write_clip(out: Path, seed: int, clip: Clip) -> None:
 
 
 def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
-    """Write frames uint8 RGB [T, H, W, 3] as H.264 in mp4, some with a tone beside it (AAC)."""
+    """Write frames uint8 RGB [T, H, W, 3] as H.264 in mp4, some with a tone as sound (AAC)."""
     rate = FRAME_RATES[rng.integers(len(FRAME_RATES))]
     options = {
         "preset": "veryfast",
@@ -442,7 +446,7 @@ def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Whole or not at all, so that an interrupted run leaves no half list."""
+    """Writes a file atomically, so that an interrupted run leaves no half list."""
     draft = path.with_suffix(".partial")
     draft.write_text(text + "\n")
     draft.replace(path)

@@ -1,21 +1,21 @@
 """Attention for TPUs as two Pallas kernels, forward and backward, with tokens in the lanes.
 
 Heads of 64 channels half-fill the 128 lanes of a TPU's registers and, as rows of 64 in memory,
-waste half of that too. So all arrays here are [B, heads, K, N], and the scores of a tile are
-[keys, queries]: the statistics of the softmax are rows, maxima and sums run over registers and not
-inside them, and only narrow operands are ever transposed. All keys and values of a head are in
-vector memory together, so that the backward pass is one kernel: it computes the scores once and
-five products in all, where one kernel for the gradient of q and another for those of k and v need
-seven. Exponentials are powers of two, for which there is an instruction.
+waste half of the memory too. All arrays here are therefore [B, heads, D, N], and the scores of a
+tile are [keys, queries]: softmax statistics are rows, maxima and sums run across registers rather
+than inside them, and only narrow operands are transposed. All keys and values of a head fit in
+vector memory, so the backward pass is one kernel with five matrix products that computes the scores
+once; separate kernels for the gradient of q and for those of k and v need seven products.
+Exponentials are powers of two, for which there is an instruction.
 
-Forward and backward for one clip of B at 3072 tokens take 0.78 ms on a v5e, by its compiler's
-instructions and what the matrix units need, and JAX's splash attention takes 1.42 and some copies
-beside it. Nothing of this has run on a
-TPU. Where the platform is none, the kernels are interpreted, which is for tests.
+Forward and backward for one clip of B at 3072 tokens take 0.78 ms on a v5e, estimated from its
+compiler's instructions and matrix-unit cycles; JAX's splash attention takes 1.42 ms and additional
+copies. The kernels have not run on a TPU. On other platforms they are interpreted, for tests.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,26 +23,28 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
 
-from fluxvit_jax.models import sequence
+from fluxvit_jax.models import padded_sequence
+from fluxvit_jax.models.arrays import Array
 
-NEVER = -1e30  # the score of a masked key; finite, for no difference of two may be NaN
-# Up to so many tokens what compilers allow a kernel by default is enough, 16 MiB of vector memory.
-# What it is allowed beyond, they cannot use for anything else while it runs.
+MASKED = -1e30  # score of a masked key; finite, so that the difference of two is not NaN
+# Up to this many tokens the compiler's default limit of 16 MiB of vector memory is enough. A higher
+# limit takes memory from everything else while the kernel runs.
 LONG, LONG_MEMORY = 4096, 64 << 20
 
-# Products of two matrices, N, and of transposed ones, T.
+# Dimension numbers of matrix products; T: the operand is transposed, N: it is not.
 NN = (((1,), (0,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 
 
-class Normalised(NamedTuple):
-    """q, k and v of all heads and how q and k are normalised before they meet: x * gain * scale.
+class NormalizedQKV(NamedTuple):
+    """q, k and v of all heads, with q and k to be normalized by the kernel: x * gain * scale.
 
-    qkv: [3, B, heads, K, N], q and k as they are; gain: float32 [2, B, 1, 1, N], of each token;
-    scale: float32 [2, 1, heads, K, 1], of each channel.
-    N is a multiple of 128, as `sequence.length_for` makes it.
+    qkv: [3, B, heads, D, N], not normalized; gain: float32 [2, B, 1, 1, N], of each token;
+    scale: float32 [2, 1, heads, D, 1], of each channel.
+    N is a multiple of 128: see `padded_sequence.length_for`.
     """
 
     qkv: jax.Array
@@ -50,105 +52,114 @@ class Normalised(NamedTuple):
     scale: jax.Array
 
 
-def forward(inputs: Normalised, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Softmax attention, [B, heads, K, N], and what `backward` needs of it beside.
+def forward(
+    inputs: NormalizedQKV, lengths: Int[Array, " B"] | None
+) -> tuple[Float[Array, "B heads D N"], Float[Array, "B heads 1 N"]]:
+    """Softmax attention, [B, heads, D, N], and the log-sum-exp that `backward` needs.
 
-    That is the logarithm to base 2 of the sum of each query's exponentials, float32
+    The latter is the base-2 logarithm of the sum of each query's exponentials, float32
     [B, heads, 1, N].
-    lengths: int32 [B], at least 1, how many places at the front are attended to; None: all.
+    lengths: int32 [B], at least 1, tokens at the front that are attended to; None: all.
     """
-    _, B, heads, K, N = inputs.qkv.shape
-    return _call(
+    _, B, heads, D, N = inputs.qkv.shape
+    attended, log_sums = _call(
         _forward_kernel,
         "attention_forward",
         inputs=_operands(inputs),
         outputs=(
-            (jax.ShapeDtypeStruct((B, heads, K, N), inputs.qkv.dtype), PART),
-            (jax.ShapeDtypeStruct((B, heads, 1, N), jnp.float32), PART),
+            (jax.ShapeDtypeStruct((B, heads, D, N), inputs.qkv.dtype), TILE),
+            (jax.ShapeDtypeStruct((B, heads, 1, N), jnp.float32), TILE),
         ),
         lengths=lengths,
     )
+    return attended, log_sums
 
 
 def backward(
-    inputs: Normalised,
-    lengths: jax.Array | None,
-    attended: jax.Array,
-    log_sums: jax.Array,
-    gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of the normalised q, the normalised k, and v: [B, heads, K, N] each.
+    inputs: NormalizedQKV,
+    lengths: Int[Array, " B"] | None,
+    attended: Float[Array, "B heads D N"],
+    log_sums: Float[Array, "B heads 1 N"],
+    gradient: Float[Array, "B heads D N"],
+) -> tuple[Float[Array, "B heads D N"], Float[Array, "B heads D N"], Float[Array, "B heads D N"]]:
+    """The gradients of the normalized q, the normalized k, and v: [B, heads, D, N] each.
 
-    attended, log_sums: what `forward` returned; gradient: of the first.
+    attended, log_sums: outputs of `forward`; gradient: of `attended`.
     """
-    _, B, heads, K, N = inputs.qkv.shape
-    like = jax.ShapeDtypeStruct((B, heads, K, N), inputs.qkv.dtype)
-    return _call(
+    _, B, heads, D, N = inputs.qkv.shape
+    like = jax.ShapeDtypeStruct((B, heads, D, N), inputs.qkv.dtype)
+    dq, dk, dv = _call(
         _backward_kernel,
         "attention_backward",
-        inputs=(*_operands(inputs), *((x, PART) for x in (attended, log_sums, gradient))),
-        outputs=((like, PART), (like, WHOLE), (like, WHOLE)),
+        inputs=(*_operands(inputs), *((x, TILE) for x in (attended, log_sums, gradient))),
+        outputs=((like, TILE), (like, WHOLE), (like, WHOLE)),
         lengths=lengths,
-        scratch=[pltpu.VMEM((K, N), jnp.float32)] * 2,
+        scratch=[pltpu.VMEM((D, N), jnp.float32)] * 2,
     )
+    return dq, dk, dv
 
 
-class Cut(NamedTuple):
-    """Which piece of an array a kernel sees.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """The block of an array [..., rows, N] that one step of the kernel's grid works on.
 
-    index: along the leading axes, from the clip and the head; part: along the last axis the tile of
-    queries that the grid is at, or all of it.
+    leading: (clip, head) -> index of the leading axes; tiled: whether the last axis is cut into
+    tiles, one for each tile of queries.
     """
 
-    index: Callable[[int, int], tuple[int, ...]]
-    part: bool
+    leading: Callable[[Any, Any], tuple[Any, ...]]  # of traced indices
+    tiled: bool
 
     def spec(self, shape: tuple[int, ...], side: int) -> pl.BlockSpec:
-        rows, length = shape[-2], side if self.part else shape[-1]
+        rows, length = shape[-2], side if self.tiled else shape[-1]
         return pl.BlockSpec(
             (*[None] * (len(shape) - 2), rows, length),
-            lambda clip, head, part: (*self.index(clip, head), 0, part if self.part else 0),
+            lambda clip, head, tile: (*self.leading(clip, head), 0, tile if self.tiled else 0),
         )
 
 
-PART = Cut(lambda clip, head: (clip, head), part=True)  # of [B, heads, rows, N]
-WHOLE = PART._replace(part=False)
+TILE = Block(leading=lambda clip, head: (clip, head), tiled=True)  # of [B, heads, rows, N]
+WHOLE = replace(TILE, tiled=False)
 
 
-def _operands(inputs: Normalised) -> tuple[tuple[jax.Array, Cut], ...]:
-    """q, k, v, gain and scale of q, gain and scale of k: nothing is copied to take them apart."""
-    qkv, gain, scale = inputs
-    q, k, v = (Cut(lambda clip, head, n=n: (n, clip, head), part=n == 0) for n in range(3))
-    gains = (Cut(lambda clip, head, n=n: (n, clip, 0), part=n == 0) for n in range(2))
-    scales = (Cut(lambda clip, head, n=n: (n, 0, head), part=False) for n in range(2))
-    of_gain, of_scale = (
-        [(array, cut) for cut in cuts] for array, cuts in ((gain, gains), (scale, scales))
-    )
-    return (qkv, q), (qkv, k), (qkv, v), of_gain[0], of_scale[0], of_gain[1], of_scale[1]
+def _operands(inputs: NormalizedQKV) -> tuple[tuple[jax.Array, Block], ...]:
+    """q, k, v, gain and scale of q, gain and scale of k: blocks of the stacked arrays."""
+
+    def qkv(n: int) -> tuple[jax.Array, Block]:
+        block = Block(leading=lambda clip, head: (n, clip, head), tiled=n == 0)
+        return inputs.qkv, block
+
+    def gain(n: int) -> tuple[jax.Array, Block]:
+        return inputs.gain, Block(leading=lambda clip, head: (n, clip, 0), tiled=n == 0)
+
+    def scale(n: int) -> tuple[jax.Array, Block]:
+        return inputs.scale, Block(leading=lambda clip, head: (n, 0, head), tiled=False)
+
+    return qkv(0), qkv(1), qkv(2), gain(0), scale(0), gain(1), scale(1)
 
 
 def _call(
     kernel: Callable[..., None],
     name: str,
-    inputs: tuple[tuple[jax.Array, Cut], ...],
-    outputs: tuple[tuple[jax.ShapeDtypeStruct, Cut], ...],
+    inputs: tuple[tuple[jax.Array, Block], ...],
+    outputs: tuple[tuple[jax.ShapeDtypeStruct, Block], ...],
     lengths: jax.Array | None,
     scratch: Sequence = (),
 ) -> tuple[jax.Array, ...]:
-    """A kernel over clips, heads and tiles of queries; each array with how it is cut."""
+    """The outputs of a kernel that runs over a grid of clips, heads and tiles of queries."""
     _, B, heads, _, N = inputs[0][0].shape
-    side = sequence.tile(N)
+    side = padded_sequence.tile(N)
     arrays = [array for array, _ in inputs]
-    in_specs = [cut.spec(array.shape, side) for array, cut in inputs]
+    in_specs = [block.spec(array.shape, side) for array, block in inputs]
     if lengths is not None:
         arrays, in_specs = [lengths, *arrays], [pl.BlockSpec(memory_space=pltpu.SMEM), *in_specs]
 
-    def run(*arrays, interpret):
+    def run(*arrays: jax.Array, interpret: bool) -> Sequence[jax.Array]:
         return pl.pallas_call(
             partial(kernel, masked=lengths is not None),
             grid=(B, heads, N // side),
             in_specs=in_specs,
-            out_specs=[cut.spec(array.shape, side) for array, cut in outputs],
+            out_specs=[block.spec(array.shape, side) for array, block in outputs],
             out_shape=[array for array, _ in outputs],
             scratch_shapes=scratch,
             compiler_params=pltpu.CompilerParams(
@@ -163,15 +174,15 @@ def _call(
     return tuple(jax.lax.platform_dependent(*arrays, tpu=compiled, default=interpreted))
 
 
-def _forward_kernel(*refs, masked: bool) -> None:
-    """One tile of queries, [K, Q], with all keys and values of its head, [K, N]."""
+def _forward_kernel(*refs: Any, masked: bool) -> None:
+    """One tile of queries, [D, Q], with all keys and values of its head, [D, N]."""
     length, (*inputs, attended_ref, log_sums_ref) = _take_length(refs, masked)
     heads = _Heads(*inputs)
     q = heads.queries()
-    K, Q = q.shape
-    highest = jnp.full((1, Q), NEVER, jnp.float32)
+    D, Q = q.shape
+    highest = jnp.full((1, Q), MASKED, jnp.float32)
     total = jnp.zeros((1, Q), jnp.float32)
-    attended = jnp.zeros((K, Q), jnp.float32)
+    attended = jnp.zeros((D, Q), jnp.float32)
     for tile in _tiles(heads.k.shape[1]):
         scores = _scores(heads.keys(tile), q, tile, length)
         before, highest = highest, jnp.maximum(highest, jnp.max(scores, axis=0, keepdims=True))
@@ -183,8 +194,8 @@ def _forward_kernel(*refs, masked: bool) -> None:
     log_sums_ref[...] = highest + jnp.log2(total)
 
 
-def _backward_kernel(*refs, masked: bool) -> None:
-    """One tile of queries, [K, Q], with all keys and values, [K, N], to whose gradients it adds."""
+def _backward_kernel(*refs: Any, masked: bool) -> None:
+    """One tile of queries, [D, Q], which adds to the gradients of all keys and values, [D, N]."""
     length, refs = _take_length(refs, masked)
     *inputs, attended_ref, log_sums_ref, gradient_ref = refs[:10]
     dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs[10:]
@@ -215,7 +226,7 @@ def _backward_kernel(*refs, masked: bool) -> None:
 
 
 class _Heads(NamedTuple):
-    """References to q [K, Q], k and v [K, N], and the gains and scales of q and k."""
+    """References to q [D, Q], k and v [D, N], and the gains and scales of q and k."""
 
     q: Any
     k: Any
@@ -226,34 +237,34 @@ class _Heads(NamedTuple):
     k_scale: Any
 
     def queries(self) -> jax.Array:
-        """q, normalised and so scaled that powers of two of the scores are what softmax wants."""
+        """q, normalized and scaled for softmax in base 2."""
         scale = self.q_scale[...] * (self.q.shape[0] ** -0.5 / math.log(2))
         return (self.q[...].astype(jnp.float32) * self.q_gain[...] * scale).astype(self.q.dtype)
 
     def keys(self, tile: slice) -> jax.Array:
-        """Some of k, normalised."""
+        """A tile of k, normalized."""
         k = self.k[:, tile].astype(jnp.float32) * self.k_gain[:, tile] * self.k_scale[...]
         return k.astype(self.k.dtype)
 
 
 def _take_length(refs: tuple, masked: bool) -> tuple[jax.Array | None, tuple]:
-    """The length of this clip, if there is one, and the other references."""
+    """The length of this clip, None without mask, and the other references."""
     return (refs[0][pl.program_id(0)], refs[1:]) if masked else (None, refs)
 
 
 def _tiles(N: int) -> list[slice]:
-    """The keys of a head in pieces."""
-    side = sequence.tile(N)
+    """The tiles of a head's keys."""
+    side = padded_sequence.tile(N)
     return [slice(start, start + side) for start in range(0, N, side)]
 
 
 def _scores(k: jax.Array, q: jax.Array, tile: slice, length: jax.Array | None) -> jax.Array:
-    """The scores of some keys [K, tile] and queries [K, Q]: float32 [tile, Q]."""
+    """The scores of a tile of keys [D, tile] and queries [D, Q]: float32 [tile, Q]."""
     scores = _dot(k, q, TN)
     if length is None:
         return scores
-    place = tile.start + jax.lax.broadcasted_iota(jnp.int32, (k.shape[1], 1), 0)
-    return jnp.where(place < length, scores, NEVER)
+    index = tile.start + jax.lax.broadcasted_iota(jnp.int32, (k.shape[1], 1), 0)
+    return jnp.where(index < length, scores, MASKED)
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple) -> jax.Array:

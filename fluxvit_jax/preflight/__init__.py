@@ -1,15 +1,16 @@
-"""Would a run compile, fit and make sense: `--mode=preflight`, on a machine without accelerator.
+"""`--mode=preflight`: whether a run compiles and fits, on a machine without an accelerator.
 
     python -m fluxvit_jax.main --mode=preflight --config=configs/k400.py:base \
         --config.preflight.topology=v5e:4x4,cpu:8,current
 
-For each topology the training step and the evaluation programs that the config would run are
-compiled, with shapes in place of arrays, and read: memory, work, exchanges between devices, and for
-TPUs a time. With what reading a clip costs on this machine that makes the load of a host, and with
-the schedule the hours of the run. Printed is a summary; `preflight.json` has every number.
+For each topology the config's training step and evaluation programs are compiled with shapes in
+place of arrays, and read: memory, work, exchanges between devices, and for TPUs an estimated time.
+With the cost of reading a clip on this machine that gives the load of a host, and with the schedule
+the hours of the run. It prints a summary; `preflight.json` has every number.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -19,20 +20,22 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from fluxvit_jax import atomic, parallel, sharding, storage
-from fluxvit_jax.compiler import topology
-from fluxvit_jax.compiler.estimate import METHOD
-from fluxvit_jax.compiler.topology import Topology
-from fluxvit_jax.config import is_distillation
-from fluxvit_jax.data.load import ClipCost, clip_cost
+from fluxvit_jax.data.clip_cost import ClipCost, clip_cost
+from fluxvit_jax.data.splits import count_classes
+from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.mesh import clip_shards, make_mesh
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluate import Setting, settings_of
+from fluxvit_jax.evaluation.evaluate import Setting, settings_of
+from fluxvit_jax.objectives.base import check_objective, objective_class
+from fluxvit_jax.preflight.compiler import topology
+from fluxvit_jax.preflight.compiler.estimate import METHOD
+from fluxvit_jax.preflight.compiler.topology import Topology
 from fluxvit_jax.preflight.largest_batch import largest_batch
 from fluxvit_jax.preflight.programs import evaluation_report, training_report
 from fluxvit_jax.preflight.target import TRAIN, Target, announced, evaluation_name
 from fluxvit_jax.preflight.text import clip_text, text_of
-from fluxvit_jax.state import abstract_params
-from fluxvit_jax.train import check_batch_size, run_length
+from fluxvit_jax.training.setup import check_batch_size, run_length
+from fluxvit_jax.training.train_state import check_params_divide
 
 REPORT = "preflight.json"
 
@@ -40,39 +43,42 @@ Report = dict[str, Any]
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike = ".") -> int:
-    """Compiles for every topology of `config.preflight.topology`; prints and writes what came out.
+    """Compiles for every topology of `config.preflight.topology`; prints and writes the results.
 
     Returns the exit status: 0 if everything fits on each of them, else 1.
 
     Raises UserError: an unknown topology, no libtpu, a folder that cannot be written.
     """
+    check_objective(config)
+    config = count_classes(config)
     folder = storage.path_of(workdir)
     storage.make_folder(folder)
-    wanted = topology.parse(config.preflight.topology)
-    found = topology.open_devices(wanted)
+    requested = topology.parse(config.preflight.topology)
+    opened = topology.open_devices(requested)
     with announced("measuring what reading a clip takes"):
-        clip = clip_cost(config)
-    print(clip_text(clip._asdict()))
+        clip = clip_cost(config, objective_class(config).labelled)
+    print(clip_text(dataclasses.asdict(clip)))
+    topologies: dict[str, Report] = {}
+    for where, devices in zip(requested, opened, strict=True):
+        try:
+            checked = check(config, where, devices, clip)
+        except UserError as error:  # about this topology only
+            checked = {"fits": False, "error": str(error)}
+        topologies[where.name] = checked
+        print(text_of(where.name, checked), flush=True)
     report = {
         "versions": _versions(),
-        "clip": clip._asdict(),
+        "clip": dataclasses.asdict(clip),
         "method": METHOD,
-        "topologies": {},
+        "topologies": topologies,
     }
-    for one, devices in zip(wanted, found, strict=True):
-        try:
-            own = check(config, one, devices, clip)
-        except UserError as error:  # about this topology: the others go on
-            own = {"fits": False, "error": str(error)}
-        report["topologies"][one.name] = own
-        print(text_of(one.name, own), flush=True)
     path = folder / REPORT
     atomic.write(path, json.dumps(report, indent=1) + "\n")
     print(f"\n{METHOD}\nwritten to {path}")
-    return 0 if all(own["fits"] for own in report["topologies"].values()) else 1
+    return 0 if all(checked["fits"] for checked in topologies.values()) else 1
 
 
-def _versions() -> dict[str, str | None]:
+def _versions() -> dict[str, str]:
     versions = {}
     for name in ("jax", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -87,17 +93,18 @@ def check(
     clip: ClipCost,
     settings: Sequence[Setting] | None = None,
 ) -> Report:
-    """What is found for one topology.
+    """The report of one topology.
 
     settings: of the evaluation; by default those of `config`, none where no classifier is trained.
 
-    Raises UserError where the config does not go with it.
+    Raises UserError where the config does not fit the topology.
     """
-    target = Target(config, where, parallel.make_mesh(config, devices))
-    sharding.check(config, abstract_params(config), target.mesh)
-    check_batch_size(config, parallel.clip_shards(target.mesh))
+    target = Target(config, where, make_mesh(config, devices))
+    check_params_divide(config, target.mesh)
+    check_batch_size(config, clip_shards(target.mesh))
     training = target.compile_training(config)
-    report = {
+    programs = {TRAIN: training_report(target, training)}
+    report: Report = {
         "fits": training.fits,
         "devices": len(devices),
         "device": devices[0].device_kind,
@@ -105,16 +112,19 @@ def check(
         "mesh": dict(target.mesh.shape),
         "batch_size": config.train.batch_size,
         "clips_a_device": config.train.batch_size / len(devices),
-        "programs": {TRAIN: training_report(target, training)},
+        "programs": programs,
     }
     if settings is None:
-        settings = () if is_distillation(config) else settings_of(config)
+        settings = settings_of(config) if objective_class(config).labelled else ()
     for setting in dict.fromkeys(settings):
-        evaluation = target.compile_evaluation(setting)
-        own = evaluation_report(target, setting, evaluation)
-        report["programs"][evaluation_name(setting)] = own
-        report["fits"] &= own["fits"]
-    if config.preflight.bisect and training.available is not None and not training.failure:
+        evaluation = evaluation_report(target, setting, target.compile_evaluation(setting))
+        programs[evaluation_name(setting)] = evaluation
+        report["fits"] &= evaluation["fits"]
+    if (
+        config.preflight.find_max_batch_size
+        and training.available is not None
+        and not training.failure
+    ):
         report["largest_batch"] = largest_batch(target, training)
     if training.time is not None:
         report["reading"] = _reading(target, training.time.seconds, clip)
@@ -123,18 +133,18 @@ def check(
 
 
 def _reading(target: Target, step_seconds: float, clip: ClipCost) -> Report:
-    """What each host has to read so that the devices never wait."""
+    """The load of reading on each host, if the devices are never to wait."""
     clips = target.config.train.batch_size / step_seconds / topology.hosts(target.devices)
     return {
         "clips_per_second_a_host": clips,
         "cores_a_host": clips * clip.cpu_seconds,
-        "cores_there_are": target.where.chip.host_cores,
+        "cores_there_are": target.where.known_chip.host_cores,
         "bytes_per_second_a_host": clips * clip.bytes if clip.bytes else None,
     }
 
 
 def _schedule(target: Target, step_seconds: float, clip: ClipCost) -> Report:
-    """Hours of training alone; None where the number of videos is not known."""
+    """Hours of the training steps alone; None where the number of videos is not known."""
     config = target.config
     videos = clip.videos or config.preflight.videos
     if not videos:

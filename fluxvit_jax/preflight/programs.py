@@ -1,65 +1,65 @@
-"""What is reported of each compiled program, and what the model itself needs."""
+"""Reports of compiled programs, and the FLOPs of the model itself."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax import distill
-from fluxvit_jax.compiler.memory import tree_bytes
-from fluxvit_jax.compiler.program import Program
-from fluxvit_jax.config import admissible_grids, asks_teacher, is_distillation, model_config
-from fluxvit_jax.costs import GIGA, decoders_gflops, features_gflops, gflops
-from fluxvit_jax.evaluate import Setting
-from fluxvit_jax.models import sequence
-from fluxvit_jax.models.fluxvit import FluxViTConfig
-from fluxvit_jax.models.internvideo2 import InternVideo2Config
+from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.network import freezing, model_config
+from fluxvit_jax.evaluation.evaluate import Setting
+from fluxvit_jax.models import padded_sequence
+from fluxvit_jax.models.flops import GIGA, attention_macs, frozen_macs, gflops
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.preflight.compiler.collectives import Collective
+from fluxvit_jax.preflight.compiler.memory import tree_bytes
+from fluxvit_jax.preflight.compiler.program import Program
 from fluxvit_jax.preflight.target import Target
-from fluxvit_jax.step import abstract_batch
+from fluxvit_jax.training.train_step import abstract_batch
 
-BACKWARD = 3  # a training step is worth so many forward passes
+STEP_PASSES = 3  # a training step takes the FLOPs of three forward passes
 MULTIPLY_ADD = 2  # FLOPs
-SMALL = 64 * 1024  # bytes: exchanges of metrics and the like, where gradients are megabytes
+SMALL = 64 * 1024  # bytes: exchanges of metrics and the like; gradients are megabytes
 
 Report = dict[str, Any]
 
 
-class ModelFlops(NamedTuple):
-    """FLOPs of a training step a clip, all budgets filled, without recomputation."""
+@dataclass(frozen=True, slots=True)
+class ModelFlops:
+    """FLOPs of a training step per clip, all budgets filled, without recomputation."""
 
     all: float
     attention: float
 
 
 def model_flops(config: ConfigDict) -> ModelFlops:
-    """By the formulas of `costs`: products of matrices, forward and twice that backward.
+    """By the formulas of `models.flops`: matrix products, forward and twice that backward.
 
-    Of a teacher that is asked forward only, of the patches that it sees.
+    Frozen networks, and what `train.freeze` freezes, run forward only.
     """
     model, grid = model_config(config), max(admissible_grids(config), key=lambda g: g.tokens)
+    part = freezing(config)
+    blocks = model.depth if "blocks" in part.names else part.blocks
+    trained, frozen, frozen_attention = objective_class(config).extra_macs(config)
     total = attention = 0.0
     for budget in config.train.budgets:
+        patches = padded_sequence.patch_budget(budget, model.cls)
         total += gflops(model, grid, budget).kept * GIGA
-        attention += _attention_work(model, sequence.patch_budget(budget, model.cls))
-    if not is_distillation(config):
-        return ModelFlops(*(BACKWARD * MULTIPLY_ADD * work for work in (total, attention)))
-    seen, *students = (
-        sequence.patch_budget(n, model.cls) for n in (config.distill.tokens, *config.train.budgets)
-    )
-    decoders = distill.decoders_config(config)
-    total += sum(decoders_gflops(decoders, patches) for patches in students) * GIGA
-    total, attention = BACKWARD * total, BACKWARD * attention
-    if asks_teacher(config):
-        teacher = distill.teacher_config(config)
-        total += features_gflops(teacher, seen) * GIGA
-        attention += _attention_work(teacher, seen)
+        attention += attention_macs(model, patches)
+        if part.names:
+            forward_only = frozen_macs(model, patches, blocks, "pool" in part.names)
+            attention_only = attention_macs(model, patches) * blocks / model.depth
+            total, frozen = total - forward_only, frozen + forward_only
+            attention -= attention_only
+            frozen_attention += attention_only
+    total = STEP_PASSES * (total + trained) + frozen
+    attention = STEP_PASSES * attention + frozen_attention
     return ModelFlops(MULTIPLY_ADD * total, MULTIPLY_ADD * attention)
 
 
-def _attention_work(model: FluxViTConfig | InternVideo2Config, patches: int) -> int:
-    return model.depth * 2 * (patches + 1) ** 2 * model.width
-
-
 def training_report(target: Target, program: Program) -> Report:
+    """The report of the training step."""
     config = target.config
     batch = abstract_batch(config, admissible_grids(config), target.mesh)
     state = target.state
@@ -87,7 +87,7 @@ def training_report(target: Target, program: Program) -> Report:
     if program.time is not None:
         report["estimate"]["clips_per_second"] = clips / program.time.seconds
         report["estimate"]["mfu"] = clips * model.all / (program.time.seconds * target.peak)
-        if is_distillation(config):
+        if target.frozen:
             work = program.work
             share = work.teacher_cycles / (work.cycles + work.kernel_cycles)
             report["estimate"]["teacher_share"] = share
@@ -95,22 +95,23 @@ def training_report(target: Target, program: Program) -> Report:
 
 
 def _program_report(program: Program, parts: dict[str, int]) -> Report:
-    """What is said of every program; parts: bytes of its arguments on a device, by name."""
+    """The part that all programs report; parts: bytes of its arguments on a device, by name."""
     memory = _memory(program, parts)
-    report = {
+    report: Report = {
         "fits": program.fits and (not program.available or memory["used"] <= program.available),
         "failure": program.failure,
         "compile_seconds": program.seconds,
         "compile_cpu_seconds": program.cpu_seconds,
         "memory": memory,
     }
-    if program.work is not None:
-        report["exchanges"] = _exchanges(program)
+    work = program.work
+    if work is None:
+        return report
+    report["exchanges"] = _exchanges(work.collectives)
     if program.time is not None:
-        work = program.work
         report["estimate"] = {
             "seconds": program.time.seconds,
-            **program.time._asdict(),
+            **asdict(program.time),
             "not_counted": work.untimed | {"kernels": work.unknown_kernels},
             "loops_counted_once": work.unknown_loops,
         }
@@ -120,8 +121,8 @@ def _program_report(program: Program, parts: dict[str, int]) -> Report:
 def _memory(program: Program, parts: dict[str, int]) -> Report:
     """Bytes on a device; "used" is None for a program that cannot be compiled.
 
-    Arguments lie padded there, which their shapes do not tell. Those that a program has no use for,
-    as evaluation has none for other budgets' heads, lie there all the same.
+    Arguments are padded on the device, which their shapes do not show. Arguments that a program
+    does not use, such as other budgets' heads in evaluation, occupy memory all the same.
     """
     memory, used = program.memory, program.shortage and program.shortage.needed
     if memory is not None:
@@ -136,20 +137,22 @@ def _memory(program: Program, parts: dict[str, int]) -> Report:
     return {"available": program.available, "used": used, "parts": shown}
 
 
-def _exchanges(program: Program) -> Report:
-    """By kind, of a run and device: how many of arrays and of small things, bytes of the former."""
-    report = {}
-    for one in program.work.collectives:
-        own = report.setdefault(one.kind, {"count": 0, "bytes": 0, "small": 0, "devices": 0})
-        small = one.bytes < SMALL
-        own["small" if small else "count"] += one.times
-        own["bytes"] += 0 if small else one.times * one.bytes
-        own["devices"] = max(own["devices"], len(one.group))
+def _exchanges(collectives: Sequence[Collective]) -> Report:
+    """By kind, per run and device: counts of large and small exchanges, bytes of the large ones."""
+    report: dict[str, dict[str, int]] = {}
+    for exchange in collectives:
+        entry = report.setdefault(exchange.kind, {"count": 0, "bytes": 0, "small": 0, "devices": 0})
+        if exchange.bytes < SMALL:
+            entry["small"] += exchange.times
+        else:
+            entry["count"] += exchange.times
+            entry["bytes"] += exchange.times * exchange.bytes
+        entry["devices"] = max(entry["devices"], len(exchange.group))
     return report
 
 
 def evaluation_report(target: Target, setting: Setting, program: Program) -> Report:
-    """In a training run the rest of the training state stays where it is meanwhile."""
+    """The report of an evaluation program, beside which a training run keeps its whole state."""
     arrays = tree_bytes(target.evaluation_arrays(setting))
     report = _program_report(program, {"parameters": tree_bytes(target.params), "batch": arrays})
     memory = report["memory"]

@@ -1,56 +1,67 @@
-"""What a config's programs are compiled for, and compiling them."""
+"""A config's programs, compiled for the devices of a topology."""
 
 import contextlib
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from fluxvit_jax import optim, parallel
-from fluxvit_jax.budgets import PATCH
-from fluxvit_jax.compiler.program import Program, compile_for
-from fluxvit_jax.compiler.topology import Topology
-from fluxvit_jax.config import admissible_grids, model_config
-from fluxvit_jax.evaluate import Setting, predictor
+from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.distributed.mesh import (
+    batch_sharding,
+    clip_shards,
+    platform_of,
+    replicated,
+    round_up_to_shards,
+)
+from fluxvit_jax.evaluation.evaluate import Setting, predictor
+from fluxvit_jax.grids import PATCH
+from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
-from fluxvit_jax.state import abstract_frozen, abstract_params, abstract_state
-from fluxvit_jax.step import abstract_batch, make_objective, make_train_step
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.preflight.compiler.program import Program, compile_for
+from fluxvit_jax.preflight.compiler.topology import Topology
+from fluxvit_jax.training.optimizer import make_optimizer
+from fluxvit_jax.training.train_state import abstract_params, abstract_state
+from fluxvit_jax.training.train_step import abstract_batch, make_objective, make_train_step
 
 TRAIN = "training step"
-UNKNOWN_STEPS = 1000  # of a schedule whose length is not known; no program depends on it
+UNKNOWN_STEPS = 1000  # schedules of all lengths make the same program
 
 
 class Target:
-    """What a config's programs are compiled for."""
+    """A config with the devices to compile its programs for, and shapes of its arrays."""
 
     def __init__(self, config: ConfigDict, where: Topology, mesh: Mesh):
         self.config = config
         self.where = where
         self.mesh = mesh
         self.devices = list(mesh.devices.flat)
-        # Schedules of other lengths make the same program.
-        self.optimizer = optim.make_optimizer(config, UNKNOWN_STEPS, abstract_params(config))
+        self.optimizer = make_optimizer(config, UNKNOWN_STEPS, abstract_params(config))
         self.state = abstract_state(config, self.optimizer, mesh)
-        self.params = self.state["params"]
-        self.frozen = abstract_frozen(config, mesh)
+        self.params = fluxvit.network_params(self.state["params"])
+        self.frozen = objective_class(config).abstract_frozen(config, mesh)
 
     @property
     def unit(self) -> int:
-        """A batch has a multiple of so many clips."""
+        """Clips that a batch is a multiple of."""
         config = self.config
-        return config.data.grid_group * config.train.accumulate * parallel.clip_shards(self.mesh)
+        return config.data.clips_per_grid * config.train.grad_accum_steps * clip_shards(self.mesh)
 
     def compile_training(self, config: ConfigDict) -> Program:
-        """The training step of `config`, which is this one with another batch size."""
+        """The training step of `config`, which may differ from this one in the batch size."""
         with self._announced(f"{TRAIN}, {config.train.batch_size} clips"):
             grids = admissible_grids(config)
-            objective = make_objective(config, grids, parallel.platform_of(self.mesh))
-            step = make_train_step(config, objective, self.optimizer, self.mesh)
+            objective = make_objective(config, grids, platform_of(self.mesh))
+            step = cast(Wrapped, make_train_step(config, objective, self.optimizer, self.mesh))
             batch = abstract_batch(config, grids, self.mesh)
             lowered = step.lower(self.state, self.frozen, batch)
             return compile_for(lowered, self.where, self.devices)
@@ -59,15 +70,15 @@ class Target:
         """One view of a batch of videos, as `evaluate` runs it."""
         config, mesh = self.config, self.mesh
         with self._announced(evaluation_name(setting)):
-            model = model_config(config, parallel.platform_of(mesh))
-            program = predictor(model, setting, config.seed, mesh)
-            view = jax.ShapeDtypeStruct((), np.int32, sharding=parallel.replicated(mesh))
+            model = model_config(config, platform_of(mesh))
+            program = cast(Wrapped, predictor(model, setting, config.seed, mesh))
+            view = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
             lowered = program.lower(self.params, *self.evaluation_arrays(setting), view)
             return compile_for(lowered, self.where, self.devices)
 
     def evaluation_arrays(self, setting: Setting) -> list[jax.ShapeDtypeStruct]:
         """Probabilities so far, patches and numbers of a batch of videos."""
-        B, P, cut = self.evaluation_batch, setting.grid.tokens, parallel.by_clip(self.mesh)
+        B, P, cut = self.evaluation_batch, setting.grid.tokens, batch_sharding(self.mesh)
         return [
             jax.ShapeDtypeStruct((B, self.config.model.classes), np.float32, sharding=cut),
             jax.ShapeDtypeStruct((B, P, PATCH_VALUES), np.uint8, sharding=cut),
@@ -76,37 +87,37 @@ class Target:
 
     @property
     def peak(self) -> float:
-        """FLOP/s of all devices, of a TPU by name."""
-        return self.where.chip.peak * len(self.devices)
+        """FLOP/s of all devices of a TPU by name."""
+        return self.where.known_chip.peak * len(self.devices)
 
     @property
     def evaluation_batch(self) -> int:
-        """Videos at once: `eval.batch_size`, filled up to what the mesh divides."""
-        return parallel.filled(self.config.eval.batch_size, self.mesh)
+        """Videos per batch: `eval.batch_size`, rounded up to what the mesh divides."""
+        return round_up_to_shards(self.config.eval.batch_size, self.mesh)
 
     def _announced(self, what: str) -> contextlib.AbstractContextManager:
         return announced(f"{self.where.name}: compiling the {what}")
 
 
 def evaluation_name(setting: Setting) -> str:
-    """Of its program, in reports."""
+    """The name of its program in reports."""
     size = f"{setting.grid.frames} x {setting.grid.rows * PATCH} px"
     return f"evaluation, {setting.budget} tokens of {size}"
 
 
 @contextlib.contextmanager
 def announced(what: str) -> Iterator[None]:
-    """Says what takes long and, as it goes on, for how long: minutes pass in a compiler."""
+    """Prints `what` and the elapsed time while it runs: a compiler may take minutes."""
     start, done, terminal = time.monotonic(), threading.Event(), sys.stderr.isatty()
 
-    def tell() -> None:
+    def report_elapsed() -> None:
         while not done.wait(1 if terminal else 60):
             begin, end = ("\r", "") if terminal else ("", "\n")
             elapsed = time.monotonic() - start
             print(f"{begin}{what}: {elapsed:.0f} s so far", end=end, file=sys.stderr, flush=True)
 
     print(what, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report_elapsed, daemon=True)
     thread.start()
     try:
         yield

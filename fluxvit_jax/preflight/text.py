@@ -7,7 +7,7 @@ Report = dict[str, Any]
 
 
 def text_of(name: str, report: Report) -> str:
-    """Some lines about one topology, the first of which says whether the run fits."""
+    """A few lines about one topology; the first says whether the run fits."""
     if "error" in report:
         return f"\n{name}: DOES NOT WORK: {report['error']}"
     mesh = " x ".join(f"{axis}={side}" for axis, side in report["mesh"].items() if side > 1)
@@ -17,18 +17,21 @@ def text_of(name: str, report: Report) -> str:
         f"{f', mesh {mesh}' if mesh else ''}; {report['batch_size']} clips a step, "
         f"{report['clips_a_device']:g} a device",
     ]
-    for program, own in report["programs"].items():
-        lines += _program(program, own)
-    for part, say in (("largest_batch", _largest), ("reading", _reading), ("schedule", _schedule)):
-        if part in report:
-            lines += say(report[part])
-    if not any("estimate" in own for own in report["programs"].values()):
+    for program, entry in report["programs"].items():
+        lines += _program(program, entry)
+    if "largest_batch" in report:
+        lines.append(_largest(report["largest_batch"]))
+    if "reading" in report:
+        lines.append(_reading(report["reading"]))
+    if "schedule" in report:
+        lines.append(_schedule(report["schedule"]))
+    if not any("estimate" in entry for entry in report["programs"].values()):
         lines.append("  no times: cycles are estimated for TPUs by name, for programs that fit")
     return "\n".join(lines)
 
 
 def clip_text(clip: Report) -> str:
-    """A line about what reading takes on this machine."""
+    """A line about the cost of reading on this machine."""
     return (
         f"reading a clip takes {1e3 * clip['cpu_seconds']:.3g} ms of a core of this machine, "
         f"measured on {clip['measured_on']}"
@@ -80,10 +83,13 @@ def _exchanges(exchanges: Report) -> str:
     if not exchanges:
         return "    no exchanges between devices"
     kinds = []
-    for kind, own in exchanges.items():
-        large = f"{own['count']} of {own['bytes'] / 1e6:.4g} MB in all" if own["count"] else ""
-        small = f"{own['small']} small" if own["small"] else ""
-        kinds.append(f"{kind} {' and '.join(filter(None, (large, small)))}")
+    for kind, entry in exchanges.items():
+        counts = []
+        if entry["count"]:
+            counts.append(f"{entry['count']} of {entry['bytes'] / 1e6:.4g} MB in all")
+        if entry["small"]:
+            counts.append(f"{entry['small']} small")
+        kinds.append(f"{kind} {' and '.join(counts)}")
     return f"    exchanges: {'; '.join(kinds)}"
 
 
@@ -105,34 +111,34 @@ def _estimate(estimate: Report) -> list[str]:
     return lines
 
 
-def _largest(largest: Report) -> list[str]:
+def _largest(largest: Report) -> str:
     if not largest["batch_size"]:
-        return [f"  largest batch that fits: none; {largest['fails_at']} clips fail"]
-    own = f"{largest['clips_a_device']:g} clips a device, {largest['batch_size']} in all"
+        return f"  largest batch that fits: none; {largest['fails_at']} clips fail"
+    clips = f"{largest['clips_a_device']:g} clips a device, {largest['batch_size']} in all"
     used = f", {_size(largest['used'])} a device"
     if "mfu" in largest:
         used += f", estimated MFU {largest['mfu']:.1%}"
     fails = f"; {largest['fails_at']} fail" if largest["fails_at"] else ""
-    return [f"  largest batch that fits: {own}{used}{fails}"]
+    return f"  largest batch that fits: {clips}{used}{fails}"
 
 
-def _reading(reading: Report) -> list[str]:
+def _reading(reading: Report) -> str:
     size = reading["bytes_per_second_a_host"]
     storage = f"{size / 1e6:.4g} MB/s of files" if size else "sizes of files not known"
-    return [
+    return (
         f"  reading: {reading['clips_per_second_a_host']:.4g} clips/s a host keep "
         f"{reading['cores_a_host']:.1f} cores like this machine's busy (a host has "
         f"{reading['cores_there_are']}); {storage}"
-    ]
+    )
 
 
-def _schedule(schedule: Report) -> list[str]:
+def _schedule(schedule: Report) -> str:
     if schedule["hours"] is None:
-        return ["  how long it trains is not known without videos: set config.preflight.videos"]
-    return [
+        return "  how long it trains is not known without videos: set config.preflight.videos"
+    return (
         f"  training on {schedule['videos']} videos, {schedule['steps']} steps: estimated "
         f"{schedule['hours']:.3g} hours, {schedule['chip_hours']:.4g} chip hours"
-    ]
+    )
 
 
 def _size(size: float) -> str:

@@ -1,6 +1,5 @@
 """A short form of `make demo`, whole: files, training, a stop, evaluation, table and picture."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -49,7 +48,7 @@ def test_the_demo(compiled, tmp_path):
     for method in ("multi", "fixed"):
         lines = tiny.read_lines(out / method / "metrics.jsonl")
         assert lines[-1]["step"] == STEPS and lines[-1]["split"] == "validation"
-        report = json.loads((out / method / "evaluation" / "validation.json").read_text())
+        report, _ = tiny.read_evaluation(out / method)
         assert report["dataset"]["videos"] == 24 and not report["failures"]
         assert list(report["budgets"]) == ["128", "64", "32"]
         for budget, own in report["budgets"].items():

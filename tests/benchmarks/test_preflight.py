@@ -6,10 +6,10 @@ import math
 import pytest
 
 from benchmarks import preflight
-from fluxvit_jax.compiler import topology
-from fluxvit_jax.config import load_config
+from fluxvit_jax.config.loading import load_config
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.train import check_batch_size
+from fluxvit_jax.preflight.compiler import topology
+from fluxvit_jax.training.setup import check_batch_size
 
 GIB = 2**30
 REPORT = {

@@ -128,7 +128,7 @@ def test_the_network_of_1b(monkeypatch, stage, frames):
     full = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     if stage == "stage2_checkpoint":
         full = {f"vision_encoder.{name}": x for name, x in full.items()}
-    monkeypatch.setattr(teacher.files, "read_tensors", lambda source: (full, {}))
+    monkeypatch.setattr(teacher.weight_files, "read_tensors", lambda source: (full, {}))
     config = teacher.read("1B.pth").config
     assert (config.width, config.depth, config.heads, config.hidden) == (1408, 40, 16, 6144)
     assert (config.frames, config.rows, config.columns) == (frames, 16, 16)

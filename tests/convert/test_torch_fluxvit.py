@@ -18,15 +18,15 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch, which the package does not")
 
-from fluxvit_jax import budgets  # noqa: E402
-from fluxvit_jax.config import VARIANTS  # noqa: E402
-from fluxvit_jax.convert import names, torch_fluxvit  # noqa: E402
+from fluxvit_jax import grids  # noqa: E402
+from fluxvit_jax.config.variants import VARIANTS  # noqa: E402
+from fluxvit_jax.convert import official_names, torch_fluxvit  # noqa: E402
 from fluxvit_jax.convert.torch_fluxvit import FluxViT  # noqa: E402
-from fluxvit_jax.models import fluxvit, selection  # noqa: E402
-from fluxvit_jax.models.selection import GridLimits, Selection  # noqa: E402
+from fluxvit_jax.models import fluxvit, token_selection  # noqa: E402
+from fluxvit_jax.models.token_selection import GridLimits, Selection  # noqa: E402
 from tests.models import golden  # noqa: E402
 from tests.models.test_fluxvit_golden import GOOD_CASES, budget_of, close, data  # noqa: E402
-from tests.models.test_selection import plain_groups, plain_shares  # noqa: E402
+from tests.models.test_token_selection import plain_groups, plain_shares  # noqa: E402
 
 PATCH = golden.PATCH
 # An oblong native grid, so that no axis can stand in for another.
@@ -67,7 +67,7 @@ def random_state() -> dict[str, np.ndarray]:
 
 @cache
 def random_params() -> dict:
-    return names.from_official(random_state(), CONFIG.heads)
+    return official_names.from_official(random_state(), CONFIG.heads)
 
 
 def torch_model(config: fluxvit.FluxViTConfig = CONFIG, **changes) -> FluxViT:
@@ -78,11 +78,11 @@ def torch_model(config: fluxvit.FluxViTConfig = CONFIG, **changes) -> FluxViT:
 
 @cache
 def structure(config: fluxvit.FluxViTConfig):
-    return fluxvit.structure(config)
+    return fluxvit.graphdef(config)
 
 
 def jax_model(config: fluxvit.FluxViTConfig) -> fluxvit.FluxViT:
-    return fluxvit.merge(structure(config), random_params())
+    return fluxvit.from_params(structure(config), random_params())
 
 
 def make_video(*shape: int, seed: int = 0) -> np.ndarray:
@@ -126,9 +126,9 @@ def test_official_numbers(case):
     model, options = official_model(), case["kwargs"]
     video = torch.from_numpy(data(f"{case['video']}.x")).permute(0, 2, 3, 4, 1)
     with torch.no_grad():
-        logits, pooled = model(video, budget_of(case), options["output_head"])
+        logits, pooled = model(video, budget_of(case), options["output_head"], normalized=True)
         projected = model.project(pooled, options["align_proj"])
-        kept = model.select(video, budget_of(case))
+        kept = model.select(video, budget_of(case), normalized=True)
     close(logits, data(case["outputs"]["logits"]))
     close(pooled, data(case["outputs"]["x_final"]))
     close(projected, data(case["outputs"]["projected"]))
@@ -206,13 +206,13 @@ WEIGHTS = np.random.default_rng(1).standard_normal((2, OUTPUTS)).astype(np.float
 def jax_reference(video: np.ndarray, cell: Cell) -> Reference:
     """Padded to CAPACITY, so that two programs (one a GELU) serve all cells."""
     config, total = replace(CONFIG, **cell.changes), math.prod(cell.sides)
-    patches = fluxvit.normalise(jnp.asarray(to_patches(video)))
+    patches = fluxvit.normalize(jnp.asarray(to_patches(video)))
     patches = jnp.pad(patches, ((0, 0), (0, CAPACITY - total), (0, 0)))
     grid = jnp.tile(jnp.asarray(cell.sides, jnp.int32), (2, 1))
     kept = jax_select(patches, grid, config, cell.tokens)
     mask = np.zeros((2, total), bool)
     for clip in range(2):
-        mask[clip, kept.index[clip][kept.valid[clip]]] = True
+        mask[clip, kept.token_index[clip][kept.valid[clip]]] = True
     outputs, gradient = jax_outputs(patches, grid, kept, cell.head, config.gelu)
     return Reference(
         mask.reshape(2, *cell.sides),
@@ -223,17 +223,17 @@ def jax_reference(video: np.ndarray, cell: Cell) -> Reference:
 def jax_select(patches, grid, config, tokens) -> Selection:
     """N = CAPACITY places. Not compiled as a whole: that takes longer than to run it once."""
     kept = jax_model(config).select(patches, grid, tokens, LIMITS)
-    valid = jnp.ones_like(kept.index, bool) if kept.valid is None else kept.valid
-    room = ((0, 0), (0, CAPACITY - kept.index.shape[1]))
-    return Selection(jnp.pad(kept.index, room), jnp.pad(valid, room))
+    valid = jnp.ones_like(kept.token_index, bool) if kept.valid is None else kept.valid
+    room = ((0, 0), (0, CAPACITY - kept.token_index.shape[1]))
+    return Selection(jnp.pad(kept.token_index, room), jnp.pad(valid, room))
 
 
 @partial(jax.jit, static_argnames="gelu")
 def jax_outputs(patches, grid, kept, head, gelu):
     def weighted(patches):
         model = jax_model(replace(CONFIG, gelu=gelu))
-        position = model.position(grid, kept.index, LIMITS)
-        tokens = model.encode(fluxvit.take(patches, kept), position, kept)
+        position = model.position(grid, kept.token_index, LIMITS)
+        tokens = model.encode(fluxvit.gather_tokens(patches, kept), position, kept)
         pooled = [model.pool_tokens(tokens, kept, head) for head in range(3)]
         logits = [model.classify(vector, head) for head, vector in enumerate(pooled)]
         outputs = jnp.concatenate([jnp.stack(logits), jnp.stack(pooled)], axis=-1)[head]
@@ -264,11 +264,11 @@ def test_equals_the_jax_network(cell):
     close(torch.cat(outputs, dim=1), reference.outputs)
     close(torch.cat(alone, dim=1), reference.outputs[1:])
 
-    normalised = from_patches(reference.patches, cell).requires_grad_()
-    outputs = torch.cat(model(normalised, cell.tokens, cell.head), dim=1)
+    floats = from_patches(reference.patches, cell).requires_grad_()
+    outputs = torch.cat(model(floats, cell.tokens, cell.head, normalized=True), dim=1)
     close(outputs.detach(), reference.outputs)
     (outputs * torch.from_numpy(WEIGHTS)).sum().backward()
-    gradient = to_patches(normalised.grad.numpy())
+    gradient = to_patches(floats.grad.numpy())
     largest = np.abs(reference.gradient).max()
     np.testing.assert_allclose(gradient, reference.gradient, rtol=1e-5, atol=1e-5 * largest)
     np.testing.assert_array_equal(gradient.any(axis=-1), reference.kept.reshape(2, -1))
@@ -300,7 +300,7 @@ def test_shares_of_groups(groups):
 def test_official_counts():
     for groups in (1, 2, 4):
         for places in (1, 3, 40, 77, 100):
-            table = selection.official_kept_table(places, 300)
+            table = token_selection.official_kept_table(places, 300)
             for total in range(1, 301):
                 kept = torch_fluxvit.kept_tokens(total, groups, places, "official")
                 assert kept == table[groups, total]
@@ -319,10 +319,10 @@ def test_the_head_of_the_nearest_budget(head_budgets):
     model = torch_model(head_budgets=head_budgets)
     video = torch.from_numpy(make_video(4, 4, 4))
     for tokens in (1, 28, 29, 40, 64, 1448, 1449, 2508, 2509, 9999):
-        assert model.nearest_head(tokens) == budgets.nearest_head(tokens, head_budgets)
+        assert model.nearest_head(tokens) == grids.nearest_head(tokens, head_budgets)
     with torch.no_grad():
         for tokens, count in ((10, 10), (30, 30), (None, 64)):
-            head = budgets.nearest_head(count, head_budgets)
+            head = grids.nearest_head(count, head_budgets)
             explicit = [model(video, tokens, head=head)[0] for head in range(3)]
             same = [torch.equal(model(video, tokens)[0], logits) for logits in explicit]
             assert same == [other == head for other in range(3)]
@@ -363,10 +363,11 @@ def test_every_tensor_is_on_the_device_of_the_model():
         model = FluxViT(**fields(CONFIG))
     for dtype in (torch.uint8, torch.float32):
         video = torch.empty(2, 5, 42, 56, 3, dtype=dtype, device="meta")
-        logits, pooled = model(video, 20)
+        normalized = dtype == torch.float32
+        logits, pooled = model(video, 20, normalized=normalized)
         assert logits.is_meta and logits.shape == (2, CONFIG.classes)
         assert pooled.is_meta and pooled.shape == (2, CONFIG.pool_width)
-        assert model.select(video, 20).is_meta
+        assert model.select(video, 20, normalized=normalized).is_meta
 
 
 # ---------------------------------------------------------------------------------------------
@@ -479,6 +480,7 @@ def test_the_file_stands_alone(tmp_path):
         (torch.zeros(2, 3, 4, 56, 56), r"shape is \(2, 3, 4, 56, 56\)"),
         (torch.zeros(56, 56, 3), r"shape is \(56, 56, 3\)"),
         (torch.zeros(4, 56, 56, 3, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(4, 56, 56, 3), "torch.float32, with normalized=False: pass uint8 pixels"),
     ],
 )
 def test_videos_that_are_refused(video, message):
@@ -487,6 +489,12 @@ def test_videos_that_are_refused(video, message):
         with pytest.raises(ValueError, match=message) as error:
             call(video)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_only_floats_are_normalized(dtype):
+    with pytest.raises(ValueError, match=f"{dtype}, with normalized=True: pass uint8 pixels"):
+        torch_model()(torch.zeros(4, 56, 56, 3, dtype=dtype), normalized=True)
 
 
 def test_words_and_budgets_that_are_refused():

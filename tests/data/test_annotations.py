@@ -1,9 +1,11 @@
 """Lists, folders of class folders and class name files; prepared folders are in test_prepare."""
 
+import os
 import pickle
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from fluxvit_jax.data.annotations import (
     Example,
@@ -14,7 +16,9 @@ from fluxvit_jax.data.annotations import (
     read_class_names,
     shuffled,
     training_part,
+    videos_below,
 )
+from fluxvit_jax.data.class_names import KnownNames
 from fluxvit_jax.errors import UserError
 
 
@@ -57,10 +61,84 @@ def test_names_with_commas_blanks_and_other_letters(tmp_path):
     assert [example.id for example in read_annotations(path)] == ["a, b/ö.mp4", "c d.mp4"]
 
 
-def test_tab_separated_names_may_hold_blanks_but_not_blank_separated_ones(tmp_path):
-    assert read_annotations(write(tmp_path / "a.txt", "a b.mp4\t1\n"))[0].id == "a b.mp4"
-    with pytest.raises(UserError, match="line 1: 3 columns"):
-        read_annotations(write(tmp_path / "b.txt", "a b.mp4 1\n"))
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a b.mp4\t1\n", {"a b.mp4": 1}),
+        ("drinking (31).mp4 0\nc.mp4   1\n", {"drinking (31).mp4": 0, "c.mp4": 1}),
+        ("a, b.mp4\t0\nc.mp4\t1\n", {"a, b.mp4": 0, "c.mp4": 1}),
+        ("c.mp4\t0\na, b.mp4\t1\n", {"a, b.mp4": 1, "c.mp4": 0}),
+        ("path;label\nc.mp4;0\na, b.mp4;1\n", {"a, b.mp4": 1, "c.mp4": 0}),
+        ("a;b.mp4,0\nc d.mp4,1\n", {"a;b.mp4": 0, "c d.mp4": 1}),
+        ("a, b.mp4 0\nc.mp4 1\n", {"a, b.mp4": 0, "c.mp4": 1}),
+        ("x.mp4, 0\ny.mp4, 1\n", {"x.mp4": 0, "y.mp4": 1}),
+    ],
+)
+def test_what_separates_the_columns_is_told_by_all_lines(tmp_path, text, expected):
+    examples = read_annotations(write(tmp_path / "list", text))
+    assert {example.id: example.label for example in examples} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a, b.mp4\nc.mp4\n", ["a, b.mp4", "c.mp4"]),
+        ("a.mp4,3\nb.mp4\n", ["a.mp4", "b.mp4"]),
+        ('"a, b.mp4"\nc.mp4\n', ["a, b.mp4", "c.mp4"]),
+        ("a;3\nb;4\n", ["a", "b"]),
+        ("path\nclip_a\nclip_b\n", ["clip_a", "clip_b"]),
+        ("video_id,caption\nclip_a,one\nclip_b,two\n", ["clip_a", "clip_b"]),
+        ("clip_a\nclip_b\n", ["clip_a", "clip_b"]),
+        ("clip_a,nan\nclip_b,2\n", ["clip_a", "clip_b"]),
+        ("image,9\nclip_b,2\n", ["clip_b"]),
+        ("video,9\nclip_b,2\n", ["video", "clip_b"]),  # there is such a file
+    ],
+)
+def test_lists_without_labels(tmp_path, text, names):
+    (tmp_path / "video").touch()
+    examples = read_annotations(write(tmp_path / "list", text), labelled=False)
+    assert [example.id for example in examples] == names
+
+
+@pytest.mark.parametrize("header", ["Video_ID,class idx", "#path,label", "filename,ClassIndex"])
+def test_a_first_line_that_names_columns_is_no_video(tmp_path, header):
+    path = write(tmp_path / "list.csv", f"{header}\nclip_a,1\n")
+    assert [example.id for example in read_annotations(path)] == ["clip_a"]
+
+
+@pytest.mark.parametrize("first", ["clip_a,nan", "clip_a,", "video,nan", "clip_a,walk"])
+def test_a_first_line_that_may_be_a_video_is_not_dropped(tmp_path, first):
+    with pytest.raises(UserError, match=r"line 1: label .* is no integer"):
+        read_annotations(write(tmp_path / "list.csv", f"{first}\nclip_b,1\n"))
+
+
+def test_one_video_has_one_label(tmp_path):
+    path = write(tmp_path / "list.csv", "path,label\nc.mp4,0\na.mp4,0\n./c.mp4,1\n")
+    with pytest.raises(UserError, match=r"line 4: c\.mp4 has label 1, but 0 in line 2"):
+        read_annotations(path)
+    write(path, "c.mp4,0\na.mp4,0\nc.mp4,0\n")  # twice the weight
+    assert [example.id for example in read_annotations(path)] == ["c.mp4", "a.mp4", "c.mp4"]
+    write(path, "c.mp4,0\nc.mp4,1\n")
+    assert len(read_annotations(path, labelled=False)) == 2
+
+
+def test_names_that_are_not_utf8_are_shown_escaped(tmp_path):
+    root = os.fsencode(tmp_path)
+    os.makedirs(root + b"/cl\xe9")
+    for name in (b"/cl\xe9/b\xe8.mp4", b"/cl\xe9/a.mp4"):
+        with open(root + name, "w") as file:
+            file.write("x")
+    folders = open_source(tmp_path, classes=1)
+    assert folders.class_names == ("cl\\xe9",)
+    assert folders.ids == ["cl\\xe9/a.mp4", "cl\\xe9/b\\xe8.mp4"]
+    (tmp_path / "list.csv").write_bytes(b"cl\xe9/a.mp4,0\ncl\xe9/b\xe8.mp4,0\n")
+    listed = open_source(tmp_path / "list.csv")
+    assert listed.ids == folders.ids and listed.fingerprint == folders.fingerprint
+    for source in (listed, folders):
+        assert [Path(record.video).read_text() for record in source] == ["x", "x"]
+    (tmp_path / "list.csv").write_bytes(b"cl\xe9/a.mp4,0\nwalk\xe9.mp4,0\n")
+    with pytest.raises(UserError, match=r"line 2: is not UTF-8, and .* no file walk\\xe9\.mp4"):
+        open_source(tmp_path / "list.csv")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +151,8 @@ def test_tab_separated_names_may_hold_blanks_but_not_blank_separated_ones(tmp_pa
         ("x.mp4,", "line 3: label '' is no integer"),
         ("x.mp4,-1", "line 3: label -1 must be one of 0..4"),
         ("x.mp4,5", "line 3: label 5 must be one of 0..4"),
+        ("x.mp4,99999999999999999999", "line 3: label 99999999999999999999 must be one of 0..4"),
+        ("x.mp4 7 1", "line 3: 1 columns"),
         (",1", "line 3: path '' is not inside"),
         ("../x.mp4,1", "line 3: path '../x.mp4' is not inside"),
         ("a/../../x.mp4,1", "is not inside"),
@@ -95,11 +175,91 @@ def test_a_bad_first_line_is_no_header(tmp_path):
         read_annotations(write(tmp_path / "list.csv", "x.mp4,walk\ny.mp4,1\n"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.mp4,juggling\nb.mp4,Archery\nc.mp4,juggling\n",
+        "path,label\na.mp4,juggling\nb.mp4,Archery\nc.mp4,Juggling\n",
+        "filename;activity\na.mp4;juggling\nb.mp4;Archery\nc.mp4;juggling\n",
+        'a.mp4\tjuggling\nb.mp4\tArchery\nc.mp4\t"juggling"\n',
+    ],
+)
+def test_labels_may_be_names(tmp_path, text):
+    """The label is the index of the sorted names, which are spelled as they are first."""
+    source = open_source(write(tmp_path / "list.csv", text), classes=2)
+    assert source.class_names == ("Archery", "juggling") and source.classes == 2
+    assert [(record.id, record.label) for record in source] == [
+        *(("a.mp4", 1), ("b.mp4", 0), ("c.mp4", 1)),
+    ]
+    with pytest.raises(UserError, match=r"list\.csv: names 2 classes where 3 are expected"):
+        open_source(tmp_path / "list.csv", classes=3)
+
+
+def test_names_with_separators_in_them(tmp_path):
+    path = write(tmp_path / "list.csv", 'a, 1.mp4\tfold; unfold\n"b.mp4"\tput, take\n')
+    assert open_source(path).class_names == ("fold; unfold", "put, take")
+    quoted = write(tmp_path / "quoted.csv", 'a.mp4,"put, take"\nb.mp4,fold; unfold\n')
+    assert open_source(quoted).class_names == ("fold; unfold", "put, take")
+
+
+KNOWN = KnownNames(("walk", "air drumming", "Archery"), "the checkpoint")
+
+
+def test_names_are_looked_up_where_their_order_is_known(tmp_path):
+    """In a list and in class folders, of which some may be missing; numbers are as they are."""
+    named = open_source(
+        write(tmp_path / "list.csv", "a.mp4,archery\nb.mp4,Air_Drumming\n"), classes=3, known=KNOWN
+    )
+    assert [record.label for record in named] == [2, 1]
+    for name in ("archery/a.mp4", "air_drumming/b.mp4"):
+        write(tmp_path / "folders" / name, "x")
+    folders = open_source(tmp_path / "folders", classes=3, known=KNOWN)
+    assert [(record.id, record.label) for record in folders] == [
+        *(("air_drumming/b.mp4", 1), ("archery/a.mp4", 2)),
+    ]
+    assert named.class_names == folders.class_names == KNOWN.names
+    numbers = open_source(write(tmp_path / "list.csv", "a.mp4,0\n"), classes=3, known=KNOWN)
+    assert numbers[0].label == 0 and numbers.class_names is None
+    write(tmp_path / "folders" / "swim/a.mp4", "x")
+    other = open_source(tmp_path / "folders", known=KNOWN)
+    assert other.class_names == ("air_drumming", "archery", "swim")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a.mp4,walk\nb.mp4,air druming\n",
+            "line 2: class 'air druming' is none of the 3 of the checkpoint; did you mean 'air d",
+        ),
+        ("a.mp4,walk\nb.mp4,\n", "line 2: the label is missing"),
+        ("a.mp4,walk\nb.mp4,1\n", "line 1: label 'walk' is no integer; labels are all numbers, or"),
+        ("a.mp4 walk\nb.mp4 archery\n", "line 1: label 'walk' is no integer; .* after a comma"),
+        ("a.mp4,1.0\nb.mp4,2.0\n", "line 1: label '1.0' is no integer"),
+        ("a.mp4,nan\nb.mp4,nan\n", "line 1: label 'nan' is no integer"),
+        ("a.mp4,walk\nb.mp4,walk,run\n", "line 2: 3 columns where path,label are 2"),
+        ("a.mp4,walk\na.mp4,Archery\n", "line 2: a.mp4 has label 'Archery', but 'walk' in line 1"),
+    ],
+)
+def test_a_bad_name_is_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        open_source(write(tmp_path / "list.csv", text), known=KNOWN)
+    assert "\n" not in str(error.value) and str(tmp_path / "list.csv") in str(error.value)
+
+
 def test_labels_have_no_upper_bound_without_classes(tmp_path):
     path = write(tmp_path / "list.csv", "x.mp4,709\n")
     assert read_annotations(path)[0].label == 709
     with pytest.raises(UserError, match="label -1 must be 0 or more"):
         read_annotations(write(path, "x.mp4,-1\n"))
+    for label in (2**31, 10**20 - 1, "9" * 5000):
+        with pytest.raises(UserError, match=r"line 1: label \d+ must be one of 0\.\.2147483647"):
+            read_annotations(write(path, f"x.mp4,{label}\n"))
+
+
+def test_three_columns_apart_by_blanks_are_an_error(tmp_path):
+    with pytest.raises(UserError, match="line 1: 3 columns"):
+        read_annotations(write(tmp_path / "list.txt", "x.mp4 120 1\ny.mp4 90 0\n"))
 
 
 def test_missing_and_empty_data(tmp_path):
@@ -135,6 +295,32 @@ def test_class_folders(tmp_path):
     assert Path(source[2].video).read_text() == "walk/deep/1.AVI"  # through the link
     with pytest.raises(UserError, match="holds 3 class folders where 400 are expected"):
         open_source(tmp_path, classes=400)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    root, elsewhere = tmp_path / "set" / "root", tmp_path / "elsewhere"
+    for name in ("run/1.mp4", "run/deep/2.mp4", "walk/3.mp4"):
+        write(root / name, name)
+    write(elsewhere / "4.mp4", "4")
+    before = open_source(root).ids
+    for link, target in {
+        "run/itself": ".",
+        "run/root": "..",
+        "run/above": "../..",
+        "run/deep/up": "../..",
+        "run/a_copy": "deep",  # sorted before the real folder
+        "all": ".",
+        "above": "..",
+    }.items():
+        (root / link).symlink_to(target)
+    source = open_source(root, classes=2)
+    assert source.class_names == ("run", "walk") and source.ids == before
+    for link in ("walk/b", "walk/a"):
+        (root / link).symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    assert open_source(root).ids == [*before, "walk/a/4.mp4"]
+    found = sorted(path.relative_to(root).as_posix() for path in videos_below(epath.Path(root)))
+    assert found == [*before, "walk/a/4.mp4"]
 
 
 def test_links_may_lead_out_of_the_root(tmp_path):

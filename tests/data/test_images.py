@@ -1,10 +1,11 @@
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 
-from fluxvit_jax.data.decode import DecodeError, Video
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.images import Image, open_clip
-from fluxvit_jax.data.sampling import train_frames
 from tests.data import videos
 
 PICTURE = np.arange(40 * 60 * 3, dtype=np.uint8).reshape(40, 60, 3)
@@ -52,3 +53,23 @@ def test_what_is_no_image_is_an_error(tmp_path):
     ]:
         with pytest.raises(DecodeError, match=reason):
             open_clip(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "reason"),
+    [
+        (".jpg", r"is an image \(JPEG\), not a video"),
+        (".png", r"is an image \(PNG\), not a video"),
+        (".webp", r"is an image \(WebP\), not a video"),
+        (".bmp", r"is an image \(BMP\), not a video"),
+        (".tiff", r"is an image \(TIFF\), not a video"),
+        (".gif", r"is a GIF; convert it to a video first: ffmpeg -i a\.gif a\.mp4"),
+        (".jp2", "is in none of the formats that are read: mov,mp4"),
+    ],
+)
+def test_an_image_in_place_of_a_video_is_named_by_its_content(tmp_path, suffix, reason):
+    PIL.Image.fromarray(PICTURE).save(tmp_path / f"a{suffix}")
+    path = (tmp_path / f"a{suffix}").rename(tmp_path / "a.mp4")
+    for source in (path, path.read_bytes()):
+        with pytest.raises(DecodeError, match=f"b.mp4: {reason}"):
+            Video(source, "b.mp4")

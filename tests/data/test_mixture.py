@@ -1,4 +1,6 @@
 import collections
+import os
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -63,6 +65,23 @@ def test_one_list_is_a_mixture_of_one(lists):
     assert mixed[0].flip
 
 
+def test_names_that_are_not_utf8_are_shown_escaped(lists):
+    root = os.fsencode(lists)
+    for name, content in {
+        b"/b\xe8.mp4": b"x",
+        b"/l\xe9.txt": b"b\xe8.mp4\n",
+        b"/mixture.csv": b"list,flip\nl\xe9.txt,no\n",
+    }.items():
+        with open(root + name, "wb") as file:
+            file.write(content)
+    for path in (lists / "mixture.csv", os.fsdecode(root + b"/l\xe9.txt")):
+        mixed = open_mixture(path)
+        assert mixed[0].id.endswith("l\\xe9.txt/b\\xe8.mp4")
+        assert mixed.ids[0].startswith(mixed[0].id)
+        assert Path(mixed[0].video).read_text() == "x"
+    assert mixed.fingerprint
+
+
 def test_the_fingerprint_is_of_sources_weights_and_rules(lists):
     for name in ("x", "y"):
         (lists / f"a/{name}.mp4").write_text(name)
@@ -95,7 +114,11 @@ def test_mistakes_are_one_line(lists, text, message):
 def test_draws_follow_the_weights():
     """Of 40, 20 and 10 videos with weights 1, 2 and 0.5: 40, 40 and 5 parts of 85."""
     mixed = Mixture(
-        (Part("a", source(40), 1.0), Part("b", source(20), 2.0), Part("c", source(10), 0.5))
+        (
+            Part(name="a", source=source(40), weight=1.0),
+            Part(name="b", source=source(20), weight=2.0),
+            Part(name="c", source=source(10), weight=0.5),
+        )
     )
     order = mixed.order(seed=3)
     drawn = [int(order[i]) for i in range(850)]
@@ -122,7 +145,7 @@ def test_clips_of_a_mixture(tiny_data, tmp_path):
         tmp_path,
         f"list,root,weight,flip\nimages.txt,,16,no\n{tiny_data}/train.csv,{tiny_data},1,yes\n",
     )
-    config = tiny.make_config(tiny_data, data__repeats=1, data__augment__scale=(0.99, 1.0))
+    config = tiny.make_config(tiny_data, data__repeated_aug=1, data__augment__scale=(0.99, 1.0))
     items = pipeline.TrainGroups(
         source=open_mixture(path), seed=0, grids=pipeline.admissible_grids(config), group=4,
         repeats=1, augment=config.data.augment,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fluxvit_jax.budgets import Grid
 from fluxvit_jax.data import patches
+from fluxvit_jax.grids import Grid
 
 
 def random_frames(T: int, height: int, width: int) -> np.ndarray:

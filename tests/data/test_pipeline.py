@@ -14,16 +14,17 @@ import cv2
 import numpy as np
 import pytest
 
-from fluxvit_jax.budgets import Grid
-from fluxvit_jax.config import default_config, evaluation_grids
-from fluxvit_jax.data import pipeline, sampling
+from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.config.grids import evaluation_grids
+from fluxvit_jax.data import frame_sampling, pipeline, random_streams
 from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
-from fluxvit_jax.data.augment import augment_clip
-from fluxvit_jax.data.decode import Video
+from fluxvit_jax.data.augmentation import augment_clip
+from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.patches import patchify, unpatchify
 from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_batches
 from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 from tests.data.videos import full_decode, moving_texture, write_video
 
 VIDEOS = 13
@@ -53,16 +54,17 @@ def make_config(**data):
     """Clips of 2 to 4 frames, 28 to 56 px; 16 a batch in groups of 4; no workers."""
     config = default_config("Ti")
     config.seed = 3
-    config.data.grids.frames = (2, 4, 1)
-    config.data.grids.resolutions = (28, 56, 14)
+    config.data.grids.frames = "2..4..1"
+    config.data.grids.resolutions = "28..56..14"
     config.data.grids.tokens = (12, 64)
-    config.data.grid_group = 4
+    config.data.clips_per_grid = 4
     config.data.workers = 0
     config.data.augment.randaugment = "rand-m7-n4-mstd0.5-inc1"
     config.train.batch_size = 16
     config.eval.settings = ((16, 4, 42), (8, 3, 28))
     config.eval.clips, config.eval.crops, config.eval.batch_size = 2, 3, 4
     for name, value in data.items():
+        assert name in config.data
         config.data[name] = value
     return config
 
@@ -110,14 +112,14 @@ def test_a_batch_holds_what_it_says(folder):
 
 
 def test_pixels_are_those_of_the_plain_way(folder):
-    config, source = make_config(repeats=2), make_source(folder)
+    config, source = make_config(repeated_aug=2), make_source(folder)
     [batch] = take(train_batches(config, source), 1)
     for patches, grid, label, index in zip(
         *(batch[name] for name in ("patches", "grid", "label", "index")), strict=True
     ):
-        grid, rng = Grid(*grid.tolist()), sampling.stream_rng(config.seed, int(index))
+        grid, rng = Grid(*grid.tolist()), random_streams.stream_rng(config.seed, int(index))
         frames = full_decode(source[label].video)
-        clip = frames[sampling.train_frames(len(frames), grid.frames, rng)]
+        clip = frames[frame_sampling.train_frames(len(frames), grid.frames, rng)]
         clip = augment_clip(clip, grid.rows * 14, config.data.augment, rng)
         np.testing.assert_array_equal(unpatchify(patches, grid), clip)
 
@@ -129,6 +131,25 @@ def test_every_epoch_is_another_order_of_all_videos(folder):
     assert len(epochs) == 4
     assert (np.sort(epochs) == np.arange(VIDEOS)).all()
     assert len(np.unique(epochs, axis=0)) == 4
+
+
+def test_balanced_batches_resume_and_are_shared_by_hosts(folder):
+    """Ten videos of class 0 and three of class 1; balanced, one batch holds as many of each."""
+    examples = [
+        example._replace(label=int(number >= 10))
+        for number, example in enumerate(make_source(folder).examples)
+    ]
+    config, source = make_config(sampling="balanced"), FileSource(examples)
+    whole = take(train_batches(config, source), 3)
+    for batch in whole:
+        assert np.bincount(batch["label"]).tolist() == [8, 8]
+    assert len({batch["label"].tobytes() for batch in whole}) == 3
+    config.data.workers = 1
+    shares = [
+        take(train_batches(config, source, start_step=1, groups=groups_of(host, 2)), 2)
+        for host in range(2)
+    ]
+    assert_equal(together(shares), whole[1:])
 
 
 def test_seeds_differ(folder):
@@ -235,7 +256,7 @@ def test_a_bad_video_is_named_and_replaced(folder):
 
 
 def test_all_repeats_of_a_bad_video_are_replaced_by_one(folder):
-    config = make_config(repeats=2)
+    config = make_config(repeated_aug=2)
     batches = take(train_batches(config, make_source(folder, bad=True)), 2)
     failed = np.concatenate([batch["failure"] for batch in batches]) != ""
     labels = np.concatenate([batch["label"] for batch in batches])
@@ -296,8 +317,10 @@ def test_workers_bear_the_signals_of_the_job_but_a_killed_one_is_final(folder):
         assert_equal(given, expected)
 
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(RuntimeError, match="terminated"):
+        message = "a worker that reads data was killed by SIGKILL, as happens when memory runs out"
+        with pytest.raises(UserError, match=message) as error:
             list(itertools.islice(batches, 10))
+        assert "\n" not in str(error.value)
         assert batches.state()["step"] < 20
         with pytest.raises(RuntimeError, match="failed before"):
             next(batches)
@@ -340,18 +363,20 @@ def is_running(pid: int) -> bool:
 
 def test_bad_sizes_are_named(folder):
     source = make_source(folder)
-    with pytest.raises(UserError, match=r"batch_size of data.grid_group: 42 .* 4; .* is 40"):
+    with pytest.raises(UserError, match=r"batch_size of data.clips_per_grid: 42 .* 4; .* is 40"):
         config = make_config()
         config.train.batch_size = 42
         train_batches(config, source)
-    with pytest.raises(UserError, match=r"grid_group of data.repeats: 4 .* 3; the nearest is 3"):
-        train_batches(make_config(repeats=3), source)
+    with pytest.raises(
+        UserError, match=r"clips_per_grid of data.repeated_aug: 4 .* 3; the nearest is 3"
+    ):
+        train_batches(make_config(repeated_aug=3), source)
     with pytest.raises(UserError, match="no videos"):
         train_batches(make_config(), FileSource([]))
     with pytest.raises(UserError, match="shared memory"):
-        config = make_config(workers=1000, grid_group=4096)
-        config.data.grids.frames = (100, 100, 1)
-        config.data.grids.resolutions = (560, 560, 14)
+        config = make_config(workers=1000, clips_per_grid=4096)
+        config.data.grids.frames = "100"
+        config.data.grids.resolutions = "560"
         config.data.grids.tokens = (1, 10**6)
         config.train.batch_size = 4096
         train_batches(config, source)
@@ -420,7 +445,7 @@ def plain_views(frames: np.ndarray, T: int, size: int) -> list[np.ndarray]:
     scale = functools.partial(cv2.resize, interpolation=cv2.INTER_LINEAR)
     views = []
     for clip in range(2):
-        picked = frames[sampling.test_frames(len(frames), T, clip, 2)]
+        picked = frames[frame_sampling.test_frames(len(frames), T, clip, 2)]
         if height <= width:
             resized = np.stack([scale(f, (size * width // height, size)) for f in picked])
         else:

@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from fluxvit_jax.data.annotations import open_source
-from fluxvit_jax.data.decode import Video
+from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.prepare import Prepared, main, prepare
 from fluxvit_jax.errors import UserError
 
@@ -199,6 +199,46 @@ def test_training_goes_without_bad_videos_and_evaluation_counts_them(videos, tmp
     assert validation.fingerprint == listed.fingerprint != train.fingerprint
     splits = json.loads((tmp_path / "metadata.json").read_text())["splits"]
     assert [splits[name]["quarantined"] for name in ("train", "validation")] == [3, 3]
+
+
+def test_names_that_are_not_utf8_are_shown_escaped(videos, tmp_path, capsys):
+    folder = tmp_path / "set"
+    os.makedirs(os.fsencode(folder) + b"/cl\xe9")
+    for name, source in {b"b\xe8.mp4": "run/0.mp4", b"bad\xe8.mp4": "page.mp4"}.items():
+        os.symlink(videos / source, os.fsencode(folder) + b"/cl\xe9/" + name)
+    for split in ("train", "validation"):
+        arguments = [f"--annotations={folder}", f"--out={tmp_path}/out", f"--split={split}"]
+        assert main([*arguments, "--workers=1"]) == 0
+    with open(tmp_path / "out" / "quarantine.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["id"], row["split"]) for row in rows] == [
+        ("cl\\xe9/bad\\xe8.mp4", "train"),
+        ("cl\\xe9/bad\\xe8.mp4", "validation"),
+    ]
+    prepared, listed = open_source(f"{tmp_path}/out:validation"), open_source(folder)
+    assert prepared.class_names == listed.class_names == ("cl\\xe9",)
+    assert [record.id for record in prepared] == listed.ids
+    assert prepared.fingerprint == listed.fingerprint
+    records = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert [record["id"].decode() for record in records] == ["cl\\xe9/b\\xe8.mp4"]
+    with pytest.raises(UserError, match=r"o\\xe9: shards need a path that is UTF-8"):
+        prepare(folder, os.fsdecode(os.fsencode(tmp_path) + b"/o\xe9"))
+
+
+def test_a_list_of_names_is_prepared_with_them(videos, tmp_path):
+    """Another split is looked up in them, and lacks one."""
+    lists = {"train": ["walk", "run"], "validation": ["Walk"], "test": ["swim"]}
+    for split, labels in lists.items():
+        rows = [f"run/{2 * i}.mp4,{label}\n" for i, label in enumerate(labels)]
+        (tmp_path / f"{split}.csv").write_text("".join(rows))
+    out = tmp_path / "out"
+    for split in ("train", "validation"):
+        prepare(tmp_path / f"{split}.csv", out, root=videos, split=split)
+    train, validation = (open_source(f"{out}:{split}") for split in ("train", "validation"))
+    assert train.class_names == validation.class_names == ("run", "walk") and train.classes == 2
+    assert [record.label for record in train] == [1, 0] and validation[0].label == 1
+    with pytest.raises(UserError, match=r"test.csv, line 1: class 'swim' is none of the 2 of the"):
+        prepare(tmp_path / "test.csv", out, root=videos, split="test")
 
 
 def test_several_splits_share_class_names(videos, tmp_path):

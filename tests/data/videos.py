@@ -44,7 +44,12 @@ def write_video(
             stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         sound = container.add_stream("aac", rate=8000, layout="mono") if audio else None
         for i, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if pixels == "pal8":  # FFmpeg converts nothing to it; this shows the first channel
+                shades = np.arange(256, dtype=np.uint8)[:, None].repeat(4, 1)
+                indices = np.ascontiguousarray(picture[..., 0])
+                frame = av.VideoFrame.from_ndarray((indices, shades), format="pal8")
+            else:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             if times is not None:
                 frame.pts, frame.time_base = times[i], Fraction(1, 1000)
             container.mux(stream.encode(frame))

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fluxvit_jax.convert import names
+from fluxvit_jax.convert import official_names
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.selection import GridLimits
+from fluxvit_jax.models.token_selection import GridLimits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PATCH = 14
@@ -43,11 +43,11 @@ def arrays(name: str) -> dict[str, np.ndarray]:
 
 @cache
 def tiny_params() -> dict:
-    return names.from_official(arrays("tiny_state"), heads=TINY.heads)
+    return official_names.from_official(arrays("tiny_state"), heads=TINY.heads)
 
 
 def tiny_model(**changes) -> fluxvit.FluxViT:
-    return fluxvit.merge(fluxvit.structure(replace(TINY, **changes)), tiny_params())
+    return fluxvit.from_params(fluxvit.graphdef(replace(TINY, **changes)), tiny_params())
 
 
 def patches_of(video: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:

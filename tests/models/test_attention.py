@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from fluxvit_jax.models import attention, fluxvit, layers, sequence
-from fluxvit_jax.models.selection import GridLimits
+from fluxvit_jax.models import attention, blocks, fluxvit, padded_sequence
+from fluxvit_jax.models.token_selection import GridLimits
 from tests import tiny
 
 ON_TPU = ("pallas", "splash")
@@ -81,7 +81,7 @@ def test_an_impossible_choice(kind, platform, dtype, head_size, message):
 
 def make_inputs(tokens: int, dtype: str, kernel: str = "xla", heads: int = 3, K: int = 16):
     """q, k and v of two clips, padded with noise to the kernel's length; scales of q and k."""
-    length = sequence.length_for(tokens, kernel)
+    length = padded_sequence.length_for(tokens, kernel)
     rng = np.random.default_rng(0)
     real = rng.normal(size=(3, 2, tokens, heads, K))
     noise = np.random.default_rng(1).normal(size=(3, 2, length - tokens, heads, K))
@@ -95,7 +95,7 @@ def attend(tokens: int, lengths: tuple[int, ...] | None, dtype: str, kernel: str
     """What clips attend to, [2, tokens, heads, K], and the gradients of q, k, v and the scales."""
     *inputs, gradient = make_inputs(tokens, dtype, kernel)
     valid = jnp.arange(tokens) < jnp.asarray(lengths or (tokens, tokens))[:, None]
-    if lengths is None and sequence.length_for(tokens, kernel) > tokens:
+    if lengths is None and padded_sequence.length_for(tokens, kernel) > tokens:
         lengths = (tokens, tokens)
     lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
 
@@ -212,20 +212,20 @@ def params() -> dict:
     def shaken(leaf):
         return leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
 
-    return jax.tree.map(shaken, fluxvit.initialise(SMALL, jax.random.key(0)))
+    return jax.tree.map(shaken, fluxvit.init_params(SMALL, jax.random.key(0)))
 
 
 @cache
 def answer(**changes):
     """Class scores and gradients of everything, in training."""
-    graph = fluxvit.structure(replace(SMALL, **changes))
+    graph = fluxvit.graphdef(replace(SMALL, **changes))
     limits = GridLimits(*GRID, 24)
 
     def loss(params, patches):
-        model, keys = fluxvit.merge(graph, params), jax.random.split(jax.random.key(3), 4)
+        model, keys = fluxvit.from_params(graph, params), jax.random.split(jax.random.key(3), 4)
         kept = model.select(patches, GRIDS, 40, limits)
-        position = model.position(GRIDS, kept.index, limits)
-        tokens = model.encode(fluxvit.take(patches, kept), position, kept, keys)
+        position = model.position(GRIDS, kept.token_index, limits)
+        tokens = model.encode(fluxvit.gather_tokens(patches, kept), position, kept, keys)
         scores = model.classify(model.pool_tokens(tokens, kept, 1), 1)
         return jnp.sum(jnp.sin(scores)), (scores, tokens)
 
@@ -277,10 +277,10 @@ def test_the_network_in_bfloat16():
 def test_what_a_block_keeps(remat):
     """10 numbers of a channel and token for the backward pass where it recomputes."""
     B, N, C = 2, 256, 48
-    config = layers.BlockConfig(
+    config = blocks.BlockConfig(
         C, 3, 4 * C, "pallas", layer_scale=1.0, dtype=jnp.bfloat16, recompute=remat == "names"
     )
-    block = layers.Block(config, fluxvit.nnx.Rngs(0))
+    block = blocks.Block(config, fluxvit.nnx.Rngs(0))
     graph, state = fluxvit.nnx.split(block)
 
     def kept(state, x):
@@ -309,8 +309,8 @@ def test_devices_change_nothing(compiled):
         import jax
         import numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        from fluxvit_jax.models import attention, fluxvit, placement
-        from fluxvit_jax.models.selection import GridLimits, Selection
+        from fluxvit_jax.models import attention, fluxvit, sharding_constraints as placement
+        from fluxvit_jax.models.token_selection import GridLimits, Selection
 
         attention.INTERPRET_SPLASH = True
         shape = {1: (1, 1, 1), 8: (2, 2, 2)}[jax.device_count()]
@@ -322,18 +322,18 @@ def test_devices_change_nothing(compiled):
                 width=32, depth=2, heads=2, frames=4, rows=4, columns=4, classes=5, budgets=1,
                 pool_width=32, pool_heads=2, layer_scale=0.5, remat="names", attention=kernel,
             )
-            graph, limits = fluxvit.structure(config), GridLimits(4, 4, 4, 64)
+            graph, limits = fluxvit.graphdef(config), GridLimits(4, 4, 4, 64)
             grids = np.tile(np.int32([4, 4, 4]), (4, 1))
 
             def loss(params, patches):
-                model = fluxvit.merge(graph, params)
+                model = fluxvit.from_params(graph, params)
                 kept = model.select(patches, grids, 33, limits)
-                position = model.position(grids, kept.index, limits)
-                tokens = model.encode(fluxvit.take(patches, kept), position, kept)
+                position = model.position(grids, kept.token_index, limits)
+                tokens = model.encode(fluxvit.gather_tokens(patches, kept), position, kept)
                 return (model.pool_tokens(tokens, kept, 0) ** 2).sum()
 
             with jax.set_mesh(mesh):
-                params = fluxvit.initialise(config, jax.random.key(0))
+                params = fluxvit.init_params(config, jax.random.key(0))
                 patches = jax.random.normal(jax.random.key(1), (4, 64, 588))
                 cut = NamedSharding(mesh, PartitionSpec(placement.CLIP_AXES))
                 value, gradients = jax.jit(jax.value_and_grad(loss))(

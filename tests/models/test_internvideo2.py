@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxvit_jax.convert import names
-from fluxvit_jax.convert.names import INTERNVIDEO2
+from fluxvit_jax.convert import official_names
+from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.models import fluxvit, internvideo2, layers
+from fluxvit_jax.models import blocks, fluxvit, internvideo2
+from fluxvit_jax.models.blocks import l2_normalize
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
-from fluxvit_jax.models.layers import l2_normalise
-from fluxvit_jax.models.selection import Selection
+from fluxvit_jax.models.token_selection import Selection
 from tests.models import golden
 
 ABOUT = golden.manifest("internvideo2/teacher_cases")
@@ -37,13 +37,13 @@ def state() -> dict[str, np.ndarray]:
 
 @cache
 def params() -> dict:
-    return names.from_official(state(), TINY.heads, INTERNVIDEO2)
+    return official_names.from_official(state(), TINY.heads, INTERNVIDEO2)
 
 
 def network(weights: dict | None = None, **changes) -> internvideo2.InternVideo2:
     config = replace(TINY, **changes)
-    graph = layers.structure(partial(internvideo2.InternVideo2, config))
-    return fluxvit.merge(graph, weights or params())
+    graph = blocks.graphdef(partial(internvideo2.InternVideo2, config))
+    return fluxvit.from_params(graph, weights or params())
 
 
 @partial(jax.jit, static_argnames=("sides", "capacity", "after", "gelu"))
@@ -54,7 +54,7 @@ def run(patches, index, sides, capacity, after, gelu="erf"):
     limits = golden.limits_of(sides, capacity)
     model = network(gelu=gelu)
     position = model.position(grid, index, limits)
-    return model.features(fluxvit.take(patches, kept), position, kept, after)
+    return model.features(fluxvit.gather_tokens(patches, kept), position, kept, after)
 
 
 def features(case: dict, capacity: tuple[int, int, int] = (1, 1, 1)) -> fluxvit.Features:
@@ -64,7 +64,9 @@ def features(case: dict, capacity: tuple[int, int, int] = (1, 1, 1)) -> fluxvit.
     gelu = case["gelu"].split()[0]
     found = run(patches, index, sides, capacity, tuple(case["layers_in_output_order"]), gelu)
     if case["clip_norm_type"] == "l2":
-        return found._replace(middle=l2_normalise(found.middle), pooled=l2_normalise(found.pooled))
+        return found._replace(
+            hidden_states=l2_normalize(found.hidden_states), pooled=l2_normalize(found.pooled)
+        )
     return found
 
 
@@ -101,7 +103,7 @@ def test_the_position_table():
 def test_the_constants_in_norms():
     """With inputs so small that they show."""
     model, x = network(), jnp.asarray(STORED["eps.x"])
-    first = layers.unstack(model.blocks, 0)
+    first = blocks.unstack(model.blocks, 0)
     found = {
         "rmsnorm": first.norm1(x),
         "layernorm": model.pool.norm_q(x),
@@ -120,11 +122,11 @@ def test_a_part_of_the_tokens():
     rng = np.random.default_rng(0)
     index = np.stack([rng.permutation(np.prod(sides))[:40] for _ in patches])
     found = run(patches, index, sides, sides, (2, 5))
-    assert found.middle.shape == (2, 2, 41, 48) and found.attention.shape == (2, 40)
+    assert found.hidden_states.shape == (2, 2, 41, 48) and found.attention.shape == (2, 40)
     assert (found.attention.sum(axis=1) < 1).all()
     other = run(patches, index[:, ::-1], sides, sides, (2, 5))
-    back = other.middle[:, :, [0, *range(40, 0, -1)]]
-    np.testing.assert_allclose(found.middle, back, rtol=0, atol=1e-4)
+    back = other.hidden_states[:, :, [0, *range(40, 0, -1)]]
+    np.testing.assert_allclose(found.hidden_states, back, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.pooled, other.pooled, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found.attention, other.attention[:, ::-1], rtol=0, atol=1e-6)
 
@@ -136,8 +138,8 @@ def test_padding_of_clips_counts_for_nothing():
     kept = Selection(jnp.asarray(index), jnp.asarray(valid))
     model, limits = network(), golden.limits_of(sides)
     masked = model.features(
-        fluxvit.take(jnp.asarray(patches), kept),
-        model.position(jnp.asarray([sides]), kept.index, limits),
+        fluxvit.gather_tokens(jnp.asarray(patches), kept),
+        model.position(jnp.asarray([sides]), kept.token_index, limits),
         kept,
         (5,),
     )
@@ -145,29 +147,31 @@ def test_padding_of_clips_counts_for_nothing():
     np.testing.assert_allclose(masked.pooled[1:], alone.pooled, rtol=0, atol=1e-5)
     np.testing.assert_allclose(masked.attention[1, :50], alone.attention[0], rtol=0, atol=1e-6)
     assert (masked.attention[1, 50:] == 0).all()
-    np.testing.assert_allclose(masked.middle[0, 1, :51], alone.middle[0, 0], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        masked.hidden_states[0, 1, :51], alone.hidden_states[0, 0], rtol=0, atol=1e-4
+    )
 
 
 def test_official_names():
-    again = names.to_official(params(), INTERNVIDEO2)
+    again = official_names.to_official(params(), INTERNVIDEO2)
     assert again.keys() == state().keys()
     for name, tensor in state().items():
         np.testing.assert_array_equal(again[name], tensor)
     with pytest.raises(UserError, match="not the weights of an InternVideo2 vision encoder; miss"):
-        names.from_official({"cls_token": np.zeros((1, 1, 48))}, 4, INTERNVIDEO2)
+        official_names.from_official({"cls_token": np.zeros((1, 1, 48))}, 4, INTERNVIDEO2)
     with pytest.raises(UserError, match="not the weights of a FluxViT"):
-        names.from_official(state(), 4)
+        official_names.from_official(state(), 4)
 
 
 def test_the_names_and_shapes_of_1b():
     shapes = golden.manifest("internvideo2/manifest")["teacher_1B"]["shapes"]
     full = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-    names.check(full, INTERNVIDEO2)
+    official_names.check(full, INTERNVIDEO2)
     config = InternVideo2Config(frames=8)
     made = jax.eval_shape(
         lambda: fluxvit.split(internvideo2.InternVideo2(config, fluxvit.nnx.Rngs(0)))[1]
     )
-    ours = {path: leaf.shape for path, leaf in names.flatten(made)}
+    ours = {path: leaf.shape for path, leaf in official_names.flatten(made)}
     sizes = {"blocks": config.depth}
     for leaf in INTERNVIDEO2.leaves:
         official = leaf.layout.to_ours(full[INTERNVIDEO2.names(leaf, sizes)[0]], config.heads).shape

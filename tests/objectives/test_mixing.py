@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fluxvit_jax.budgets import PATCH, Grid
 from fluxvit_jax.data.patches import PATCH_VALUES, unpatchify
+from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.objectives import mixing
 
 GROUP = 4

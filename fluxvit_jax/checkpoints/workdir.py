@@ -1,0 +1,157 @@
+"""Files of a workdir besides checkpoints and metrics.
+
+`config.json`, which ties the workdir to one run, `classes.txt` and `bad_clips.jsonl`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config import versions
+from fluxvit_jax.config.fields import config_difference
+from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.mesh import gather, host_index
+from fluxvit_jax.errors import UserError
+
+CONFIG = "config.json"
+CLASS_NAMES = "classes.txt"
+METRICS = "metrics.jsonl"
+BAD_CLIPS = "bad_clips.jsonl"
+
+
+def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Raises UserError if the workdir belongs to a run of another config, or is out of reach.
+
+    Or if a later version has written it, with fields that this one does not know.
+    """
+    storage.check(workdir)
+    before = read_config(workdir)
+    if before is None:
+        return
+    if difference := config_difference(before, config.to_dict()):
+        raise UserError(
+            f"{workdir} belongs to a run of another config ({'; '.join(difference)}); "
+            "use another workdir"
+        )
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any] | None:
+    """The config of the run in a workdir, a nested dict; None if there is no run.
+
+    Raises UserError for a file that cannot be read, or with fields that this version does not know.
+    """
+    path = workdir / CONFIG
+    try:
+        with storage.errors(path):
+            if not path.exists():
+                return None
+            text = path.read_text()
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return versions.unstamp(content, path)
+
+
+def write_config(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes `config.json`, also over that of an earlier start, since data may have moved.
+
+    Raises UserError if the workdir cannot be written.
+    """
+    content = versions.stamp(config.to_dict())
+    _write(workdir / CONFIG, json.dumps(content, indent=1) + "\n")
+
+
+def write_class_names(workdir: epath.Path, names: Sequence[str] | None) -> None:
+    """Writes `classes.txt` for people: one name per line, in the order of the labels.
+
+    Programs read the names from the checkpoints. Raises UserError as `write_config` does.
+    """
+    if names:
+        _write(workdir / CLASS_NAMES, "\n".join(names) + "\n")
+
+
+def _write(path: epath.Path, text: str) -> None:
+    if host_index() != 0:
+        return
+    try:
+        storage.make_folder(path.parent)
+        atomic.write(path, text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def metrics_at(workdir: epath.Path, step: int, split: str) -> dict[str, Any] | None:
+    """The line of `metrics.jsonl` of a split at a step; None if there is none."""
+    lines = _json_lines(workdir / METRICS)
+    found = (line for line in lines if line["step"] == step and line["split"] == split)
+    return next(found, None)
+
+
+def metric_history(workdir: epath.Path, step: int, split: str, name: str) -> list[list[Any]]:
+    """[step, value] of a metric of a split, up to `step`, by `metrics.jsonl`."""
+    lines = _json_lines(workdir / METRICS)
+    return [
+        [line["step"], line[name]]
+        for line in lines
+        if line["split"] == split and line["step"] <= step and name in line
+    ]
+
+
+class BadClips:
+    """List of unreadable training videos, each once: `bad_clips.jsonl` of a workdir.
+
+    A line is {"step": of its first batch, "id", "reason"}. Host 0 writes those of all hosts. Close
+    it; `save` is that of `atomic.LineFile`.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int):
+        """Removes lines after `step`: a resumed run writes them again."""
+        self._path = workdir / BAD_CLIPS
+        self._known: set[str] = set()
+        self._new: list[dict[str, Any]] = []  # of this host, since the last `write`
+        self._file: atomic.LineFile | None = None
+        if host_index() == 0:
+            known = [line for line in _json_lines(self._path) if line["step"] <= step]
+            if self._path.exists():
+                atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in known))
+            self._known = {line["id"] for line in known}
+
+    def note(self, step: int, failures: np.ndarray) -> None:
+        """Adds the failures of a batch, str [b]: "" or a line "id: reason" for each video."""
+        for line in (line for text in failures for line in text.splitlines()):
+            name, _, reason = line.partition(": ")
+            self._new.append({"step": step, "id": name, "reason": reason})
+
+    def write(self) -> None:
+        """Appends the new lines to the file; all hosts call it."""
+        new, self._new = gather(self._new), []
+        for line in sorted(new, key=lambda line: line["step"]):
+            if host_index() == 0 and line["id"] not in self._known:
+                self._known.add(line["id"])
+                self._file = self._file or atomic.LineFile(self._path)
+                self._file.add(json.dumps(line))
+
+    def save(self) -> None:
+        if self._file is not None:
+            self._file.save()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _json_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, if it exists, without one cut short by a kill."""
+    with storage.errors(path):
+        lines = path.read_text().splitlines() if path.exists() else []
+    objects = []
+    for line in lines:
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            continue
+    return objects

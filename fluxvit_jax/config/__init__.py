@@ -1,0 +1,1 @@
+"""Configuration of a run: table of fields, loading, checks, and grids and network from it."""

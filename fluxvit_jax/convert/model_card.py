@@ -1,0 +1,83 @@
+"""The model card, README.md, of a folder of weights: what is known of them, and was measured."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.convert.config_json import PretrainedConfig
+from fluxvit_jax.data.class_names import DATASETS, dataset_of
+from fluxvit_jax.grids import Grid
+
+NAMED = 20  # classes that are listed
+
+
+def model_card(
+    state: Mapping[str, np.ndarray],
+    config: PretrainedConfig,
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    """The text of a card.
+
+    state: the tensors. evaluations: the reports of `--mode=evaluate` that are of these weights.
+    """
+    model = config.model
+    names = (n for n, v in VARIANTS.items() if (v.width, v.depth) == (model.width, model.depth))
+    parameters = sum(tensor.size for tensor in state.values()) / 1e6
+    grid = Grid(model.frames, model.rows, model.columns)
+    title = "-".join(["FluxViT", *names])
+    budgets = ", ".join(map(str, config.head_budgets))
+    settings = [f"| {b} | {frames} | {side} px |" for b, frames, side in config.settings]
+    return "\n".join(
+        [
+            *("---", "library_name: fluxvit_jax", "pipeline_tag: video-classification", "---"),
+            *(f"# {title}", ""),
+            "A video transformer that runs at any token budget. By `save_pretrained` or the",
+            "converter of fluxvit_jax; torch_fluxvit.py beside it runs it in plain PyTorch.",
+            "",
+            *("| | |", "|---|---|"),
+            f"| Parameters | {parameters:.1f} M |",
+            f"| Width, depth, heads | {model.width}, {model.depth}, {model.heads} |",
+            f"| Native grid | {grid} |",
+            f"| Heads trained at | {budgets} tokens |",
+            f"| Classes | {_classes(config)} |",
+            *("", "## Budgets", "", "| Tokens | Frames | Resolution |", "|---|---|---|", *settings),
+            *("", "## Accuracy", ""),
+            *(_accuracy(evaluations) or ["Not measured by this program."]),
+            *("", "## Use", "", "```python", "import fluxvit_jax", ""),
+            'model = fluxvit_jax.from_pretrained("FOLDER")  # or hf://OWNER/NAME',
+            f'model.predict("a.mp4", tokens={config.asked()[-1][0]}, top=5)',
+            *("```", ""),
+        ]
+    )
+
+
+def _classes(config: PretrainedConfig) -> str:
+    names, classes = config.class_names, config.model.classes
+    if not names:
+        return f"{classes}, names not known"
+    if config.assumed_names:
+        return f"{classes}, taken for those of {DATASETS[config.assumed_names]}"
+    if dataset := dataset_of(names):
+        return f"{classes}, of {DATASETS[dataset]}"
+    listed = ", ".join(name.replace("|", "\\|") for name in names[:NAMED])
+    return f"{classes}: {listed}{', ...' if len(names) > NAMED else ''}"
+
+
+def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of a row for each evaluation and budget; none without evaluations."""
+    head = "| Videos | Views | Tokens | Frames | Resolution | Top-1 | Top-5 |"
+    rows = []
+    for report in evaluations:
+        data = os.path.basename(str(report["data"]).rstrip("/"))
+        videos = f"{report['dataset']['videos']} of {data}"
+        failed = len(report["failures"])
+        videos += f", {failed} unreadable" if failed else ""
+        for tokens, row in report["budgets"].items():
+            rows.append(
+                f"| {videos} | {report['views']} | {tokens} | {row['frames']} | "
+                f"{row['resolution']} px | {row['top1']:.2%} | {row['top5']:.2%} |"
+            )
+    return [head, "|---" * 7 + "|", *rows] if rows else []

@@ -1,0 +1,207 @@
+"""Writing the shards of a prepared folder, each by one process on its own."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
+
+from fluxvit_jax.data import durable_files
+from fluxvit_jax.data.annotations import Example
+from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.prepared_format import serialize
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+MAX_VIDEO_BYTES = 2**31 - 2**20  # a record is a protobuf message, which must stay below 2 GiB
+CHECK_SHORT_SIDE = 16  # pixels: the frames are decoded only to check them, so keep them small
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """The work of one process: which videos go into which file."""
+
+    path: Path
+    report: Path  # JSON, written last: a shard that has one is finished
+    examples: list[Example]
+    keep_bad: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The result of writing a shard."""
+
+    file_bytes: int
+    stored: list[tuple[str, int, int]]  # id, label, bytes of the video
+    quarantined: list[tuple[str, int, str]]  # id, label, reason
+
+
+def read_report(path: Path) -> Report:
+    """Reads the report of a finished shard."""
+    report = json.loads(path.read_text())
+    return Report(
+        file_bytes=report["file_bytes"],
+        stored=[tuple(row) for row in report["stored"]],
+        quarantined=[tuple(row) for row in report["quarantined"]],
+    )
+
+
+# The parent process
+
+
+def write_shards(shards: list[Shard], workers: int) -> list[Report]:
+    """Writes the shards that are not finished yet; returns the reports of all."""
+    missing = [shard for shard in shards if not _is_finished(shard)]
+    videos = sum(len(shard.examples) for shard in shards)
+    to_do = sum(len(shard.examples) for shard in missing)
+    interval = 0.5 if sys.stderr.isatty() else 30  # seconds: no flood in the log of a batch job
+    with tqdm(
+        total=videos, initial=videos - to_do, unit=" videos", mininterval=interval, smoothing=0.05
+    ) as bar:
+        if missing:
+            _run_workers(missing, min(workers, len(missing)), bar)
+    return [read_report(shard.report) for shard in shards]
+
+
+def _is_finished(shard: Shard) -> bool:
+    return (
+        shard.report.exists()
+        and shard.path.exists()
+        and shard.path.stat().st_size == read_report(shard.report).file_bytes
+    )
+
+
+def _run_workers(shards: list[Shard], workers: int, bar: tqdm) -> None:
+    context = multiprocessing.get_context("spawn")
+    progress = context.Value("q", 0)
+    # Nothing is ever written into this pipe. Its writing end closes when this process ends, however
+    # that happens, and that ends the workers.
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs, progress))
+    try:
+        with _signals_blocked():  # processes start here
+            futures = {pool.submit(write_shard, shard) for shard in shards}
+        running, counted = futures, 0
+        while running:
+            done, running = wait(running, timeout=0.5, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            # Read without its lock, which a killed worker may hold.
+            counted, before = progress.get_obj().value, counted
+            bar.update(counted - before)
+    except BrokenProcessPool:
+        ours.close()  # the other workers block the SIGTERM that Python 3.12 sends them
+        raise UserError(
+            "a worker process died (out of memory, or a crash in the video decoder); finished "
+            "shards are kept, and the same command goes on from there"
+        ) from None
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        ours.close()
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C or SIGTERM: their parent stops them."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+# The worker processes
+
+_progress: "Synchronized[int] | None" = None  # in a worker: videos done by all workers
+
+
+def _start_worker(parent: Connection, progress: "Synchronized[int]") -> None:
+    global _progress
+    _progress = progress
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+
+
+def _end_with_parent(parent: Connection) -> None:
+    parent.poll(None)  # returns when the writing end is closed
+    os._exit(1)
+
+
+def write_shard(shard: Shard) -> None:
+    """Writes one shard and its report; the shard is finished when the report is there."""
+    unfinished = shard.report.with_name(f"{shard.report.stem}.{os.getpid()}.tmp")
+    stored: list[tuple[str, int, int]] = []
+    quarantined: list[tuple[str, int, str]] = []
+    try:
+        # Groups of one record: records are read at random.
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
+        for example in shard.examples:
+            video, reason = read_video(example)
+            if reason is not None:
+                quarantined.append((example.id, example.label, reason))
+            if reason is None or shard.keep_bad:
+                writer.write(serialize(example, video))
+                stored.append((example.id, example.label, len(video)))
+            if _progress is not None:
+                with _progress.get_lock():
+                    _progress.value += 1
+        writer.close()
+        _check_count(unfinished, len(stored))
+        size = unfinished.stat().st_size
+        report = Report(file_bytes=size, stored=stored, quarantined=quarantined)
+        durable_files.move(unfinished, shard.path)
+        durable_files.write(shard.report, json.dumps(dataclasses.asdict(report)))
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
+        raise UserError(f"{shard.path}: cannot be written: {error}") from None
+
+
+def read_video(example: Example) -> tuple[bytes, str | None]:
+    """The bytes of a video file, and the reason why it is bad or None if every frame decodes.
+
+    The bytes are empty for a file that cannot be read or is too large for a record.
+    """
+    try:
+        is_local = not storage.is_remote(example.source)
+        if is_local and not os.path.isfile(example.source):  # a pipe, say
+            return b"", "no such file"
+        if is_local and os.path.getsize(example.source) > MAX_VIDEO_BYTES:
+            return b"", "larger than 2 GiB"
+        content = storage.read_bytes(example.source)
+    except FileNotFoundError:
+        return b"", "no such file"
+    except OSError as error:
+        return b"", error.strerror
+    if len(content) > MAX_VIDEO_BYTES:
+        return b"", "larger than 2 GiB"
+    try:
+        with open_clip(content, name=example.id) as video:
+            video.read(range(len(video)), short_side=CHECK_SHORT_SIDE)
+    except DecodeError as error:
+        return content, error.reason
+    return content, None
+
+
+def _check_count(path: Path, expected: int) -> None:
+    reader = ArrayRecordReader(str(path))
+    count = reader.num_records()
+    reader.close()
+    if count != expected:
+        raise OSError(f"{count} of {expected} records arrived")

@@ -1,0 +1,231 @@
+"""Runs what `--mode=export` wrote. Of all that this package needs, it needs JAX and NumPy only."""
+
+import contextlib
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import numpy as np
+
+from fluxvit_jax.data.frame_sampling import resized_size, test_crops, test_frames
+from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.distributed import atomic
+from fluxvit_jax.distributed.devices import device_name
+from fluxvit_jax.grids import PATCH
+from fluxvit_jax.token_optimization import planner
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.npz"
+LATENCY = "latency.json"  # {device: {budget: milliseconds}}, written by servers that may
+VERSION = 1  # of the folder's layout
+TIMED = 10  # calls of a program, after a first one
+
+
+class ExportedOutput(NamedTuple):
+    """logits: float32 [B, classes]; pooled: float32 [B, pool_width]; kept: bool [B, T, H, W]."""
+
+    logits: jax.Array
+    pooled: jax.Array
+    kept: jax.Array
+
+
+class ExportedModel:
+    """An exported network; its programs are loaded when they are first asked for.
+
+    Attributes:
+        manifest: what the folder says of itself.
+        budgets: the token budgets it can be asked at, largest first.
+        classes: names of the classes, as far as they are known.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Raises ValueError if a file is missing, damaged, or of a later version."""
+        self._folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self.budgets = sorted(map(int, self.manifest["budgets"]), reverse=True)
+        self.classes = tuple(self.manifest["classes"])
+        weights = self.manifest["weights"]
+        path = self._checked(weights["file"], weights["sha256"])
+        with np.load(path) as arrays:
+            self._params = {name: jax.device_put(array) for name, array in arrays.items()}
+        self._programs: dict[int, Any] = {}
+        self._milliseconds: dict[str, float] = {}
+
+    def __call__(
+        self, video: np.ndarray, tokens: int | None = None, milliseconds: float | None = None
+    ) -> ExportedOutput:
+        """Class scores and vectors of clips at a token budget.
+
+        Args:
+            video: uint8 pixels, RGB, [T, height, width, 3] or [B, T, ...]. Where they are not of
+                the budget's grid, frames are taken evenly, the short side is scaled and the middle
+                square cut out.
+            tokens: one of `budgets`; the largest by default.
+            milliseconds: instead of `tokens`: the budget is then that of `budget_within`.
+
+        Raises ValueError for a video or budget that cannot be.
+        """
+        if tokens is not None and milliseconds is not None:
+            raise ValueError("tokens and milliseconds both choose a program; give one of them")
+        if milliseconds is not None:
+            tokens = self.budget_within(milliseconds)
+        budget = self.budgets[0] if tokens is None else tokens
+        if budget not in self.budgets:
+            raise ValueError(f"there is no program for {budget} tokens, but for {self.budgets}")
+        own = self.manifest["budgets"][str(budget)]
+        clips = fit(video, own["frames"], own["resolution"])
+        patches = np.stack([patchify(clip) for clip in clips])
+        logits, pooled, kept = self._program(budget)(self._params, patches)
+        side = own["resolution"] // PATCH
+        return ExportedOutput(logits, pooled, kept.reshape(-1, own["frames"], side, side))
+
+    def budget_within(self, milliseconds: float) -> int:
+        """The budget whose program is the most accurate of those that answer in time.
+
+        By the accuracy on the videos that a search chose on, and the median time of one clip alone
+        on this device, the network only. Where the manifest has no timings of the device, each
+        program is timed, once: what is found is kept in this object, and in the folder where that
+        is allowed.
+
+        Raises ValueError: the manifest knows no accuracies, or no program is fast enough.
+        """
+        programs = self.manifest.get("plan", {}).get("programs")
+        if not programs:
+            raise ValueError(
+                f"{self._folder}: how accurate its programs are is not known; run --mode=search "
+                "and export again, or choose by tokens"
+            )
+        times = self._times(programs)
+        best = planner.best_within(programs, times, milliseconds)
+        if best is None:
+            cheapest = min(times, key=lambda budget: times[budget])
+            raise ValueError(
+                f"no program answers within {milliseconds:.4g} ms; the fastest, that of {cheapest} "
+                f"tokens, takes {times[cheapest]:.4g} ms"
+            )
+        return int(best)
+
+    def _times(self, budgets: Iterable[str]) -> dict[str, float]:
+        """Milliseconds of one clip at each budget on this device, measured if not known."""
+        device = device_name()
+        exported = self.manifest["plan"]["devices"].get(device, {})
+        known = {budget: timings["milliseconds"] for budget, timings in exported.items()}
+        for times in (self._milliseconds, known, self._read_latency().get(device, {})):
+            if all(budget in times for budget in budgets):
+                self._milliseconds = {budget: times[budget] for budget in budgets}
+                return self._milliseconds
+        self._milliseconds = {budget: self._time(int(budget)) for budget in budgets}
+        self._keep_latency(device)
+        return self._milliseconds
+
+    def _time(self, budget: int) -> float:
+        """Milliseconds of a program's call on one clip: the median of those after the first."""
+        own = self.manifest["budgets"][str(budget)]
+        shape = (own["frames"], own["resolution"], own["resolution"], 3)
+        # Random by seed: patches that are equal would all score alike.
+        clip = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        patches, program, taken = jax.device_put(patchify(clip)[None]), self._program(budget), []
+        for _ in range(1 + TIMED):
+            begin = time.perf_counter()
+            jax.block_until_ready(program(self._params, patches))
+            taken.append(time.perf_counter() - begin)
+        return 1000 * statistics.median(taken[1:])
+
+    def _read_latency(self) -> dict[str, dict[str, float]]:
+        """What servers have measured before; nothing where the file is missing or damaged."""
+        try:
+            found = json.loads((self._folder / LATENCY).read_text())
+            return {
+                device: {budget: float(one) for budget, one in times.items()}
+                for device, times in found.items()
+            }
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def _keep_latency(self, device: str) -> None:
+        known = {**self._read_latency(), device: self._milliseconds}
+        # A folder that only others may write serves as well; then each process measures.
+        with contextlib.suppress(OSError):
+            atomic.write(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")
+
+    def _program(self, budget: int) -> Callable:
+        """The program of a budget, loaded once. Raises ValueError if it is damaged."""
+        if budget not in self._programs:
+            own = self.manifest["budgets"][str(budget)]
+            program = self._checked(own["program"], own["sha256"]).read_bytes()
+            self._programs[budget] = jax.jit(jax.export.deserialize(bytearray(program)).call)
+        return self._programs[budget]
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self._folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text())
+            version = manifest["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is no manifest of an exported network: {error}") from error
+        if version != VERSION:
+            raise ValueError(f"{path}: is of version {version}, and this reads version {VERSION}")
+        return manifest
+
+    def _checked(self, name: str, checksum: str) -> Path:
+        """The path of a file of the folder, after comparing its checksum."""
+        path = self._folder / Path(name).name
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        if found != checksum:
+            raise ValueError(f"{path}: its checksum differs from the manifest's; export again")
+        return path
+
+
+def load_exported(folder: str | os.PathLike) -> ExportedModel:
+    """The network that `--mode=export` wrote into a folder.
+
+    Raises ValueError if a file is missing, damaged, or of a later version.
+
+    Examples:
+        >>> model = fluxvit_jax.load_exported("exported")
+        >>> out = model(video, tokens=1024)
+        >>> out = model(video, milliseconds=8)  # of weights that were searched
+    """
+    return ExportedModel(folder)
+
+
+def fit(video: np.ndarray, T: int, resolution: int) -> np.ndarray:
+    """A video as uint8 [B, T, resolution, resolution, 3]; untouched where it is that already."""
+    video = np.asarray(video)
+    if video.ndim == 4:
+        video = video[None]
+    if video.ndim != 5 or video.shape[-1] != 3 or 0 in video.shape or video.dtype != np.uint8:
+        found = f"{video.dtype} {video.shape}"
+        raise ValueError(f"a video is uint8 [T, height, width, 3] or [B, T, ...], not {found}")
+    if video.shape[1] != T:
+        video = video[:, test_frames(video.shape[1], T)]
+    if video.shape[2:4] != (resolution, resolution):
+        video = middle_square(video, resolution)
+    return video
+
+
+def middle_square(video: np.ndarray, resolution: int) -> np.ndarray:
+    """uint8 [B, T, resolution, resolution, 3]: the short side scaled bilinearly, then cut."""
+    height, width = video.shape[2:4]
+    height, width = resized_size(height, width, resolution)
+    shape = (*video.shape[:2], height, width, 3)
+    resized = jax.image.resize(video.astype(np.float32), shape, "linear", antialias=False)
+    y, x = test_crops(height, width, 1)[0]
+    square = resized[:, :, y : y + resolution, x : x + resolution]
+    return np.asarray(square.round().clip(0, 255)).astype(np.uint8)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

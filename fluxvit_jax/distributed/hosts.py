@@ -1,0 +1,307 @@
+"""Several processes as one program: start, agreement and a common end.
+
+Messages go through JAX's coordination service, which runs in host 0 and uses no device. A host may
+wait there for as long as another one needs.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from etils import epath
+
+from fluxvit_jax.distributed.mesh import coordination_client, gather, host_count, host_index
+from fluxvit_jax.errors import UserError
+
+CONNECT_SECONDS = 300  # to wait for the last host
+NOTICE_SECONDS = 5  # of waiting before we say so
+HEARTBEAT_SECONDS = 30  # until the others notice that a host has died, and end; JAX's is 100
+SHUTDOWN_SECONDS = 20  # to wait, after a failure, for a host that hangs
+WATCH_SECONDS = 1  # between two checks whether another host has failed
+GRACE_SECONDS = 2  # for a host to report the same failure itself
+SHARED_SECONDS = 60  # until a network file system shows a new file
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FAILURE = "fluxvit_jax/failure"  # key of the first host's failure
+
+
+@contextmanager
+def joined(coordinator: str = "", hosts: int = 0, host: int = -1) -> Iterator[None]:
+    """A context that all processes of a program run; arguments as for `start`.
+
+    Leaving it waits for all of them, however long the first one still writes. An exception or a
+    signal that ends one process ends them all: each prints the reason, and exits with the status
+    that `main` would exit with.
+    """
+    start(coordinator, hosts, host)
+    if host_count() == 1:
+        yield
+        return
+    with _ended_by_others():
+        try:
+            yield
+            barrier()
+        except UserError as error:
+            _end_others(2, str(error))
+            raise
+        except Exception as error:
+            message = f"{type(error).__name__}: {_line(error)}"
+            _end_others(1, f"{message}; the log of that host has more")
+            raise
+
+
+def start(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
+    """Connects to the other processes of this program, if there are any.
+
+    coordinator: "ADDRESS:PORT" where process 0 listens; hosts: the number of processes; host: the
+    number of this one. Without a coordinator, JAX takes all three from an environment that it
+    knows: Cloud TPU, SLURM's srun, Kubernetes, Open MPI. In any other one this process runs alone;
+    in an allocation of SLURM without srun, it also prints that it does.
+
+    Raises UserError: only a part of the three is given; the others cannot be reached.
+    """
+    given = (":" in coordinator, hosts > 0, host >= 0)
+    if any((coordinator, *given)) and not all(given):
+        raise UserError("--coordinator=ADDRESS:PORT, --hosts=N and --host=I go together")
+    if any(given) and not host < hosts:
+        raise UserError(f"--host={host}: hosts are numbered from 0 to {hosts - 1}")
+    if not coordinator and _outside_srun():
+        tasks = os.environ["SLURM_NTASKS"]
+        print(
+            f"SLURM_NTASKS is {tasks}, but srun did not start this process: it runs alone; for "
+            f"{tasks} processes start it with srun",
+            file=sys.stderr,
+        )
+        return
+    where = coordinator or "the first of them"
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        _connect(coordinator or None, hosts, host)
+    except TimeoutError as error:
+        raise UserError(
+            f"the hosts did not all reach {where} within {CONNECT_SECONDS} s; start them all, and "
+            "see whether one of them says why it ended"
+        ) from error
+    except (ValueError, OSError) as error:
+        if coordinator or "coordinator_address should be defined" not in str(error):
+            raise UserError(f"the hosts cannot find each other: {_line(error)}") from error
+    except RuntimeError as error:
+        raise UserError(f"the hosts cannot reach {where}: {_line(error)}") from error
+    for number, handler in handlers.items():  # JAX takes SIGTERM for its own way to stop
+        signal.signal(number, handler)
+
+
+def _connect(coordinator: str | None, hosts: int, host: int) -> None:
+    """`jax.distributed.initialize` within `CONNECT_SECONDS`, or a TimeoutError.
+
+    It runs in a thread: nothing can interrupt a wait within JAX, and at its own timeout JAX aborts
+    the process. Without a coordinator, JAX finds all three itself.
+    """
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator_address=coordinator,
+                num_processes=hosts if coordinator else None,
+                process_id=host if coordinator else None,
+                local_device_ids=_local_devices(),
+                cluster_detection_method="deactivate" if coordinator else None,
+                initialization_timeout=2 * CONNECT_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            )
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(NOTICE_SECONDS)
+    if thread.is_alive():
+        print(
+            f"waiting for the other processes of this program, up to {CONNECT_SECONDS} s",
+            file=sys.stderr,
+        )
+    thread.join(CONNECT_SECONDS - NOTICE_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError
+    if errors:
+        raise errors[0]
+
+
+def _outside_srun() -> bool:
+    """Whether this process runs in an allocation of several SLURM tasks without srun.
+
+    JAX would wait for the other tasks: the shell of salloc has all variables of a task, and
+    SLURM_NTASKS of the allocation. mpirun starts tasks in an allocation as well; JAX detects it.
+    """
+    environ = os.environ
+    if environ.get("SLURM_NTASKS", "1") == "1" or any(name.startswith("OMPI_") for name in environ):
+        return False
+    # srun sets both; the shell of salloc is a step of one task.
+    tasks, nodes = (environ.get(f"SLURM_STEP_NUM_{name}") for name in ("TASKS", "NODES"))
+    return tasks == "1" if tasks else nodes is None
+
+
+def _local_devices() -> list[int] | None:
+    """[], which means all devices, for a SLURM task that is alone on its node; else None.
+
+    By default JAX gives every SLURM task one GPU, unless JAX_LOCAL_DEVICE_IDS names others.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    tasks, nodes = (os.environ.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
+    return [] if tasks is not None and tasks == nodes else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Agreement
+
+
+@contextmanager
+def raise_on_all_hosts() -> Iterator[None]:
+    """A context from which all hosts raise a UserError if any host raises one: the first host's.
+
+    Without it, the other hosts would block in the next collective.
+    """
+    message = ""
+    try:
+        yield
+    except UserError as error:
+        if host_count() == 1:
+            raise
+        message = str(error)
+    for host, text in enumerate(gather([message])):
+        if text:
+            raise UserError(text if host == host_index() else f"host {host}: {text}")
+
+
+def check_same(what: Mapping[str, Any]) -> None:
+    """Raises UserError, on all hosts, if any of the values differs between hosts.
+
+    what: values of this host, JSON's, by names for the message.
+    """
+    first, *others = gather([{name: _digest(value) for name, value in what.items()}])
+    for host, digests in enumerate(others, 1):
+        for name, digest in digests.items():
+            if digest != first[name]:
+                raise UserError(
+                    f"host {host} has another {name} than host 0, {digest} and not {first[name]}; "
+                    "start all hosts alike"
+                )
+
+
+def barrier() -> None:
+    """Waits until all hosts have called it."""
+    broadcast_from_host0(None)
+
+
+def broadcast_from_host0(value: Any) -> Any:
+    """Host 0's value, a JSON value, on all hosts."""
+    return gather([value])[0]
+
+
+def compute_on_host0(find: Callable[[], Any]) -> Any:
+    """The result of `find` on host 0, a JSON value, on all hosts.
+
+    Files that host 0 writes are read this way, since other hosts may still see an older version.
+    Raises the UserError of `find` on all hosts.
+    """
+    result = None
+    with raise_on_all_hosts():
+        if host_index() == 0:
+            result = find()
+    return broadcast_from_host0(result)
+
+
+def check_shared(path: epath.Path) -> None:
+    """Raises UserError, on all hosts, unless all see a file or folder that host 0 has written."""
+    barrier()  # until host 0 has written it
+    with raise_on_all_hosts():
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"there is no {path} here, which host 0 has written: the workdir must be on "
+                    "storage that all hosts share"
+                )
+            time.sleep(1)
+
+
+def _digest(value: Any) -> str:
+    """The value as JSON if that is short, else its hash."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) < 64 else hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# The end
+
+_ending = threading.Lock()  # acquired, and never released, by the thread that ends this process
+
+
+@contextmanager
+def _ended_by_others() -> Iterator[None]:
+    """A context that ends this process, whatever it is doing, once another host has failed."""
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watch.start()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if callable(handler):
+            signal.signal(number, functools.partial(_end_by_signal, handler))
+    try:
+        yield
+    finally:
+        over.set()
+        watch.join()  # the interpreter must not exit during its request
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _watch(over: threading.Event) -> None:
+    while not over.wait(WATCH_SECONDS):
+        try:
+            about = json.loads(coordination_client().key_value_try_get(FAILURE))
+        except jax.errors.JaxRuntimeError:  # no failure so far
+            continue
+        if over.wait(GRACE_SECONDS) or not _ending.acquire(blocking=False):
+            return
+        print(f"error: host {about['host']}: {about['message']}", file=sys.stderr, flush=True)
+        _leave()
+        os._exit(about["status"])
+
+
+def _end_others(status: int, message: str) -> None:
+    """Publishes the reason why this host ends; only the first host's is stored."""
+    _ending.acquire()
+    about = {"host": host_index(), "status": status, "message": message}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another host was first
+        coordination_client().key_value_set(FAILURE, json.dumps(about))
+
+
+def _end_by_signal(handler: Callable[[int, Any], None], number: int, frame: Any) -> None:
+    """Signal handler that ends the other hosts as well; at a second signal, only this one."""
+    if not _ending.locked():
+        _end_others(128 + number, f"was stopped by {signal.Signals(number).name}")
+        _leave()
+    handler(number, frame)
+
+
+def _leave() -> None:
+    """Waits up to `SHUTDOWN_SECONDS` until all hosts leave: host 0 must not be the first."""
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()

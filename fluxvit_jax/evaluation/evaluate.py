@@ -1,0 +1,597 @@
+"""Accuracy at every token budget: `--mode=evaluate`, and validation during training.
+
+Every video counts once, for any batch size and number of devices or hosts. Its views (temporal
+clips x spatial crops) go through the network one view of a batch at a time, so that
+`eval.batch_size` clips are on the devices at once. Probabilities are averaged over the views. A
+video that cannot be read is listed with its reason and counts as wrong; if no video can be read,
+evaluation fails.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jax.stages import Wrapped
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.config.fields import flatten
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.config.variants import NO_CLASSES
+from fluxvit_jax.data.annotations import Record, Source
+from fluxvit_jax.data.class_names import KnownNames, numbered
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.splits import (
+    check_same_videos,
+    common_class_names,
+    configured_class_names,
+    configured_names,
+    open_compared,
+)
+from fluxvit_jax.distributed import atomic, partition_rules, storage
+from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
+from fluxvit_jax.distributed.mesh import (
+    batch_sharding,
+    compiler_options,
+    device_put_global,
+    gather,
+    host_index,
+    local_row_indices,
+    local_rows,
+    make_mesh,
+    platform_of,
+    replicated,
+    round_up_to_shards,
+    say,
+    shard_batch,
+    traced_on_mesh,
+)
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.results import SUFFIX
+from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.models.token_selection import NOISY_SELECTORS
+from fluxvit_jax.token_optimization import planner
+from fluxvit_jax.training import init_from
+from fluxvit_jax.training.train_state import abstract_params, check_params_divide
+
+FOLDER = "evaluation"
+TOP = 5  # classes that a prediction names
+DIGITS = 6  # of the stored probabilities
+NAME_LENGTH = 40  # letters of the data's name in the name of a report
+MAX_PROGRAMS = 2048  # compiled programs kept; a search with the default lattice has 540 candidates
+
+
+class Setting(NamedTuple):
+    """Setting of an evaluation: token budget, grid that the tokens are selected from, and head."""
+
+    budget: int
+    grid: Grid
+    head: int
+
+
+class Evaluation(NamedTuple):
+    """Results of an evaluation.
+
+    report: {"dataset", "views", "budgets", "failures", "warning"}, as in a workdir's
+        `evaluation/*.json`; "top1" and "top5" are shares of all videos, including failed ones;
+        "loss" is the mean cross-entropy of those that were read;
+        "warning" is None unless more videos failed than `data.max_bad_fraction`.
+    predictions: one dict per video, {"id", "label", "predictions": {budget: [[class, probability],
+        ...]}}, likeliest first; {"id", "label", "failure"} for a video that could not be read.
+    classes: number of classes. Among few of them a top-5 says nothing: people are not told it.
+    """
+
+    report: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    classes: int
+
+    def scalars(self) -> dict[str, float]:
+        """{"top1_1024": .., "top5_1024": .., "loss_1024": .., ..., "failed": ..}: the metrics."""
+        budgets, kinds = self.report["budgets"].items(), ("top1", "top5", "loss")
+        scalars = {f"{kind}_{budget}": row[kind] for budget, row in budgets for kind in kinds}
+        return scalars | {"failed": len(self.report["failures"])}
+
+    def told(self) -> dict[str, float]:
+        """The scalars that people are told."""
+        few = self.classes <= TOP
+        return {k: x for k, x in self.scalars().items() if not (few and k.startswith("top5"))}
+
+    def table(self) -> str:
+        """A table with one line per budget."""
+        few = self.classes <= TOP
+        lines = [f"budget  frames  resolution  tokens  head   top-1{'' if few else '   top-5'}"]
+        for budget, row in self.report["budgets"].items():
+            lines.append(
+                f"{budget:>6}  {row['frames']:>6}  {row['resolution']:>7} px  {row['tokens']:>6}  "
+                f"{row['head']:>4}  {row['top1']:>6.2%}" + ("" if few else f"  {row['top5']:>6.2%}")
+            )
+        return "\n".join(lines)
+
+
+class NothingReadableError(UserError):
+    """No video of a data set can be read, so that an accuracy of 0 % would be meaningless.
+
+    All hosts of a run raise it together.
+    """
+
+    def __init__(self, data: str, videos: int, first: Record, reason: str):
+        where = ""
+        if isinstance(first.video, str):
+            root = first.video.removesuffix(first.id).rstrip("/")
+            where = f"; they were looked for in {root}, see config.data.root"
+        super().__init__(
+            f"{data}: not one of {videos} videos can be read; {first.id}: {reason}{where}"
+        )
+
+
+def check_readable(source: Source, data: str) -> None:
+    """Raises `NothingReadableError` unless some video can be read; the first such ends the check.
+
+    data: name of the videos for the message.
+    """
+    reasons = []
+    for number in range(len(source)):
+        try:
+            with Video(source[number].video) as video:
+                video.read([0])
+            return
+        except DecodeError as error:
+            reasons.append(error.reason)
+    if reasons:
+        raise NothingReadableError(data, len(source), source[0], reasons[0])
+
+
+def describe_failures(failed: int, videos: int, first: str) -> str:
+    """Message with the number of unreadable videos and the first one's "ID: REASON"."""
+    return f"{failed} of {videos} videos could not be read and count as wrong; {first}"
+
+
+def warn_of_failures(config: ConfigDict, failed: int, videos: int, first: str) -> str | None:
+    """Warning if more than `data.max_bad_fraction` of the videos failed; else None."""
+    share = config.data.max_bad_fraction
+    if failed <= share * videos:
+        return None
+    more = f"; that is more than data.max_bad_fraction={share}"
+    return describe_failures(failed, videos, first) + more
+
+
+def settings_of(config: ConfigDict) -> list[Setting]:
+    """`eval.settings`, each with the head trained at the nearest budget."""
+    return [
+        Setting(budget, Grid.square(*size), nearest_head(budget, config.train.budgets))
+        for budget, *size in config.eval.settings
+    ]
+
+
+def evaluate(
+    params: dict,
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    settings: Sequence[Setting] = (),
+) -> Evaluation | None:
+    """Accuracy of `params` on the videos of `source`.
+
+    Args:
+        params: the network's parameters, on the devices or as numpy arrays.
+        mesh: the devices; all of them by default.
+        settings: of different budgets; by default those of `eval.settings`.
+        stop: called after each batch; once it returns True, evaluation ends and returns None.
+
+    Raises:
+        UserError: there are no videos, none can be read, or too little shared memory.
+    """
+    if not len(source):
+        raise UserError("config.data.validation: there are no videos to evaluate on")
+    mesh = mesh or make_mesh(config)
+    params = fluxvit.network_params(params)
+    params = device_put_global(params, partition_rules.shardings(params, mesh))
+    settings = settings or settings_of(config)
+    model = model_config(config, platform_of(mesh))
+    programs = [predictor(model, setting, config.seed, mesh) for setting in settings]
+    batch_size = round_up_to_shards(config.eval.batch_size, mesh)
+    batches = evaluation_batches(
+        config,
+        source,
+        [setting.grid for setting in settings],
+        batch_size=batch_size,
+        rows=local_row_indices(mesh, batch_size).tolist(),
+    )
+    videos: list[dict[str, Any]] = []
+    with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
+        for batch in batches:
+            found = [
+                own
+                for k, program in enumerate(programs)
+                for own in probabilities(
+                    [program], params, batch["video"], batch[f"patches{k}"], mesh
+                )
+            ]
+            likeliest = [_likeliest(own) for own in found]
+            losses = [_cross_entropy(own, batch["label"]) for own in found]
+            videos += [
+                {
+                    "number": int(number),
+                    "id": str(batch["id"][row]),
+                    "label": int(batch["label"][row]),
+                    "failure": str(batch["failure"][row]),
+                    "top": [top[row] for top in likeliest],
+                    "loss": [loss[row] for loss in losses],
+                }
+                for row, number in enumerate(batch["video"])
+                if number >= 0
+            ]
+            bar.update(min(batch_size, len(source) - bar.n))
+            if stop():
+                return None
+    # Hosts whose devices share clips have evaluated the same videos.
+    by_number = {video["number"]: video for video in gather(videos)}
+    videos = [by_number[number] for number in sorted(by_number)]
+    if all(video["failure"] for video in videos):
+        raise NothingReadableError(
+            config.data.validation, len(source), source[0], videos[0]["failure"]
+        )
+    report = _report(config, source, settings, videos)
+    return Evaluation(report, _predictions(settings, videos), config.model.classes)
+
+
+@functools.lru_cache(MAX_PROGRAMS)
+def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> Wrapped:
+    """The jitted program of a setting, which adds a view's probabilities to a running total.
+
+    `add_view(params, total [b, classes], patches uint8 [b, P, 588], video int32 [b], view int32)`,
+    with the arrays of a batch split over the devices. Random selectors depend on seed, video and
+    view only.
+    """
+    graph = fluxvit.graphdef(model)
+
+    def add_view(
+        params: dict, total: jax.Array, patches: jax.Array, video: jax.Array, view: jax.Array
+    ) -> jax.Array:
+        network = fluxvit.from_params(graph, fluxvit.prepare_params(params, model))
+        patches = fluxvit.normalize(patches, jnp.dtype(model.dtype))
+        keys = None
+        if model.selector in NOISY_SELECTORS:
+            view_key = jax.random.fold_in(jax.random.key(seed), view)
+            keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
+        output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
+        return total + jax.nn.softmax(output.logits)
+
+    by_clip = batch_sharding(mesh)
+    return jax.jit(
+        traced_on_mesh(add_view, mesh),
+        # None: parameters keep their sharding.
+        in_shardings=(None, by_clip, by_clip, by_clip, replicated(mesh)),
+        out_shardings=by_clip,
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def classify(
+    programs: Sequence[Callable],
+    params: dict,
+    video: np.ndarray,
+    patches: np.ndarray,
+    mesh: Mesh,
+) -> list[list[list[tuple[int, float]]]]:
+    """The `TOP` classes, (class, probability), likeliest first, for each program and video.
+
+    Arguments as in `probabilities`.
+    """
+    return [_likeliest(own) for own in probabilities(programs, params, video, patches, mesh)]
+
+
+def probabilities(
+    programs: Sequence[Callable],
+    params: dict,
+    video: np.ndarray,
+    patches: np.ndarray,
+    mesh: Mesh,
+) -> list[np.ndarray]:
+    """The probabilities of all classes, means over the views, for each program: [b, classes].
+
+    programs: of settings of one grid, from `predictor`; video: int [b], numbers of the videos;
+    patches: uint8 [b, V, P, 588], of the host's rows (`mesh.local_row_indices`).
+    """
+    b, views = patches.shape[:2]
+    classes = params["heads"]["bias"].shape[-1]
+    start = {"total": np.zeros((b, classes), np.float32), "video": video.astype(np.int32)}
+    sharded = shard_batch(start, mesh)
+    totals = previous = [sharded["total"]] * len(programs)
+    for view in range(views):
+        part = shard_batch({"patches": patches[:, view]}, mesh)["patches"]
+        jax.block_until_ready(previous)  # at most two views on the devices
+        previous = totals
+        totals = [
+            program(params, total, part, sharded["video"], np.int32(view))
+            for program, total in zip(programs, totals, strict=True)
+        ]
+    return [local_rows(total) / views for total in totals]
+
+
+def _cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The loss of each row of [b, classes], without label smoothing; finite for probability 0."""
+    own = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
+    return [float(loss) for loss in -np.log(np.maximum(own, np.finfo(np.float32).tiny))]
+
+
+def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
+    """The `TOP` classes of each row, (class, probability), likeliest first."""
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
+    return [
+        [(int(c), round(float(row[c]), DIGITS)) for c in classes]
+        for row, classes in zip(probabilities, order, strict=True)
+    ]
+
+
+def progress_bar(total: float, **options: Any) -> tqdm:
+    """Progress bar on host 0: updated in a terminal, elsewhere a line every ten seconds."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        leave=False,
+        disable=host_index() != 0,
+        mininterval=0.2 if terminal else 10,
+        delay=0 if terminal else 10,
+        **options,
+    )
+
+
+def tokens_kept(model: FluxViTConfig, grid: Grid, budget: int) -> int:
+    """Number of tokens that a budget keeps of a grid, with CLS if it counts in the budget."""
+    inside = model.cls == "inside"
+    return kept_tokens(grid, budget - inside, model.rounding) + inside
+
+
+def _report(
+    config: ConfigDict, source: Source, settings: Sequence[Setting], videos: Sequence[dict]
+) -> dict[str, Any]:
+    read = [video for video in videos if not video["failure"]]
+    failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
+    model, budgets = model_config(config), {}
+    for k, (budget, grid, head) in enumerate(settings):
+        classes = [[c for c, _ in video["top"][k]] for video in read]
+        labels = [video["label"] for video in read]
+        pairs = list(zip(labels, classes, strict=True))
+        budgets[str(budget)] = {
+            "frames": grid.frames,
+            "resolution": grid.rows * PATCH,
+            "tokens": tokens_kept(model, grid, budget),
+            "head": head,
+            "top1": sum(label == top[0] for label, top in pairs) / len(videos),
+            "top5": sum(label in top for label, top in pairs) / len(videos),
+            "loss": sum(video["loss"][k] for video in read) / len(read),
+            "decoded": len(read),
+            "failed": len(videos) - len(read),
+        }
+    return {
+        "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
+        "views": f"{config.eval.clips}x{config.eval.crops}",
+        "budgets": budgets,
+        "failures": failures,
+        "warning": warn_of_failures(config, len(failures), len(videos), _first(failures)),
+    }
+
+
+def _first(failures: Sequence[dict[str, str]]) -> str:
+    return f"{failures[0]['id']}: {failures[0]['reason']}" if failures else ""
+
+
+def _predictions(settings: Sequence[Setting], videos: Sequence[dict]) -> list[dict[str, Any]]:
+    def row(video: dict) -> dict[str, Any]:
+        about = {"id": video["id"], "label": video["label"]}
+        if video["failure"]:
+            return about | {"failure": video["failure"]}
+        tops = zip(settings, video["top"], strict=True)
+        return about | {"predictions": {str(setting.budget): top for setting, top in tops}}
+
+    return [row(video) for video in videos]
+
+
+# ---------------------------------------------------------------------------------------------
+# --mode=evaluate
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Evaluates the best checkpoint of a workdir on `data.validation`; prints a table.
+
+    Writes `evaluation/NAME.json` and `evaluation/NAME.predictions.jsonl`, see `report_name`, and
+    the page, tables and picture of `report.write`. A workdir without checkpoints takes the weights
+    of `train.init_from`. `eval.plan` replaces the settings by those that a search chose: Token
+    Optimization, the paper's "+TO".
+
+    Returns the exit status, 0. Raises UserError: no data, none that can be read, no checkpoint, one
+    of another model, a plan of other weights.
+    """
+    if not config.data.validation:
+        raise UserError("no data to evaluate on: add --config.data.validation=LIST")
+    folder = storage.path_of(workdir)
+    loaded = load_weights(config, folder)
+    config = with_classes(config, loaded.params)
+    with raise_on_all_hosts():
+        source = open_named(config, "data.validation", loaded)
+        mesh = make_mesh(config)
+        check_params_divide(config, mesh)
+        check_readable(source, config.data.validation)
+        names = check_class_names(config, loaded, {"data.validation": source})
+    check_same_videos(validation=source)
+    settings = _planned(config, loaded.params) if config.eval.plan else settings_of(config)
+    say(f"evaluating {loaded.origin} on {len(source)} videos")
+    evaluation = evaluate(loaded.params, config, source, mesh, settings=settings)
+    assert evaluation is not None  # nothing stops it
+    if host_index() == 0:
+        path = folder / FOLDER / f"{report_name(config, source, settings, loaded)}.json"
+        about = {"data": config.data.validation, "plan": config.eval.plan or None}
+        about |= {"class_names": list(names or numbered(config.model.classes))}
+        page = write(evaluation, path, {"checkpoint": loaded.origin} | about)
+        print(evaluation.table())
+        failures, warning = evaluation.report["failures"], evaluation.report["warning"]
+        if failures and not warning:
+            print(describe_failures(len(failures), len(source), _first(failures)))
+        print(f"written to {path} and {page.name}")
+        if warning:
+            print(f"warning: {warning}")
+    return 0
+
+
+def write(evaluation: Evaluation, path: epath.Path, about: dict[str, Any]) -> epath.Path:
+    """Writes a report with `about` in front, `NAME.predictions.jsonl` and what people look at.
+
+    Returns the path of the page, see `report.write`.
+    """
+    # Importing matplotlib takes a second, and validation on the way draws nothing.
+    from fluxvit_jax.evaluation import report
+
+    storage.make_folder(path.parent)
+    lines = [json.dumps(prediction) + "\n" for prediction in evaluation.predictions]
+    predictions = path.with_suffix(SUFFIX)
+    atomic.write(predictions, "".join(lines))
+    atomic.write(path, json.dumps(about | evaluation.report, indent=1) + "\n")
+    return report.write(predictions)
+
+
+def report_name(
+    config: ConfigDict, source: Source, settings: Sequence[Setting], loaded: "Weights"
+) -> str:
+    """The name of a report's file, such as "lists-val-0a1b2c3d", of a plan "lists-val-plan-...".
+
+    It begins with the folder and the name of the data. The digits are a hash of everything that
+    tells evaluations of a workdir apart: path and content of the data, views, settings, selection
+    of tokens, and weights from outside the workdir. So an evaluation replaces only its own report.
+    """
+    path = storage.path_of(config.data.validation)
+    if not storage.is_remote(path):
+        path = epath.Path(os.path.abspath(path))
+    name = path.stem if path.is_file() else path.name
+    words = re.sub(r"[^\w.]+", "-", f"{path.parent.name}-{name}")[-NAME_LENGTH:].strip("-.")
+    about = {
+        "data": os.fspath(path),
+        "videos": source.fingerprint,
+        "views": [config.eval.clips, config.eval.crops],
+        "settings": settings,
+        "model": [config.model.selector.to_dict(), config.model.dtype, config.seed],
+        "weights": loaded.origin if loaded.trained is None else "",
+    }
+    digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+    return "-".join(filter(None, (words, "plan" if config.eval.plan else "", digits)))
+
+
+def _planned(config: ConfigDict, params: dict) -> list[Setting]:
+    """The setting that the report `eval.plan` chose for each budget."""
+    report = compute_on_host0(lambda: planner.read_report(config.eval.plan))
+    planner.check_weights(report, params, config.eval.plan)
+    cells = planner.chosen_cells(report)
+    if not cells:
+        raise UserError(f"{config.eval.plan}: chose no cells that select; let --mode=search finish")
+    for note in report["notes"]:
+        say(f"warning: {config.eval.plan}: {note}")
+    return [
+        Setting(cell["budget"], Grid.square(cell["frames"], cell["resolution"]), cell["head"])
+        for cell in cells
+    ]
+
+
+class Weights(NamedTuple):
+    """Parameters as numpy arrays, their origin, and the config that they were trained with.
+
+    trained: the config of a run's checkpoint, a nested dict; None for other weights.
+    class_names: of the classifier; empty if unknown.
+    """
+
+    params: dict
+    origin: str
+    trained: dict | None
+    class_names: tuple[str, ...] = ()
+
+
+def load_weights(config: ConfigDict, workdir: epath.Path) -> Weights:
+    """The best checkpoint of a workdir, or without one, the weights of `train.init_from`.
+
+    Raises UserError: there are none, or they are of another network.
+    """
+    if (workdir / checkpointer.FOLDER).exists() or not config.train.init_from:
+        step, params, trained, class_names = checkpointer.restore(workdir)
+        if trained["model"]["classes"] == NO_CLASSES:
+            raise UserError(
+                f"{step} is pre-trained and has no classifier; fine-tune from it first: "
+                f"--config.train.init_from={workdir}"
+            )
+        _check_same_network(trained, config, step)
+        # Converted weights have the dtype of their file.
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), fluxvit.network_params(params))
+        expected = abstract_params(with_classes(config, params))
+        checkpointer.check_fit(params, fluxvit.network_params(expected), step)
+        return Weights(params, str(step.relative_to(step.parents[1])), trained, class_names)
+    path = config.train.init_from
+    loaded = init_from.load(path, model_config(config))
+    expected = abstract_params(with_classes(config, loaded.params))
+    checkpointer.check_fit(loaded.params, expected, path)
+    stated = config.data.class_names  # goes before names that are only assumed
+    names = () if loaded.names_assumed and stated else loaded.class_names
+    return Weights(loaded.params, path, None, names)
+
+
+def with_classes(config: ConfigDict, params: dict) -> ConfigDict:
+    """The config with the `model.classes` of trained weights, where it is 0."""
+    if config.model.classes:
+        return config
+    counted = config.copy_and_resolve_references()
+    counted.model.classes = params["heads"]["bias"].shape[-1]
+    return counted
+
+
+def open_named(config: ConfigDict, field: str, weights: Weights) -> Source:
+    """The videos of `config.FIELD`, whose names are looked up among those of the weights.
+
+    Raises UserError: as `splits.open_compared`.
+    """
+    if weights.class_names:
+        known: KnownNames | None = KnownNames(weights.class_names, weights.origin)
+    else:
+        known = configured_names(config)
+    return open_compared(flatten(config)[field], field, config, known, weights.origin)
+
+
+def check_class_names(
+    config: ConfigDict, weights: Weights, sources: Mapping[str, Source | None]
+) -> tuple[str, ...] | None:
+    """The class names; None if they are unknown.
+
+    Without names in the weights, the file `data.class_names` is used. Raises UserError if names of
+    the weights and the lists of videos differ.
+
+    sources: by the field of the config that names them; None: there is no such list.
+    """
+    known: dict[str, Sequence[str] | None] = {weights.origin: weights.class_names}
+    if not weights.class_names:
+        given = configured_class_names(config.data.class_names, config.model.classes)
+        known["config.data.class_names"] = given
+    fields = flatten(config)
+    known |= {
+        f"config.{field}={fields[field]}": source.class_names if source else None
+        for field, source in sources.items()
+    }
+    return common_class_names(known)
+
+
+def _check_same_network(trained: dict, config: ConfigDict, step: Any) -> None:
+    """Raises UserError if a field differs that changes the network but no tensor's shape."""
+    for name in ("model.variant", "model.gelu", "model.cls", "train.budgets"):
+        before, now = (json.dumps(flatten(side).get(name)) for side in (trained, config))
+        if before != now:
+            raise UserError(f"{step} was trained with config.{name}={before}, not {now}")

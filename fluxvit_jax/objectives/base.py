@@ -1,0 +1,214 @@
+"""The interface of a training objective, the registry, and the loop over token budgets.
+
+A new objective is a file with a subclass of `Objective` under `@register("NAME")`, chosen by
+`config.train.objective`. One in this package is found by the name of its file. One outside is
+registered by importing it, for example in the recipe that trains it.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config.fields import OLD_OBJECTIVES
+from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.pipeline import ClipData
+from fluxvit_jax.distributed.partition_rules import Rules
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.token_selection import GridLimits
+
+Tree = dict[str, Any]
+Fields = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype for one clip
+
+FROZEN_SCOPE = "teacher"  # `jax.named_scope` of the computations of frozen networks
+
+
+class Objective:
+    """The loss of a training step, and what a run needs to know about it.
+
+    The class has what follows from the config alone; an instance computes gradients.
+
+    Attributes:
+        labelled: whether clips have labels, and a classifier is trained that can be evaluated.
+            Otherwise the videos come from a mixture of sources (`data.mixture`).
+        whole_batch: whether the loss compares clips of the whole batch, as contrastive losses do.
+            If so, a step calls it once with all clips and XLA partitions it. Otherwise the loss is
+            a mean over clips, and a step may call it for each part of a batch and average.
+        freezes: whether `train.freeze` can freeze a part of the network.
+        partition_rules: sharding of the parameters that the objective adds and of frozen ones; see
+            `partition_rules.RULES`. They take precedence over the network's rules.
+    """
+
+    labelled: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = False
+    freezes: ClassVar[bool] = False
+    partition_rules: ClassVar[Rules] = ()
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, limits: GridLimits, platform: str) -> "Objective":
+        """The objective for clips on grids within `limits`.
+
+        platform: "cpu", "gpu" or "tpu".
+        """
+        raise NotImplementedError
+
+    def value_and_grad(self, params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """Gradients, float32 and like `params`, and metrics, float32 scalars including "loss".
+
+        params: the network's, from `fluxvit.prepare_params`, and those of `init_params`; frozen:
+        those of `load_frozen`, and the part of the network that `train.freeze` freezes, which
+        `fluxvit.with_frozen` puts together with `params`; batch: patches uint8 [B, P, 588], grid
+        int32 [B, 3], label int32 [B], key [B], one PRNG key per clip, and the arrays of
+        `clip_fields`. All randomness of a clip derives from its key, so results do not depend on
+        sharding or accumulation.
+        """
+        raise NotImplementedError
+
+    def weighted(self, class_weights: Sequence[float]) -> "Objective":
+        """The objective with weighted classes in the loss (`train.class_weights`).
+
+        Raises UserError if it weights none.
+        """
+        raise UserError(
+            f"config.train.class_weights: {type(self).__name__} weights no classes; set it to none"
+        )
+
+    @classmethod
+    def check(cls, config: ConfigDict) -> None:
+        """Raises UserError if the objective does not support the config."""
+
+    @classmethod
+    def check_for_training(cls, config: ConfigDict) -> None:
+        """Raises UserError if something that only a training run needs is missing."""
+
+    @classmethod
+    def init_params(cls, config: ConfigDict, key: jax.Array) -> Tree:
+        """Trained parameters that the objective adds to the network's, under other names."""
+        return {}
+
+    @classmethod
+    def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:
+        """Shapes and shardings of the parameters that are not trained."""
+        return {}
+
+    @classmethod
+    def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
+        """The parameters that are not trained, on the mesh. Raises UserError if invalid."""
+        return {}
+
+    @classmethod
+    def clip_fields(cls, config: ConfigDict) -> Fields:
+        """Additional arrays of a batch, besides patches, grid and label."""
+        return {}
+
+    @classmethod
+    def open_clip_data(cls, config: ConfigDict, source: Source) -> ClipData | None:
+        """The source of the arrays of `clip_fields` for the videos of `source`."""
+        return None
+
+    @classmethod
+    def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
+        """Multiply-accumulates per clip of a forward pass, besides the network's.
+
+        Returns those of trained parts, those of frozen parts, and those of the frozen parts'
+        attention.
+        """
+        return 0.0, 0.0, 0.0
+
+
+_registry: dict[str, type[Objective]] = {}
+
+
+def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
+    """Class decorator that registers an objective as `config.train.objective=NAME`."""
+
+    def add(objective: type[Objective]) -> type[Objective]:
+        _registry[name] = objective
+        return objective
+
+    return add
+
+
+def objective_class(config: ConfigDict) -> type[Objective]:
+    """The class that `config.train.objective` names. Raises UserError if there is none."""
+    name, package = config.train.objective, importlib.import_module("fluxvit_jax.objectives")
+    files = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    if name not in _registry and name in files:
+        importlib.import_module(f"fluxvit_jax.objectives.{name}")
+    if name not in _registry:
+        for file in sorted(files):
+            importlib.import_module(f"fluxvit_jax.objectives.{file}")
+        new = OLD_OBJECTIVES.get(name)
+        hint = f"is called {new} now" if new else f"is none of {', '.join(sorted(_registry))}"
+        raise UserError(f"config.train.objective: {name!r} {hint}")
+    return _registry[name]
+
+
+def check_objective(config: ConfigDict, training: bool = False) -> None:
+    """Raises UserError if the objective of a config is unknown or does not support the config.
+
+    training: whether to also check what only a training run needs.
+    """
+    objective = objective_class(config)
+    if config.train.freeze != "none" and not objective.freezes:
+        raise UserError(
+            f"config.train.freeze: objective {config.train.objective} trains the whole network; "
+            'set it to "none"'
+        )
+    for name in ("data.sampling", "train.class_weights"):
+        section, field = name.split(".")
+        if config[section][field] == "balanced" and not objective.labelled:
+            raise UserError(
+                f"config.{name}: objective {config.train.objective} trains without labels, so it "
+                "has no classes to balance"
+            )
+    objective.check(config)
+    if training:
+        objective.check_for_training(config)
+
+
+def multi_budget_value_and_grad(
+    loss_at: Callable[[Tree, Any, int, Any], tuple[jax.Array, tuple[Tree, Any]]],
+    positions: Callable[[Tree], Sequence[Any]],
+    params: Tree,
+    names: Sequence[int],
+    carry: Any = None,
+) -> tuple[Tree, Tree]:
+    """Gradients of the sum of the losses at several token budgets, and metrics.
+
+    The budgets run one after another, so only one budget's activations are in memory at a time.
+    Positions are computed once, before the loop. Gradients with respect to them are summed over the
+    budgets and backpropagated once.
+
+    Args:
+        loss_at: (params, position, i, carry) -> (loss, (terms, carry)) of budget i. The returned
+            `carry` is passed to the next budget, without gradient.
+        positions: (params) -> the position of each budget's tokens.
+        names: the budgets, for the names of metrics.
+
+    Returns:
+        Gradients in float32, and {"loss": the sum, "TERM_BUDGET": ...}.
+    """
+    position, positions_vjp = jax.vjp(positions, params)
+    gradients: Tree | None = None
+    metrics: Tree = {"loss": 0.0}
+    d_positions = []
+    for i, name in enumerate(names):
+        if gradients is not None:  # otherwise XLA may run the budgets side by side
+            params, gradients, carry = jax.lax.optimization_barrier((params, gradients, carry))
+        (loss, (terms, carry)), (d_params, d_position) = jax.value_and_grad(
+            loss_at, argnums=(0, 1), has_aux=True
+        )(params, position[i], i, carry)
+        d_params = optax.tree.cast(d_params, jnp.float32)
+        gradients = d_params if gradients is None else jax.tree.map(jnp.add, gradients, d_params)
+        d_positions.append(d_position)
+        metrics["loss"] += loss
+        metrics |= {f"{term}_{name}": value for term, value in terms.items()}
+    (through_positions,) = positions_vjp(d_positions)
+    return jax.tree.map(jnp.add, gradients, through_positions), metrics

@@ -1,0 +1,34 @@
+"""Confidence intervals (95 %) of accuracies over videos."""
+
+import numpy as np
+from scipy.stats import binomtest
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+
+Interval = tuple[float, float]
+
+
+def share_interval(right: int, videos: int) -> Interval:
+    """Wilson interval of a share, such as that of the correctly classified videos."""
+    low, high = binomtest(right, videos).proportion_ci(LEVEL, method="wilson")
+    return float(low), float(high)
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, Interval]:
+    """The mean of a - b over the same videos, and its bootstrap interval over videos.
+
+    a, b: bool [n], which videos are classified correctly. Resampling videos amounts to resampling
+    the counts of the differences -1, 0 and 1, so those are drawn; the seed is fixed.
+
+    Raises ValueError: no videos, or different numbers of them.
+    """
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"{a.shape} and {b.shape} are not the same videos")
+    differences = a.astype(int) - b.astype(int)
+    counts = np.array([(differences == value).sum() for value in (-1, 0, 1)])
+    draws = np.random.default_rng(0).multinomial(len(a), counts / len(a), RESAMPLES)
+    low, high = np.quantile(
+        (draws[:, 2] - draws[:, 0]) / len(a), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]
+    )
+    return float(differences.mean()), (float(low), float(high))

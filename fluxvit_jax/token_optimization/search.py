@@ -1,0 +1,463 @@
+"""`--mode=search`: Token Optimization, the best grid for each token budget.
+
+All candidates (see `candidates`) are evaluated on the choosing split, and the best of each budget
+then on the reporting split, so that the reported number is not the one chosen for being high. A
+chunk of videos is decoded once and evaluated by all candidates before the next chunk: the table
+exists after the first chunk and becomes more certain with each. Finally each candidate's cost on
+this device is measured. Results are on disk at once (`results_log`), and a stopped search resumes.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
+from fluxvit_jax.config.fields import upgraded
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.data.annotations import Source, held_out_part, shuffled
+from fluxvit_jax.data.splits import check_same_videos, shared_videos
+from fluxvit_jax.distributed import devices, storage
+from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
+from fluxvit_jax.distributed.mesh import (
+    gather,
+    host_index,
+    local_row_indices,
+    make_mesh,
+    round_up_to_shards,
+    say,
+)
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
+from fluxvit_jax.models.flops import gflops
+from fluxvit_jax.token_optimization import latency, planner, report
+from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator, DecodedVideo
+from fluxvit_jax.token_optimization.candidates import Candidate, candidates, stages, top_half
+from fluxvit_jax.token_optimization.results_log import (
+    CHOOSE,
+    REPORT,
+    TOP1,
+    ResultsLog,
+    accuracy,
+    best,
+    choice,
+    difference,
+    gain,
+)
+
+FOLDER = "search"
+WRITE_SECONDS = 60  # between two reports of an unfinished search
+NAMES = {CHOOSE: "Choosing split", REPORT: "Reporting split"}
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Searches the best grids for a workdir's best checkpoint; returns the exit status, 0.
+
+    Writes `search/report.html`, `.json`, `.csv` and `.png`, and resumes from what is there.
+
+    Raises UserError: no data, none that can be read, no checkpoint, no candidates, or results of
+    something else in the folder.
+    """
+    path = storage.path_of(workdir)
+    weights = evaluate.load_weights(config, path)
+    config = evaluate.with_classes(config, weights.params)
+    with raise_on_all_hosts():
+        splits, notes = splits_of(config, weights)
+        for split in splits:
+            evaluate.check_readable(split.source, split.data)
+    check_same_videos(**{split.name: split.source for split in splits})
+    for note in notes:
+        say(f"warning: {note}")
+    folder = path / FOLDER
+    with WorkdirLock(folder), Search(config, weights, splits, notes, folder) as search:
+        search.choose()
+        search.report()
+        search.measure_costs()
+        summary = search.write()
+    if host_index() == 0:
+        print(table(summary))
+        print(f"written to {folder / 'report.html'}")
+        for warning in search.warnings():
+            print(f"warning: {warning}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# The choosing and the reporting split
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Videos to evaluate candidates on. data: what they are, in words."""
+
+    name: str
+    source: Source
+    data: str
+
+
+def splits_of(config: ConfigDict, weights: Weights) -> tuple[list[Split], list[str]]:
+    """The choosing and the reporting split, and notes for readers of their numbers.
+
+    Raises UserError: data are missing, cannot be read, or name other classes than the weights.
+    """
+    if not config.data.validation:
+        raise UserError("no data to report on: add --config.data.validation=LIST")
+    validation = evaluate.open_named(config, "data.validation", weights)
+    training = evaluate.open_named(config, "data.train", weights) if config.data.train else None
+    sources = {"data.train": training, "data.validation": validation}
+    if config.search.split:
+        listed = evaluate.open_named(config, "search.split", weights)
+        words = config.search.split
+        choosing = shuffled(listed)
+        sources["search.split"] = listed
+    elif training is None:
+        raise UserError("nothing to choose on: add --config.search.split=LIST or data.train")
+    else:
+        listed, words = training, config.data.train
+        choosing = held_out_part(listed, config.data.holdout_fraction or 1.0)
+    evaluate.check_class_names(config, weights, sources)
+    if not len(validation) or not len(choosing):
+        raise UserError("there are no videos to choose or to report on")
+    if config.search.videos:
+        choosing = choosing.first(config.search.videos)
+    if len(choosing) < len(listed):
+        words = f"{len(choosing)} of {len(listed)} videos, {words}"
+    notes = []
+    if not config.search.split and not _held_out(config, weights.trained):
+        notes.append(
+            "The cells are chosen on videos that training may have seen; train with "
+            "data.holdout_fraction, or name others with --config.search.split=LIST."
+        )
+    if listed.fingerprint == validation.fingerprint:
+        notes.append("The cells are chosen on the list that is reported, so gains are flattered.")
+    elif shared := shared_videos(choosing, validation):
+        notes.append(f"{shared} videos that chose the cells are in the list that is reported.")
+    if training is not None and (shared := shared_videos(training, validation)):
+        notes.append(f"{shared} of {len(validation)} reported videos are in the training list.")
+    splits = [Split(CHOOSE, choosing, words), Split(REPORT, validation, config.data.validation)]
+    return splits, notes
+
+
+def _held_out(config: ConfigDict, trained: dict | None) -> bool:
+    """Whether training held out the same part of its list that the config holds out."""
+    before = upgraded(trained or {}).get("data", {}).get("holdout_fraction")
+    return config.data.holdout_fraction > 0 and before == config.data.holdout_fraction
+
+
+# ---------------------------------------------------------------------------------------------
+# The search
+
+
+class Search:
+    """A search in progress: its candidates, splits and results. Use it with `with`."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        weights: Weights,
+        splits: Sequence[Split],
+        notes: Sequence[str],
+        folder: epath.Path,
+    ):
+        """Starts a search, or resumes the one in the folder.
+
+        Raises UserError: there are no candidates, or the folder holds results of something else.
+        """
+        self._config, self._weights, self._notes, self._folder = config, weights, notes, folder
+        self._mesh = make_mesh(config)
+        self._chunk = round_up_to_shards(config.eval.batch_size, self._mesh)  # over all hosts
+        self._model = model_config(config)
+        self._candidates = candidates(config, self._model)
+        self._budgets = sorted(set(config.search.budgets), reverse=True)
+        self._splits = {split.name: split for split in splits}
+        self._fingerprint = planner.fingerprint(weights.params)
+        self._views = f"{config.eval.clips}x{config.eval.crops}"
+        self._work = {
+            c.name: gflops(c.network(self._model), c.grid, c.budget) for c in self._candidates
+        }
+        about = {
+            "weights": self._fingerprint,
+            "network": repr(self._model),
+            "views": self._views,
+            **{f"split to {split.name} on": split.source.fingerprint for split in splits},
+        }
+        self._results = ResultsLog(folder, about)
+        self._earlier_costs = compute_on_host0(self._read_earlier_costs)
+        self._num_compared = 0  # videos of the choosing split that all remaining candidates share
+        self._dropped: dict[str, int] = {}  # candidate -> videos after which it was dropped
+        self._finished = False
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "Search":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._results.close()
+        self._close_evaluator()
+
+    @cached_property
+    def _evaluator(self) -> CandidateEvaluator:
+        """Made when the first chunk needs it: a finished search puts no weights on the devices."""
+        return CandidateEvaluator(self._config, self._weights.params, self._mesh)
+
+    def _close_evaluator(self) -> None:
+        if "_evaluator" in vars(self):
+            self._evaluator.close()
+            del self._evaluator
+
+    def choose(self) -> None:
+        """Evaluates candidates on the choosing split; halving drops the worse half in between."""
+        split, remaining = self._splits[CHOOSE], self._candidates
+        for end in stages(len(split.source), self._chunk, self._config.search.strategy):
+            if self._num_compared:
+                top1 = {candidate.name: self._top1(candidate) for candidate in remaining}
+                better = top_half(remaining, top1, self._budgets)
+                dropped = {c.name for c in remaining} - {c.name for c in better}
+                self._dropped |= dict.fromkeys(sorted(dropped), self._num_compared)
+                remaining = better
+            self._evaluate(split, remaining, self._num_compared, end)
+            self._num_compared = end
+        self._check_read(split)
+
+    def report(self) -> None:
+        """Evaluates the chosen candidates on the reporting split."""
+        split = self._splits[REPORT]
+        chosen = {
+            candidate.name: candidate
+            for budget in self._budgets
+            for candidate in self._choice(budget).values()
+            if candidate
+        }
+        self._evaluate(split, list(chosen.values()), 0, len(split.source))
+        self._check_read(split)
+
+    def measure_costs(self) -> None:
+        """Measures the cost on this device of each candidate that was not dropped."""
+        self._close_evaluator()  # its weights and programs leave the device
+        if host_index() != 0:
+            return
+        device, batch = devices.device_name(), self._config.search.timed_batch
+        known = self._results.costs(device, batch)
+        by_program = {c.program: c for c in self._candidates if c.name not in self._dropped}
+        missing = [c for program, c in by_program.items() if program not in known]
+        passes = [
+            latency.ForwardPass(c.network(self._model), c.grid, c.budget, c.head) for c in missing
+        ]
+        too_much = (
+            f"the device's memory does not hold {batch} clips in each of {latency.INTERLEAVED} "
+            "cells; lower --config.search.timed_batch, and what was found stays"
+        )
+        bar = progress_bar(len(missing), desc="timing", unit="cell")
+        with bar, devices.enough_memory(too_much):
+            costs = latency.measure(self._weights.params, passes, batch)
+            for candidate, cost in zip(missing, costs, strict=True):
+                self._results.add_cost(device, batch, candidate.program, asdict(cost))
+                bar.update()
+                self._write_now_and_then()
+        self._finished = True
+
+    def write(self) -> dict[str, Any]:
+        """Writes the report as far as it goes, and returns it."""
+        summary = self.summary()
+        if host_index() == 0:
+            report.write(summary, self._folder)
+            self._written = time.monotonic()
+        return summary
+
+    def summary(self) -> dict[str, Any]:
+        """The content of `report.json`, as far as it is known."""
+        unfinished = ["The search is not finished: numbers are missing and may change."]
+        grids = [candidate.grid for candidate in self._candidates]
+        top = best(self._candidates, self._results, self._num_compared)
+        return {
+            "version": planner.VERSION,
+            "checkpoint": self._weights.origin,
+            "fingerprint": self._fingerprint,
+            "network": self._config.model.variant,
+            "dtype": self._model.dtype,
+            "views": self._views,
+            "budgets": self._budgets,
+            "frames": sorted({grid.frames for grid in grids}),
+            "resolutions": sorted({grid.resolution for grid in grids}),
+            **{name: self._describe_split(split) for name, split in self._splits.items()},
+            "notes": [*([] if self._finished else unfinished), *self._notes, *self.warnings()],
+            "cells": {c.name: self._describe_candidate(c, top) for c in self._candidates},
+            "chosen": {str(budget): self._describe_choice(budget) for budget in self._budgets},
+            "skipped": [{"cell": name, "videos": n} for name, n in self._dropped.items()],
+            "devices": self._describe_costs(),
+        }
+
+    def warnings(self) -> list[str]:
+        """A line for each split with too many unreadable videos."""
+        warnings = []
+        for split in self._splits.values():
+            failures = self._results.failures(split.name)
+            if not failures:
+                continue
+            number, reason = min(failures.items())
+            first = f"{split.source[number].id}: {reason}"
+            warning = evaluate.warn_of_failures(
+                self._config, len(failures), len(split.source), first
+            )
+            if warning:
+                again = f"to read them again, remove the workdir's folder {FOLDER!r}"
+                warnings.append(f"{NAMES[split.name]}: {warning}; {again}.")
+        return warnings
+
+    def _check_read(self, split: Split) -> None:
+        """Raises UserError if no video could be read: all candidates would be equal, at 0 %."""
+        failures = self._results.failures(split.name)
+        if len(failures) == len(split.source):
+            first = split.source[0]
+            raise evaluate.NothingReadableError(split.data, len(failures), first, failures[0])
+
+    def _choice(self, budget: int) -> dict[str, Candidate | None]:
+        return choice(self._candidates, budget, self._results, self._num_compared)
+
+    def _top1(self, candidate: Candidate) -> float:
+        """Accuracy on the videos that all remaining candidates were evaluated on."""
+        outcomes = self._results.outcomes(CHOOSE, candidate.name)[: self._num_compared]
+        return outcomes.count(TOP1) / self._num_compared
+
+    def _write_now_and_then(self) -> None:
+        if time.monotonic() - self._written > WRITE_SECONDS:
+            self.write()
+
+    def _evaluate(
+        self, split: Split, remaining: Sequence[Candidate], start: int, stop: int
+    ) -> None:
+        """Evaluates candidates on videos `start` to `stop` of a split, but for known results."""
+        chunks = {
+            first: [c for c in remaining if not self._results.has(split.name, first, c.name)]
+            for first in range(start, stop, self._chunk)
+        }
+        pending = [(first, missing) for first, missing in chunks.items() if missing]
+        if not pending:
+            return
+        self._evaluator.keep_programs(remaining)
+        total = len(chunks) * sum(self._work[c.name].all for c in remaining)
+        bar = progress_bar(
+            total,  # work, so that the time left holds for candidates of any size
+            initial=total - sum(self._work[c.name].all for _, missing in pending for c in missing),
+            desc={CHOOSE: "choosing", REPORT: "reporting"}[split.name],
+            bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
+        )
+        with bar:
+            reading = self._read(split, *pending[0])
+            for (first, missing), following in zip(pending, [*pending[1:], None], strict=True):
+                bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
+                if split.name == CHOOSE:
+                    self._num_compared = first
+                videos = [future.result() for future in reading]
+                # The next chunk is read while the devices work on this one.
+                reading = self._read(split, *following) if following else []
+                self._evaluate_chunk(split, first, missing, videos, bar)
+
+    def _local_numbers(self, first: int) -> list[int]:
+        """This host's videos of the chunk that begins with number `first`."""
+        return [first + int(row) for row in local_row_indices(self._mesh, self._chunk)]
+
+    def _read(
+        self, split: Split, first: int, missing: Sequence[Candidate]
+    ) -> list[Future[DecodedVideo]]:
+        """Starts to read this host's part of a chunk for the candidates."""
+        source = split.source
+        records = [source[n] if n < len(source) else None for n in self._local_numbers(first)]
+        return self._evaluator.read(records, missing)
+
+    def _evaluate_chunk(
+        self,
+        split: Split,
+        first: int,
+        missing: Sequence[Candidate],
+        videos: Sequence[DecodedVideo],
+        bar: tqdm,
+    ) -> None:
+        """Evaluates candidates on the chunk of videos that begins with number `first`."""
+        numbers = self._local_numbers(first)
+        failures = [[n, v.failure] for n, v in zip(numbers, videos, strict=True) if v.failure]
+        self._results.add_failures(split.name, dict(gather(failures)))
+        for candidate, local in self._evaluator.evaluate(videos, numbers, missing):
+            # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
+            outcomes = dict(gather(list(zip(numbers, local, strict=False))))
+            text = "".join(outcomes[number] for number in sorted(outcomes))
+            self._results.add_outcomes(split.name, first, candidate.name, text)
+            bar.update(self._work[candidate.name].all)
+            self._write_now_and_then()
+
+    def _describe_split(self, split: Split) -> dict[str, Any]:
+        return {
+            "data": split.data,
+            "videos": len(split.source),
+            "failed": len(self._results.failures(split.name)),
+            "fingerprint": split.source.fingerprint,
+        }
+
+    def _describe_candidate(self, candidate: Candidate, top: Candidate | None) -> dict[str, Any]:
+        outcomes = {split: self._results.outcomes(split, candidate.name) for split in self._splits}
+        tokens, grid = candidate.budget, candidate.grid
+        if candidate.method == "select":
+            tokens = evaluate.tokens_kept(self._model, grid, candidate.budget)
+        described = {
+            "method": candidate.method,
+            "budget": candidate.budget,
+            "tokens": tokens,
+            "frames": grid.frames,
+            "resolution": grid.resolution,
+            "head": candidate.head,
+            "gflops": self._work[candidate.name].all,
+            "gflops_kept": self._work[candidate.name].kept,
+            **{split: accuracy(text) for split, text in outcomes.items() if text},
+        }
+        if top and outcomes[CHOOSE]:
+            of_top = self._results.outcomes(CHOOSE, top.name)
+            described["behind"] = difference(of_top, outcomes[CHOOSE])
+        return described
+
+    def _describe_choice(self, budget: int) -> dict[str, Any]:
+        chosen = self._choice(budget)
+        return {
+            **{method: c.name if c else None for method, c in chosen.items()},
+            "gain": gain(chosen["select"], chosen["plain"], self._results),
+            "over_merge": gain(chosen["select"], chosen["merge"], self._results),
+        }
+
+    def _describe_costs(self) -> dict[str, Any]:
+        """Known costs by device and candidate, including those of an earlier report."""
+        device, batch = devices.device_name(), self._config.search.timed_batch
+        known = self._results.costs(device, batch)
+        cells = {c.name: known[c.program] for c in self._candidates if c.program in known}
+        return self._earlier_costs | ({device: {"batch": batch, "cells": cells}} if cells else {})
+
+    def _read_earlier_costs(self) -> dict[str, Any]:
+        """Costs by device in the folder's report, if it is of these weights."""
+        if not (self._folder / planner.REPORT).exists():
+            return {}
+        earlier = planner.read_report(self._folder)
+        return earlier["devices"] if earlier.get("fingerprint") == self._fingerprint else {}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Plain | TO at each budget on the reporting split, in columns."""
+    lines = [f"budget  {'plain':>22}  {'TO':>22}  gain, 95 %"]
+    for budget, chosen in summary["chosen"].items():
+        plain, select = (_side(summary["cells"].get(chosen[name])) for name in ("plain", "select"))
+        gained = "-"
+        if chosen["gain"]:
+            low, high = chosen["gain"]["interval"]
+            gained = f"{chosen['gain']['top1']:+.1%}, {low:+.1%} to {high:+.1%}"
+        lines.append(f"{budget:>6}  {plain:>22}  {select:>22}  {gained}")
+    return "\n".join(lines)
+
+
+def _side(cell: dict[str, Any] | None) -> str:
+    if cell is None or REPORT not in cell:
+        return "-"
+    return f"{cell[REPORT]['top1']:.2%} ({cell['frames']} x {cell['resolution']} px)"

@@ -1,0 +1,411 @@
+"""Training: `train` is the loop, top to bottom; its parts follow below.
+
+A run is a function of its config and data. Everything random is drawn from the seed and the number
+of a step or sample, and a checkpoint holds the rest. So the same command resumes a workdir, and
+leaves the same numbers as a run that was never stopped.
+"""
+
+import time
+from contextlib import closing
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from fluxvit_jax.checkpoints.checkpointer import Checkpoints, best_step
+from fluxvit_jax.checkpoints.workdir import (
+    BAD_CLIPS,
+    CONFIG,
+    BadClips,
+    metrics_at,
+    read_config,
+    write_class_names,
+    write_config,
+)
+from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
+from fluxvit_jax.data import splits
+from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.pipeline import Batches, train_batches
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.devices import device_name
+from fluxvit_jax.distributed.hosts import barrier, check_shared, raise_on_all_hosts
+from fluxvit_jax.distributed.mesh import host_index, local_row_indices, say, shard_batch
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.evaluate import NothingReadableError
+from fluxvit_jax.grids import capacity
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.training.metrics import Metrics, Progress
+from fluxvit_jax.training.nonfinite import NonfiniteSteps
+from fluxvit_jax.training.optimizer import learning_rates
+from fluxvit_jax.training.preemption import PreemptionHandler
+from fluxvit_jax.training.profiling import ProfiledStep
+from fluxvit_jax.training.setup import Schedule, Setup, set_up
+from fluxvit_jax.training.train_state import abstract_state, initial_state, parameter_overview
+from fluxvit_jax.training.train_step import abstract_batch, device_batch, make_train_step
+from fluxvit_jax.training.validation import VALIDATION, Validation
+
+Tree = dict[str, Any]
+
+# Clips drawn (or an epoch, if that is less) before bad ones can stop a run: one bad file in the
+# first batch says nothing about the data.
+MIN_CLIPS_BEFORE_ABORT = 200
+
+
+def train(config: ConfigDict, workdir: storage.PathLike, accept_data_change: bool = False) -> int:
+    """Trains as `config` says, or resumes the run in the workdir.
+
+    accept_data_change: resume although the videos, labels or class names have changed.
+
+    Returns the exit status: 0 when the run is finished, 128 + signal when Ctrl-C or SIGTERM ended
+    it, after a checkpoint.
+
+    Raises:
+        UserError: a config, data set, workdir or checkpoint that cannot be used; a loss that is not
+            a finite number; more unreadable clips than `data.max_bad_fraction`; no validation
+            video that can be read.
+    """
+    setup = set_up(config, workdir)
+    config, workdir, schedule = setup.config, setup.workdir, setup.schedule
+    clip_fields = setup.objective.clip_fields(config)
+    with (
+        WorkdirLock(workdir) as lock,
+        PreemptionHandler() as preemption,
+        Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.every_steps) as checkpoints,
+        closing(Metrics(workdir, config)) as metrics,
+    ):
+        start, state, saved = restore_or_initialize(setup, checkpoints, accept_data_change)
+        class_names = setup.identity["class_names"] or saved.get("class_names")
+        identity = setup.identity | {"class_names": class_names}
+        validation = Validation(setup, metrics, start)
+        if line := describe_finished(setup, validation, start):
+            say(line)
+            return 0
+        announce(setup, state)
+        bad_clips = open_logs(setup, identity, metrics, start)
+        progress = Progress(
+            schedule.total,
+            schedule.steps_per_epoch,
+            config.train.batch_size,
+            start_step=start,
+            every=config.log.every_steps,
+        )
+        batches = open_batches(setup, start)
+        step_fn = compile_step(setup, state)
+
+        with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
+            if validation.pending:
+                validation.run(start, state, progress, preemption.sync)
+            saved_step = start
+            pending: list[Tree] = []  # scalars of the latest steps, still on the devices
+            nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
+            stop_signal = 0
+            for step in range(start + 1, schedule.total + 1):
+                if validation.reason_to_stop() or (
+                    preemption.should_stop() and saved_step == step - 1
+                ):
+                    break
+                # Train on the next batch.
+                batch = next(batches)
+                bad_clips.note(step, batch["failure"])
+                inputs = device_batch(batch, preemption.signal, clip_fields)
+                sharded = shard_batch(inputs, setup.mesh)
+                with jax.transfer_guard("disallow"):
+                    state, scalars = step_fn(step, state, setup.frozen, sharded)
+                # Wait for the step before: batches must not pile up on the devices.
+                preemption.update(int(stop_signal))
+                lock.check()
+                stop_signal = scalars.pop("stop")
+                pending.append(scalars)
+
+                # Report.
+                last = step == schedule.total
+                logs = last or step % config.log.every_steps == 0
+                evaluates = validation.due(step)
+                saves = last or evaluates or checkpoints.due(step) or preemption.should_stop()
+                if logs or saves:
+                    bad_clips.write()
+                    numbers, pending = fetch(pending, step, nonfinite), []
+                    check_bad_clips(config, schedule, step, numbers["bad_clips"], workdir)
+                if logs:
+                    metrics.write(
+                        step,
+                        "train",
+                        # The schedule goes by the steps that were not skipped.
+                        numbers | {"learning_rate": setup.rates[step - 1 - nonfinite.total]},
+                        timings={"clips_per_second": progress.clips_per_second},
+                    )
+                progress.advance(numbers["loss"] if logs else None)
+
+                # Validate and save.
+                if not saves:
+                    continue
+                quality = failure = None
+                try:
+                    if evaluates:
+                        quality = validation.run(step, state, progress, preemption.sync)
+                except NothingReadableError as error:
+                    failure = error  # raised below, after the steps so far are saved
+                metrics.save()
+                bad_clips.save()
+                # Weights that give no finite loss are not saved on the way.
+                if not nonfinite.in_row or last or preemption.should_stop():
+                    data_state = batches.state() | identity | nonfinite.state()
+                    checkpoints.save(step, state, data_state, config, quality)
+                    saved_step = step
+                if failure:
+                    raise failure
+        checkpoints.wait()
+        if preemption.should_stop():
+            say(f"stopped at step {saved_step}; the same command goes on from there")
+        else:
+            say(describe_end(setup, validation, saved_step))
+        return preemption.status
+
+
+# ---------------------------------------------------------------------------------------------
+# Before the first step
+
+
+def restore_or_initialize(
+    setup: Setup, checkpoints: Checkpoints, accept_data_change: bool
+) -> tuple[int, Tree, Tree]:
+    """The step, the state and what else the latest checkpoint holds, or 0, a new state and nothing.
+
+    Raises UserError for a checkpoint of other data, unless that is accepted.
+    """
+    config = setup.config
+    restored = checkpoints.restore_latest(abstract_state(config, setup.optimizer, setup.mesh))
+    if restored is None:
+        class_names = setup.identity["class_names"]
+        return 0, initial_state(config, setup.optimizer, setup.mesh, class_names), {}
+    start, _, saved = restored
+    check_data(saved, setup.identity, setup.workdir, accept_data_change)
+    say(f"going on from step {start} of {setup.schedule.total}")
+    if line := describe_new_schedule(setup, start):
+        say(line)
+    return restored
+
+
+def check_data(before: Tree, now: Tree, workdir: epath.Path, accepted: bool) -> None:
+    """Raises UserError if the run was begun with other data, unless that is accepted.
+
+    before, now: see `splits.data_difference`.
+    """
+    if difference := splits.data_difference(before, now):
+        if not accepted:
+            raise UserError(
+                f"the run in {workdir} was begun with other data: {difference}; use another "
+                "workdir, or add --accept_data_change to go on with these"
+            )
+        say(f"warning: going on with other data: {difference}")
+    validated, validation = before.get("validation"), now["validation"]
+    if (
+        validated
+        and validation
+        and (difference := splits.identity_difference(validated, validation))
+    ):
+        say(
+            f"warning: validation has {difference}: its numbers, and which checkpoint is the best, "
+            "cannot be compared with those from before"
+        )
+
+
+def announce(setup: Setup, state: Tree) -> None:
+    """Says what the run has found and will do."""
+    if setup.data.validation is not None:
+        warn_of_shared_videos(setup.data.training, setup.data.validation)
+    say(f"training on {setup.mesh.size} x {device_name(setup.mesh.devices.flat[0])}")
+    say(describe_run(setup))
+    say(parameter_overview(setup.config, state["params"], setup.frozen))
+    if setup.balance:
+        say(setup.balance)
+
+
+def warn_of_shared_videos(training: Source, validation: Source) -> None:
+    """Prints a warning if validation videos are trained on as well."""
+    if shared := splits.shared_videos(training, validation):
+        say(
+            f"warning: {shared} of {len(validation)} videos of config.data.validation are also in "
+            "config.data.train, so validation numbers are flattered"
+        )
+
+
+def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> BadClips:
+    """Writes the run's config and class names, and drops the lines of later steps from its logs."""
+    with raise_on_all_hosts():
+        write_config(setup.workdir, setup.config)
+        write_class_names(setup.workdir, identity["class_names"])
+        metrics.rewind(start)
+        if setup.config.log.wandb and host_index() == 0:
+            metrics.open()  # what it refuses, it should refuse before the compilation
+        bad_clips = BadClips(setup.workdir, start)
+    check_shared(setup.workdir / CONFIG)
+    return bad_clips
+
+
+def open_batches(setup: Setup, start: int) -> Batches:
+    """This host's part of the batches after step `start`."""
+    config = setup.config
+    all_groups = config.train.batch_size // config.data.clips_per_grid
+    return train_batches(
+        config,
+        setup.data.training,
+        start_step=start,
+        groups=local_row_indices(setup.mesh, all_groups).tolist(),
+        clip_data=setup.data.clip_data,
+    )
+
+
+def compile_step(setup: Setup, state: Tree) -> ProfiledStep:
+    """The compiled step, on all hosts: a program must begin on all of them within seconds.
+
+    It refuses batches of other shapes, so there is one program for all grids.
+    """
+    config, grids, mesh = setup.config, setup.grids, setup.mesh
+    say("compiling the training step, once; a large network takes minutes")
+    begin = time.monotonic()
+    train_step = make_train_step(config, setup.objective, setup.optimizer, mesh)
+    lowered = train_step.lower(state, setup.frozen, abstract_batch(config, grids, mesh))
+    step_fn = ProfiledStep(lowered.compile(), config, setup.workdir)
+    seconds = time.monotonic() - begin
+    barrier()
+    say(
+        f"1 compiled training step for {len(grids)} grids, capacity P={capacity(grids)}, "
+        f"in {seconds:.0f} s"
+    )
+    return step_fn
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks of the steps
+
+
+def check_bad_clips(
+    config: ConfigDict, schedule: Schedule, step: int, bad: int, workdir: epath.Path
+) -> None:
+    """Raises UserError if more clips than `data.max_bad_fraction` were replaced until `step`."""
+    size = config.train.batch_size
+    drawn = step * size
+    enough = drawn >= min(MIN_CLIPS_BEFORE_ABORT, schedule.steps_per_epoch * size)
+    if enough and bad > config.data.max_bad_fraction * drawn:
+        raise UserError(
+            f"{bad} of {drawn} training clips could not be read, more than "
+            f"config.data.max_bad_fraction={config.data.max_bad_fraction}; they are listed in "
+            f"{workdir / BAD_CLIPS}"
+        )
+
+
+def fetch(pending: list[Tree], step: int, nonfinite: NonfiniteSteps) -> dict[str, Any]:
+    """The scalars of `step`, the last of the pending steps, with the number of skipped steps.
+
+    Raises UserError if too many steps in a row were skipped.
+    """
+    fetched = jax.device_get(pending)
+    for number, scalars in enumerate(fetched, step - len(fetched) + 1):
+        nonfinite.note(number, scalars)
+    numbers = {name: value.item() for name, value in fetched[-1].items() if name != "skipped"}
+    return numbers | {"skipped_steps": nonfinite.total}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run says of itself
+
+
+def describe_run(setup: Setup) -> str:
+    """What a run has found and will do, in a few lines."""
+    config, data, grids = setup.config, setup.data, setup.grids
+    labelled = objective_class(config).labelled
+    classes = f" of {config.model.classes} classes" if labelled else ""
+    validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
+    budgets = ", ".join(map(str, config.train.budgets))
+    tokens = [grid.tokens for grid in grids]
+    return "\n".join(
+        [
+            f"data: {len(data.training)} videos{classes} to train on{validation}",
+            f"schedule: {config.train.epochs} epochs of {setup.schedule.steps_per_epoch} steps, "
+            f"{config.train.batch_size} clips a step",
+            f"tokens: budgets of {budgets}, selected from the {min(tokens)} to {max(tokens)} of "
+            f"{len(grids)} grids",
+            f"workdir: {setup.workdir}",
+        ]
+    )
+
+
+def describe_new_schedule(setup: Setup, step: int) -> str:
+    """How the learning rate goes on if the run was given more epochs or a lower rate; or "".
+
+    step: the last one done.
+    """
+    config, rates, before = setup.config, setup.rates, read_config(setup.workdir)
+    if not before or step >= len(rates):
+        return ""
+    earlier = ConfigDict(config.to_dict())
+    earlier.train.epochs = before["train"]["epochs"]
+    earlier.optim.learning_rate = before["optim"]["learning_rate"]
+    changes = []
+    if earlier.train.epochs != config.train.epochs:
+        changes.append(f"{config.train.epochs} epochs in place of {earlier.train.epochs}")
+    if earlier.optim.learning_rate != config.optim.learning_rate:
+        new, old = config.optim.learning_rate, earlier.optim.learning_rate
+        changes.append(f"a learning rate of {new:.3g} in place of {old:.3g}")
+    if not changes:
+        return ""
+    steps = earlier.train.epochs * setup.schedule.steps_per_epoch
+    last = learning_rates(earlier, steps)[step - 1]
+    return (
+        f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
+        f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
+    )
+
+
+def describe_finished(setup: Setup, validation: Validation, start: int) -> str:
+    """What to say of a run that has nothing left to do at step `start`; "" if it has."""
+    if validation.pending:
+        return ""
+    total, workdir = setup.schedule.total, setup.workdir
+    if start >= total:
+        result = describe_result(setup.config, workdir)
+        return f"the run in {workdir} is finished: all {total} steps are done\n{result}"
+    if reason := validation.reason_to_stop():
+        return (
+            f"the run in {workdir} is finished: it stopped early at step {start} of {total}, "
+            f"{reason}; a larger config.train.early_stopping_epochs goes on"
+        )
+    return ""
+
+
+def describe_end(setup: Setup, validation: Validation, step: int) -> str:
+    """What to say at the end, after step `step`: whether all steps were done, and the result."""
+    total, workdir = setup.schedule.total, setup.workdir
+    line = f"finished: all {total} steps are done, in {workdir}"
+    if step < total:
+        line = f"stopped early at step {step} of {total}, {validation.reason_to_stop()}"
+    return f"{line}\n{describe_result(setup.config, workdir)}"
+
+
+def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
+    """The accuracy of the best checkpoint, and what to type next."""
+    command = "python -m fluxvit_jax.main"
+    if not objective_class(config).labelled:
+        return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
+    lines = []
+    step = best_step(workdir)
+    if step is not None and (numbers := metrics_at(workdir, step, VALIDATION)):
+        shares = [
+            f"{value:.2%} at {name.removeprefix('top1_')} tokens"
+            for name, value in numbers.items()
+            if name.startswith("top1_")
+        ]
+        lines = [f"best checkpoint: step {step}, top-1 {', '.join(shares)}"]
+    searchable = config.data.holdout_fraction or config.search.split
+    split = "" if searchable else " --config.search.split=LIST"
+    return "\n".join(
+        [
+            *lines,
+            "next:",
+            f"  {command} --mode=evaluate --workdir={workdir}",
+            f"  {command} --mode=search --workdir={workdir}{split}",
+            f"  {command} --mode=predict --workdir={workdir} --video=VIDEO",
+        ]
+    )

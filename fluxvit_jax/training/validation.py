@@ -1,0 +1,94 @@
+"""Validation on the way of a run: when it is due, what it found, whether to stop early."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from fluxvit_jax.checkpoints.checkpointer import BEST
+from fluxvit_jax.checkpoints.workdir import metric_history, metrics_at
+from fluxvit_jax.distributed.hosts import compute_on_host0
+from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.evaluation.evaluate import evaluate
+from fluxvit_jax.training.kept_patches import KeptPatches
+from fluxvit_jax.training.metrics import Metrics, Progress
+from fluxvit_jax.training.setup import Setup
+
+Tree = dict[str, Any]
+
+VALIDATION = "validation"  # split of the metrics
+
+
+class Validation:
+    """Evaluations of a run on its validation videos, if it has any. All hosts call each method.
+
+    The early stop follows from the accuracies in the workdir's metrics, so it needs no state.
+
+    Attributes:
+        pending: whether the run was interrupted before the validation of its first step was done.
+    """
+
+    def __init__(self, setup: Setup, metrics: Metrics, start: int):
+        config, workdir = setup.config, setup.workdir
+        self._setup = setup
+        self._metrics = metrics
+        self._metric = f"top1_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
+        self._history: list[list[Any]] = compute_on_host0(
+            lambda: metric_history(workdir, start, VALIDATION, self._metric)
+        )
+        self.pending = self.due(start) and compute_on_host0(
+            lambda: metrics_at(workdir, start, VALIDATION) is None
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether the model is evaluated after this step."""
+        return self._setup.data.validation is not None and self._setup.schedule.evaluates_at(step)
+
+    def reason_to_stop(self) -> str:
+        """Why training should stop early; "" to go on."""
+        return early_stop(self._history, self._patience, self._metric)
+
+    def run(
+        self, step: int, state: Tree, progress: Progress, interrupted: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """Evaluates the model (its average, if kept); returns the metric that ranks checkpoints.
+
+        None if `interrupted` ended it.
+
+        Raises NothingReadableError if no video can be read.
+        """
+        config, mesh, videos = self._setup.config, self._setup.mesh, self._setup.data.validation
+        assert videos is not None
+        params = state["ema"] if "ema" in state else state["params"]
+        with progress.paused():
+            evaluation = evaluate(params, config, videos, mesh, interrupted)
+        if evaluation is None:
+            return None
+        scalars = evaluation.scalars()
+        self._metrics.write(step, VALIDATION, scalars)
+        self._metrics.write_pictures(step, VALIDATION, self._kept_patches.pictures(params))
+        say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in evaluation.told().items())}")
+        if warning := evaluation.report["warning"]:
+            say(f"warning: step {step}: {warning}")
+        self._history.append([step, scalars[self._metric]])
+        return {BEST: scalars[self._metric]}
+
+    @cached_property
+    def _kept_patches(self) -> KeptPatches:
+        videos = self._setup.data.validation
+        assert videos is not None
+        return KeptPatches(self._setup.config, videos, self._setup.mesh)
+
+
+def early_stop(validations: Sequence[Sequence[Any]], patience: int, metric: str) -> str:
+    """The reason to stop training early; "" to go on.
+
+    validations: step and accuracy of each, in order; patience: steps without a better one, 0 for no
+    early stop; metric: its name for the reason.
+    """
+    if not patience or not validations:
+        return ""
+    best_step, best = max(validations, key=lambda one: (one[1], -one[0]))
+    if validations[-1][0] - best_step < patience:
+        return ""
+    return f"because {metric} has not risen above {best:.4g} since step {best_step}"

@@ -1,0 +1,118 @@
+"""Meshes of eight devices: where arrays lie, and that a step does not depend on it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+# data, fsdp, tensor
+MESHES = {
+    "data": (8, 1, 1),
+    "fsdp": (1, 8, 1),
+    "data x fsdp": (2, 4, 1),
+    "tensor": (1, 1, 2),
+    "data x fsdp x tensor": (2, 2, 2),
+    "data, four parts": (2, 1, 1),
+    "data, taught": (8, 1, 1),
+    "data x fsdp x tensor, taught": (2, 2, 2),
+}
+# What a mesh's step is compared with: one device, in as many parts, by the same objective.
+ALONE = {"four parts": "one, four parts", "taught": "one, taught"}
+
+
+@pytest.fixture(scope="module")
+def steps(tiny_data, compiled, tmp_path_factory):
+    """Three steps on each mesh, in one process: losses, gradient norms and all parameters."""
+    out = tmp_path_factory.mktemp("steps")
+    teacher = tiny.write_teacher(out / "teacher")
+    program = textwrap.dedent(
+        f"""
+        import json
+
+        import jax
+        import numpy as np
+
+        from fluxvit_jax.distributed import mesh as parallel
+        from fluxvit_jax.training import train_step as step, train
+        from fluxvit_jax.grids import capacity
+        from fluxvit_jax.config.grids import admissible_grids
+        from fluxvit_jax.training.optimizer import make_optimizer
+        from fluxvit_jax.objectives.base import objective_class
+        from fluxvit_jax.training.train_state import abstract_params, initial_state
+        from tests import tiny
+        from tests.training.test_train import grid_batch
+
+        def run(sides, parts, teacher):
+            data = {str(tiny_data)!r}
+            if teacher:
+                config = tiny.make_pretraining(data, {str(teacher)!r}, train__batch_size=16)
+            else:
+                config = tiny.make_config(data, train__batch_size=16)
+            config.train.grad_accum_steps = parts
+            # The keys' bias in a softmax has no gradient but rounding, which Adam would blow up.
+            config.optim.eps = 1e-5
+            for axis, side in zip(parallel.AXES, sides):
+                config.parallel.mesh[axis] = side
+            grids = admissible_grids(config)
+            mesh = parallel.make_mesh(config, jax.devices()[: int(np.prod(sides))])
+            optimizer = make_optimizer(config, 20, abstract_params(config))
+            state = initial_state(config, optimizer, mesh)
+            frozen = objective_class(config).load_frozen(config, mesh)
+            objective = step.make_objective(config, grids, "cpu")
+            train_step = step.make_train_step(config, objective, optimizer, mesh)
+            shapes = step.abstract_batch(config, grids, mesh)
+            train_step = train_step.lower(state, frozen, shapes).compile()
+            chosen = [grids[i % len(grids)] for i in (0, 39, 17, 5, 30, 11, 22, 8)]
+            measured = []
+            for seed in range(3):
+                batch = step.device_batch(grid_batch(chosen, capacity(grids), seed=seed))
+                state, numbers = train_step(state, frozen, parallel.shard_batch(batch, mesh))
+                measured.append([float(numbers["loss"]), float(numbers["gradient_norm"])])
+            held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state))
+            share = held / sum(x.size for x in jax.tree.leaves(state))
+            flat, _ = jax.flatten_util.ravel_pytree(jax.device_get(state["params"]))
+            return measured, share, np.asarray(flat)
+
+        meshes = json.loads({json.dumps(json.dumps(MESHES))})
+        meshes |= {{name: (1, 1, 1) for name in ("one", "one, four parts", "one, taught")}}
+        jobs = {{
+            name: (sides, 4 if "parts" in name else 1, "taught" in name)
+            for name, sides in meshes.items()
+        }}
+        told = {{}}
+        for name, job in jobs.items():
+            measured, share, params = run(*job)
+            told[name] = {{"measured": measured, "share": share}}
+            np.save({str(out)!r} + f"/{{name}}.npy", params)
+        print(json.dumps(told))
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=tiny.environment(compiled, 8),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    return {name: own | {"params": np.load(out / f"{name}.npy")} for name, own in told.items()}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_step_does_not_depend_on_the_mesh(steps, name):
+    own, one = steps[name], steps[ALONE.get(name.rpartition(", ")[2], "one")]
+    np.testing.assert_allclose(own["measured"], one["measured"], rtol=1e-5)
+    np.testing.assert_allclose(own["params"], one["params"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_state_is_cut_where_the_mesh_says(steps):
+    """The share of the training state that a device holds."""
+    assert steps["data"]["share"] == 1.0
+    assert steps["fsdp"]["share"] < 0.15
+    assert 0.5 < steps["tensor"]["share"] < 0.8
+    assert steps["data x fsdp x tensor"]["share"] < 0.5

@@ -1,0 +1,391 @@
+"""Whole runs of two processes on one machine: what they leave is what one process leaves."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.token_optimization import latency, search
+from tests import hosts, tiny
+from tests.token_optimization.test_search import without_times
+from tests.training.test_train import saved_steps, split_of, unfinish
+
+STEPS = 8
+# Eight steps on 17 videos, evaluated after four and eight on 13; one of each cannot be read.
+RUN = (
+    "--config.train.batch_size=16",
+    "--config.train.epochs=4",
+    "--config.train.budgets=(24,)",
+    "--config.eval.settings=((24,6,42),)",
+    "--config.data.max_bad_fraction=0.5",
+    "--config.checkpoint.every_steps=4",
+    "--config.checkpoint.keep=9",
+)
+
+
+def arguments(folder: Path | str, workdir: Path | str, *more: str) -> list[str]:
+    """Of the run, on the data of `folder`."""
+    recipe = f"--config={tiny.__file__}:{folder}"
+    data = f"--config.data.train={folder}/train_bad.csv"
+    return [recipe, f"--workdir={workdir}", data, *RUN, *more]
+
+
+def options(folder: Path) -> dict:
+    """The same, for `tiny.make_config`."""
+    return {
+        "data__train": f"{folder}/train_bad.csv",
+        "train__batch_size": 16,
+        "train__budgets": (24,),
+        "eval__settings": ((24, 6, 42),),
+        "data__max_bad_fraction": 0.5,
+    }
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_data, compiled, tmp_path_factory) -> Path:
+    """The workdir of the run by two processes with four devices each. Read only."""
+    folder = tmp_path_factory.mktemp("pair")
+    for ended in hosts.run(folder / "logs", compiled, *arguments(tiny_data, folder / "run")):
+        assert ended.status == 0, ended.err
+    return folder / "run"
+
+
+def assert_same_metrics(workdir: Path, other: Path) -> None:
+    ours, theirs = (tiny.read_lines(run / "metrics.jsonl") for run in (workdir, other))
+    assert len(ours) == STEPS + 2
+    for own, line in zip(ours, theirs, strict=True):
+        assert own.keys() == line.keys() and own["split"] == line["split"]
+        for name in own.keys() - {"split"}:
+            np.testing.assert_allclose(own[name], line[name], rtol=1e-5, err_msg=f"{name}, {own}")
+
+
+# --- A run
+
+
+@pytest.mark.slow
+def test_hosts_change_nothing(pair, tiny_data, compiled, tmp_path):
+    """Metrics, bad clips and accuracies of two hosts, one process of eight devices, and of one."""
+    processes = {}
+    for devices in (8, 1):
+        command = arguments(tiny_data, tmp_path / str(devices))
+        processes[devices] = tiny.start(
+            tiny_data, tmp_path / str(devices), compiled, *command[2:], devices=devices
+        )
+    for devices, process in processes.items():
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        alone = tmp_path / str(devices)
+        assert_same_metrics(pair, alone)
+        for name in ("bad_clips.jsonl", "config.json"):
+            ours, theirs = ((run / name).read_text() for run in (pair, alone))
+            assert ours.replace(str(pair), "") == theirs.replace(str(alone), "")
+        assert saved_steps(pair) == saved_steps(alone) == [4, 8]
+
+
+def test_only_the_first_host_writes(pair):
+    assert {path.name for path in pair.iterdir()} == {
+        *("checkpoints", "config.json", "metrics.jsonl", "bad_clips.jsonl", "tensorboard")
+    }
+    assert len(list((pair / "tensorboard").iterdir())) == 1
+    first, second = ((pair.parent / "logs" / f"{host}.err").read_text() for host in (0, 1))
+    assert f"step {STEPS}/{STEPS}" in first and not second
+
+
+def test_checkpoints_are_written_by_all(pair):
+    written = {path.name for path in (pair / f"checkpoints/{STEPS}/state").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written
+    assert len(split_of(pair, "train")) == STEPS
+
+
+# --- Going on elsewhere
+
+SHAPES = """
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fluxvit_jax.training import optimizer as optim
+from fluxvit_jax.distributed import mesh as parallel
+from fluxvit_jax.checkpoints.checkpointer import Checkpoints
+from fluxvit_jax.training.train_state import abstract_params, abstract_state
+from tests.distributed import test_two_processes as test_hosts
+from tests import tiny
+
+data, source, out = map(Path, sys.argv[1:])
+config = tiny.make_config(data, **test_hosts.options(data))
+optimizer = optim.make_optimizer(config, 8, abstract_params(config))
+
+
+def restored(workdir, **sides):
+    for axis in parallel.AXES:
+        config.parallel.mesh[axis] = sides[axis]
+    mesh = parallel.make_mesh(config, jax.devices()[: np.prod(list(sides.values()))])
+    with Checkpoints(workdir, 1, 1) as checkpoints:
+        return checkpoints.restore_latest(abstract_state(config, optimizer, mesh))
+
+
+def values(state):
+    leaves, _ = jax.tree.flatten(state)
+    return [np.asarray(leaf) for leaf in leaves]
+
+
+step, state, position = restored(source, data=1, fsdp=1, tensor=1)
+first = values(state)
+shapes = [(8, 1, 1), (4, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2), (2, 1, 1)]
+for number, shape in enumerate(shapes):
+    sides = dict(zip(parallel.AXES, shape))
+    own_step, state, own_position = restored(source, **sides)
+    assert (own_step, own_position) == (step, position)
+    cut = [leaf for leaf in jax.tree.leaves(state) if not leaf.is_fully_replicated]
+    assert bool(cut) == (shape[1] * shape[2] > 1), shape
+    for own, other in zip(values(state), first, strict=True):
+        np.testing.assert_array_equal(own, other)
+    source = out / str(number)  # the next shape goes on from this one
+    with Checkpoints(source, 1, 1) as checkpoints:
+        checkpoints.save(step, state, position, config)
+print(len(first))
+"""
+
+
+def test_a_state_is_the_same_on_any_mesh(pair, tiny_data, compiled, tmp_path):
+    """Of two hosts, then from shape to shape: data, FSDP and tensor parallel, and together."""
+    done = subprocess.run(
+        [sys.executable, "-c", SHAPES, str(tiny_data), str(pair), str(tmp_path)],
+        env=tiny.environment(compiled, 8),
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) > 100
+
+
+# Before training first calls a function, some hosts signal themselves.
+SIGNALLED = """
+import os
+import signal
+import sys
+
+from fluxvit_jax.distributed import mesh as parallel
+from fluxvit_jax.training import train, validation
+from fluxvit_jax.main import main
+
+
+def signalled(*arguments):
+    {function} = real
+    if parallel.host_index() in {hosts}:
+        os.kill(os.getpid(), signal.{name})
+    return real(*arguments)
+
+
+real, {function} = {function}, signalled
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled, tmp_path):
+    """From data parallel to a pair of tensor parallel devices, on a host each, with equal clips.
+
+    There SIGTERM comes to one host; then one process goes on, on a mesh with all axes but one.
+    """
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    unfinish(workdir, 4)
+    tensor = arguments(tiny_data, workdir, "--config.parallel.mesh.tensor=2")
+    code = SIGNALLED.format(hosts="{1}", name="SIGTERM", function="train.device_batch")
+    both = hosts.run(tmp_path / "logs", compiled, *tensor, code=code, devices=1)
+    assert [ended.status for ended in both] == [128 + signal.SIGTERM] * 2, both[0].err
+    assert "going on from step 4 of 8" in both[0].err
+    assert "stopped at step 7; the same command goes on from there" in both[0].err
+    assert saved_steps(workdir) == [4, 7]
+
+    mesh = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
+    more = [*arguments(tiny_data, workdir)[2:], *mesh]
+    process = tiny.start(tiny_data, workdir, compiled, *more, devices=4)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "going on from step 7 of 8" in err
+    assert_same_metrics(workdir, pair)
+
+
+def test_stopped_while_both_evaluate(pair, tiny_data, compiled, tmp_path):
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    lines = (pair / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))  # the last evaluation is owed
+    code = SIGNALLED.format(hosts="{0, 1}", name="SIGINT", function="validation.evaluate")
+    both = hosts.run(tmp_path / "logs", compiled, *arguments(tiny_data, workdir), code=code)
+    assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
+    assert "stopped at step 8; the same command goes on from there" in both[0].err
+    assert [line["step"] for line in split_of(workdir, "validation")] == [4]
+
+
+# --- Evaluation and search
+
+
+def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_path):
+    """Thirteen videos for eight devices of two hosts."""
+    found = []
+    for name in ("pair", "alone"):
+        workdir = shutil.copytree(pair, tmp_path / name)
+        if name == "pair":
+            command = arguments(tiny_data, workdir, "--mode=evaluate")
+            both = hosts.run(tmp_path / "logs", compiled, *command)
+            assert [ended.status for ended in both] == [0, 0], both[0].err + both[1].err
+            assert "videos could not be read" in both[0].out
+            assert "budget" in both[0].out and "budget" not in both[1].out
+        else:
+            assert evaluate.run(tiny.make_config(tiny_data, **options(tiny_data)), workdir) == 0
+        found.append(tiny.read_evaluation(workdir))
+    (report, predictions), (other, theirs) = found
+    losses = [row.pop("loss") for own in (report, other) for row in own["budgets"].values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert report == other and report["dataset"]["videos"] == len(predictions) == 13
+    for own, line in zip(predictions, theirs, strict=True):
+        assert own["id"] == line["id"] and own.get("failure") == line.get("failure")
+        for budget, top in own.get("predictions", {}).items():
+            np.testing.assert_allclose(top, line["predictions"][budget], atol=1e-5)
+
+
+QUICK_TIMING = """
+import sys
+from fluxvit_jax.token_optimization import latency
+from fluxvit_jax.main import main
+latency.WARM_UP_SECONDS = latency.SECONDS = 0
+latency.FEWEST_CALLS = 2
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_two_hosts(pair, tiny_data, compiled, tmp_path, monkeypatch):
+    """One process began it, and its kill left half of the lines."""
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(latency, "SECONDS", 0)
+    monkeypatch.setattr(latency, "FEWEST_CALLS", 2)
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    cells = {"search__budgets": (12,), "search__frames": "4"}
+    config = tiny.make_config(tiny_data, **options(tiny_data), eval__batch_size=8, **cells)
+    assert search.run(config, workdir) == 0
+    report, path = workdir / "search/report.json", workdir / "search/cells.jsonl"
+    whole, lines = json.loads(report.read_text()), path.read_text().splitlines()
+    assert len(lines) > 8
+
+    path.write_text("\n".join([*lines[: len(lines) // 2], '{"split": "choose", "first']))
+    report.unlink()
+    more = ["--mode=search", "--config.eval.batch_size=8"]
+    more += ["--config.search.budgets=(12,)", "--config.search.frames=4"]
+    command = arguments(tiny_data, workdir, *more)
+    both = hosts.run(tmp_path / "logs", compiled, *command, code=QUICK_TIMING)
+    assert [ended.status for ended in both] == [0, 0], both[0].err + both[1].err
+    assert without_times(json.loads(report.read_text())) == without_times(whole)
+    # Each line once, but for those of times.
+    now = path.read_text().splitlines()
+    assert len(now) == len(lines)
+    assert [line for line in now if "cost" not in line] == [x for x in lines if "cost" not in x]
+
+
+# --- What a teacher makes of a plan
+
+CACHING = """
+import sys
+
+from fluxvit_jax.training import cache_targets as cache
+from fluxvit_jax.main import main
+
+def noted(self, number, *rest):
+    print(number)
+    write(self, number, *rest)
+
+write, cache._Writer._write = cache._Writer._write, noted
+cache.SHARD_BYTES = 250_000
+sys.exit(main())
+"""
+
+
+def test_a_cache_is_written_by_both(tiny_data, compiled, tmp_path):
+    """Each writes shards of its own, and they are those that one process writes."""
+    teacher, folders = tiny.write_teacher(tmp_path / "teacher"), [tmp_path / "1", tmp_path / "2"]
+    written = []
+    for count, folder in enumerate(folders, 1):
+        told = hosts.run(
+            tmp_path / f"logs {count}",
+            compiled,
+            f"--config={tiny.__file__}:{tiny_data},{teacher}",
+            "--mode=cache",
+            "--config.data.sampling_period_epochs=2",
+            f"--config.distill.cache={folder}",
+            code=CACHING,
+            folders=hosts.ROOTS[:count],
+            environments=hosts.NOTHING[:count],
+        )
+        assert [ended.status for ended in told] == [0] * len(told), told[0].err
+        written.append([[int(line) for line in ended.out.split()] for ended in told])
+    (all_shards,), (first, second) = written
+    assert len(all_shards) > 2
+    assert first == all_shards[::2] and second == all_shards[1::2]
+    shards = sorted(path.name for path in folders[0].glob("*.array_record"))
+    assert len(shards) == len(all_shards)
+    for name in (*shards, "cache.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+# --- Other data on one host
+
+
+@pytest.fixture
+def folders(tiny_data, tmp_path) -> list[Path]:
+    """A folder of the data for each of two hosts, to run in."""
+    return [Path(shutil.copytree(tiny_data, tmp_path / f"host{host}")) for host in (0, 1)]
+
+
+def shorter(folder: Path) -> None:
+    path = folder / "train_bad.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:-2]) + "\n")
+
+
+def other_list(folder: Path) -> None:
+    path = folder / "validation.csv"
+    heading, first, second, *others = path.read_text().splitlines()
+    path.write_text("\n".join([heading, second, first, *others]) + "\n")
+
+
+def no_list(folder: Path) -> None:
+    (folder / "validation.csv").unlink()
+
+
+def broken(folder: Path) -> None:
+    for number in range(16):  # all that train.csv lists
+        video = folder / f"{number}.mp4"
+        video.write_bytes(video.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shorter, "host 1 has another number of training videos than host 0, 15 and not 17; start"),
+        (other_list, "host 1 has another list of validation videos than host 0, "),
+        (no_list, r"^error: (host 1: )?validation.csv: no such file or folder$"),
+        (broken, r"^error: (host 1: )?config.data.train: 9 videos in a row cannot be read; "),
+    ],
+)
+def test_other_data_on_one_host(folders, compiled, tmp_path, spoil, message):
+    """All hosts say what is wrong with one of them, which reads in processes of its own."""
+    spoil(folders[1])
+    command = arguments(".", tmp_path / "run", "--config.data.workers=1")
+    both = hosts.run(tmp_path / "logs", compiled, *command, folders=folders)
+    for ended in both:
+        assert ended.status == 2, ended.err
+        (error,) = ended.errors
+        assert re.search(message, error), error
+        assert "Traceback" not in ended.err
+    assert "host 1" in both[0].errors[0]
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -1,0 +1,107 @@
+"""An objective from outside the package trains, resumes, shards and is preflighted."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fluxvit_jax.checkpoints.checkpointer import restore_params
+from fluxvit_jax.checkpoints.weights import read_weights
+from fluxvit_jax.convert import weight_files
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.training import train
+from tests import tiny
+from tests.objectives import toy
+
+PACKAGE = Path(train.__file__).parents[1]
+MESH = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
+
+
+def start(folder, workdir, cache, *options, devices=1) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "fluxvit_jax.main", f"--config={toy.__file__}:{folder}"),
+            *(f"--workdir={workdir}", *options),
+        ],
+        env=tiny.environment(cache, devices),
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data, compiled, tmp_path_factory):
+    """A finished run by the command line."""
+    workdir = tmp_path_factory.mktemp("toy") / "run"
+    process = start(tiny_data, workdir, compiled)
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    return workdir
+
+
+def losses(workdir) -> list[float]:
+    lines = tiny.read_lines(workdir / "metrics.jsonl")
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+def test_it_trains(trained):
+    found = losses(trained)
+    assert len(found) == 20 and np.mean(found[-4:]) < 0.8 * np.mean(found[:4])
+    kernel = restore_params(trained)["toy"]["kernel"]
+    fresh = objective_class(toy.get_config(".")).init_params(None, jax.random.key(0))
+    assert kernel.shape == fresh["toy"]["kernel"].shape
+
+
+def test_it_is_resumed(trained, tiny_data, tmp_path):
+    """In this process; the metrics, with validation at steps 16 and 20, are the same bytes."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    for step in (workdir / "checkpoints").iterdir():
+        if step.name.isdigit() and int(step.name) > 18:
+            shutil.rmtree(step)
+    assert train.train(toy.get_config(str(tiny_data)), workdir) == 0
+    same = [(w / "metrics.jsonl").read_bytes() for w in (workdir, trained)]
+    assert same[0] == same[1]
+
+
+@pytest.mark.slow
+def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
+    """The loss compares all clips of a batch, wherever they lie."""
+    process = start(
+        *(tiny_data, tmp_path / "run", compiled, *MESH, "--config.train.epochs=5"), devices=8
+    )
+    _, log = process.communicate()
+    assert process.returncode == 0, log
+    np.testing.assert_allclose(losses(tmp_path / "run")[:5], losses(trained)[:5], rtol=1e-4)
+
+
+def test_it_is_preflighted(tiny_data, compiled, tmp_path):
+    options = ("--mode=preflight", "--config.preflight.topology=cpu:8", *MESH)
+    process = start(tiny_data, tmp_path, compiled, *options)
+    out, log = process.communicate()
+    assert process.returncode == 0, out + log
+    report = json.loads((tmp_path / "preflight.json").read_text())["topologies"]["cpu:8"]
+    assert report["fits"] and report["programs"]
+
+
+def test_its_weights_are_those_of_a_network(trained, tmp_path):
+    """Converted without what the objective added."""
+    weight_files.write(read_weights(trained), tmp_path / "folder")
+    assert not any("toy" in name for name in read_weights(tmp_path / "folder").state)
+
+
+def test_no_objective_is_named_elsewhere():
+    """Flux-UMT's section of the config is read by its own files alone."""
+    allowed = {"flux_umt.py", "flux_umt_teacher.py", "teacher_targets.py", "cache_targets.py"}
+    allowed.add("command_line.py")  # an example of --mode=cache
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        if path.name not in {*allowed, "fields.py"}:
+            assert "config.distill" not in text and "is_distillation" not in text, path
+            assert "flux_umt" not in text or path.name == "fields.py", path
