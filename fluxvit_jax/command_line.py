@@ -83,6 +83,9 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "accept_data_change", False, "train: go on with a run although its data are not the same."
     )
+    flags.DEFINE_boolean(
+        "fresh", False, "train: start anew; a run in the workdir is moved into WORKDIR/earlier-1."
+    )
     cluster = "of several processes, where neither Cloud TPU nor SLURM tells: "
     flags.DEFINE_string("coordinator", "", f"{cluster}ADDRESS:PORT on which the first listens.")
     flags.DEFINE_integer("hosts", 0, f"{cluster}number of processes.")

@@ -91,7 +91,7 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
         if options.mode == "train":
             with raise_on_all_hosts():
                 check_complete(config, recipe, workdir, argv)
-            return mode.train(config, workdir, options.accept_data_change)
+            return mode.train(config, workdir, options.accept_data_change, options.fresh)
         return mode.run(config, workdir)
 
 

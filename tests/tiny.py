@@ -21,6 +21,7 @@ from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.config.variants import TEACHERS
 from fluxvit_jax.convert import official_names, teacher
 from fluxvit_jax.convert.official_names import INTERNVIDEO2
+from fluxvit_jax.distributed import checksums
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from tests.data.videos import moving_texture, write_video
 
@@ -191,5 +192,7 @@ def read_evaluation(workdir: Path) -> tuple[dict, list[dict]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The objects of a file of JSON lines, all of which must be intact."""
+    lines = checksums.read_lines(path)
+    assert len(lines) == len(path.read_text().splitlines())
+    return lines

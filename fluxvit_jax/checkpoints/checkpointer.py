@@ -106,7 +106,8 @@ class Checkpoints:
         Args:
             step: optimizer steps taken.
             state: {"params", "opt_state", "step"[, "ema"]}, a tree of arrays.
-            data_state: position of the data iterator, JSON values.
+            data_state: position of the data iterator, JSON values. The number of the step is
+              added, by which one that was renamed is found out.
             config: the run's configuration.
             metrics: validation results; "top1" decides which step is the best.
 
@@ -120,7 +121,7 @@ class Checkpoints:
         self._saving = step
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(dict(data_state)),
+            data=ocp.args.JsonSave({**data_state, "step": step}),
             config=ocp.args.JsonSave(versions.stamp(_plain(config))),
         )
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
@@ -415,6 +416,8 @@ def find_fault(step: epath.Path) -> str | None:
                 return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
             if found["sha256"] != expected["sha256"]:
                 return f"the checksum of {name} differs"
+        if files and (stored := _read_json(step / "data")["step"]) != int(step.name):
+            return f"it is step {stored}, renamed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"it cannot be read: {error}"
     return None if files else f"{CHECKSUMS} is empty"

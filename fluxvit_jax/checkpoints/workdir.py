@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config import versions
 from fluxvit_jax.config.fields import config_difference
-from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.mesh import gather, host_index
 from fluxvit_jax.errors import UserError
 
@@ -21,6 +21,11 @@ CONFIG = "config.json"
 CLASS_NAMES = "classes.txt"
 METRICS = "metrics.jsonl"
 BAD_CLIPS = "bad_clips.jsonl"
+# All that a run, its evaluations and its search may leave in a workdir.
+OF_A_RUN = (
+    CONFIG, CLASS_NAMES, METRICS, BAD_CLIPS, "checkpoints", "tensorboard", "evaluation", "search",
+    "profile", "wandb_id.txt",
+)  # fmt: skip
 
 
 def check_workdir(workdir: epath.Path, config: ConfigDict) -> None:
@@ -84,16 +89,43 @@ def _write(path: epath.Path, text: str) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def set_run_aside(workdir: epath.Path) -> epath.Path | None:
+    """Moves what a run has left into a new folder `WORKDIR/earlier-N`; None if there is nothing.
+
+    Raises UserError for a bucket, whose objects cannot be moved, and if it cannot be written.
+    """
+    if storage.is_remote(workdir):
+        raise UserError(f"{workdir}: --fresh is for folders of this machine; use another workdir")
+    left = [workdir / name for name in OF_A_RUN if (workdir / name).exists()]
+    if not left:
+        return None
+    number = 1
+    while (folder := workdir / f"earlier-{number}").exists():
+        number += 1
+    try:
+        folder.mkdir()
+        for path in left:
+            path.rename(folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def last_logged_step(workdir: epath.Path) -> int:
+    """The last step in `metrics.jsonl`; 0 if there is none."""
+    return max((line["step"] for line in checksums.read_lines(workdir / METRICS)), default=0)
+
+
 def metrics_at(workdir: epath.Path, step: int, split: str) -> dict[str, Any] | None:
     """The line of `metrics.jsonl` of a split at a step; None if there is none."""
-    lines = _json_lines(workdir / METRICS)
+    lines = checksums.read_lines(workdir / METRICS)
     found = (line for line in lines if line["step"] == step and line["split"] == split)
     return next(found, None)
 
 
 def metric_history(workdir: epath.Path, step: int, split: str, name: str) -> list[list[Any]]:
     """[step, value] of a metric of a split, up to `step`, by `metrics.jsonl`."""
-    lines = _json_lines(workdir / METRICS)
+    lines = checksums.read_lines(workdir / METRICS)
     return [
         [line["step"], line[name]]
         for line in lines
@@ -115,9 +147,10 @@ class BadClips:
         self._new: list[dict[str, Any]] = []  # of this host, since the last `write`
         self._file: atomic.LineFile | None = None
         if host_index() == 0:
-            known = [line for line in _json_lines(self._path) if line["step"] <= step]
+            lines = checksums.read_lines(self._path)
+            known = [line for line in lines if line["step"] <= step]
             if self._path.exists():
-                atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in known))
+                checksums.write_lines(self._path, known)
             self._known = {line["id"] for line in known}
 
     def note(self, step: int, failures: np.ndarray) -> None:
@@ -133,7 +166,7 @@ class BadClips:
             if host_index() == 0 and line["id"] not in self._known:
                 self._known.add(line["id"])
                 self._file = self._file or atomic.LineFile(self._path)
-                self._file.add(json.dumps(line))
+                self._file.add(checksums.to_line(line))
 
     def save(self) -> None:
         if self._file is not None:
@@ -142,16 +175,3 @@ class BadClips:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if it exists, without one cut short by a kill."""
-    with storage.errors(path):
-        lines = path.read_text().splitlines() if path.exists() else []
-    objects = []
-    for line in lines:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            continue
-    return objects

@@ -29,6 +29,7 @@ from fluxvit_jax.convert.config_json import (
 )
 from fluxvit_jax.deploy.exported import MANIFEST, VERSION, WEIGHTS, sha256
 from fluxvit_jax.deploy.pretrained import PretrainedModel, forward, from_pretrained
+from fluxvit_jax.distributed import checksums
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, nearest_head
 from fluxvit_jax.models.fluxvit import MEAN, PATCH_VALUES, STD, FluxViTConfig
@@ -94,7 +95,8 @@ def _write(
     manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
     if report:
         manifest["plan"] = describe_plan(budgets, report)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    content = json.dumps(checksums.add_checksum(manifest), indent=1)
+    (folder / MANIFEST).write_text(content + "\n")
 
 
 def lower(

@@ -16,7 +16,7 @@ import numpy as np
 
 from fluxvit_jax.data.frame_sampling import resized_size, test_crops, test_frames
 from fluxvit_jax.data.patches import patchify
-from fluxvit_jax.distributed import atomic
+from fluxvit_jax.distributed import atomic, checksums
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.token_optimization import planner
@@ -172,7 +172,10 @@ class ExportedModel:
             raise ValueError(f"{path}: is no manifest of an exported network: {error}") from error
         if version != VERSION:
             raise ValueError(f"{path}: is of version {version}, and this reads version {VERSION}")
-        return manifest
+        content, matches = checksums.take_checksum(manifest)
+        if checksums.KEY in manifest and not matches:  # earlier versions wrote none
+            raise ValueError(f"{path}: its checksum differs from its content's; export again")
+        return content
 
     def _checked(self, name: str, checksum: str) -> Path:
         """The path of a file of the folder, after comparing its checksum."""

@@ -1,11 +1,10 @@
 """Append-only log of a search's results, and the numbers computed from it.
 
 `cells.jsonl` has a line for each candidate (a cell) and chunk of videos, one character per video,
-besides lines for unreadable videos and for each candidate's cost. A line that a kill cut short is
-dropped and its work is done again.
+besides lines for unreadable videos and for each candidate's cost. A line that is damaged, or that a
+kill cut short, is dropped and its work is done again.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import host_index
 from fluxvit_jax.errors import UserError
@@ -42,7 +41,7 @@ class ResultsLog:
         self._outcomes: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
         self._failures: dict[str, dict[int, str]] = defaultdict(dict)
         self._costs: dict[tuple[str, int], dict[str, dict[str, float]]] = defaultdict(dict)
-        lines = compute_on_host0(self._read)
+        lines = compute_on_host0(lambda: checksums.read_lines(self._path))
         if lines:
             self._check(lines[0], about)
         for line in lines[1:]:
@@ -96,7 +95,7 @@ class ResultsLog:
     def _add(self, line: dict[str, Any]) -> None:
         self._take(line)
         if self._file:
-            self._file.add(json.dumps(line))
+            self._file.add(checksums.to_line(line))
 
     def _take(self, line: Mapping[str, Any]) -> None:
         match line:
@@ -106,17 +105,6 @@ class ResultsLog:
                 self._failures[split] |= {int(number): why for number, why in failures.items()}
             case {"device": device, "batch": batch, "program": program, "cost": cost}:
                 self._costs[device, batch][program] = cost
-
-    def _read(self) -> list[dict[str, Any]]:
-        with storage.errors(self._path):
-            content = self._path.read_bytes() if self._path.exists() else b""
-        lines = []
-        for text in content.decode(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
-        return lines
 
     def _check(self, header: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         before = header.get("about")
@@ -132,7 +120,7 @@ class ResultsLog:
         """Rewrites the file with its readable lines, and opens it to append more."""
         try:
             storage.make_folder(self._path.parent)
-            atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+            checksums.write_lines(self._path, lines)
             self._file = atomic.LineFile(self._path)
         except OSError as error:
             raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error

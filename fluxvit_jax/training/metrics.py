@@ -1,7 +1,6 @@
 """Training metrics: metrics.jsonl, TensorBoard, Weights & Biases and the progress line."""
 
 import io
-import json
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from fluxvit_jax.checkpoints.workdir import METRICS
 from fluxvit_jax.config.fields import flatten
-from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.training.wandb_run import WandbRun
 
 SILENCE = 10  # seconds after which progress is said whatever the interval
@@ -135,8 +134,7 @@ class Metrics:
         files = self.open()
         values = {name: _number(value) for name, value in scalars.items()}
         finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
-        line = json.dumps({"step": int(step), "split": split} | finite, allow_nan=False)
-        files.lines.add(line)
+        files.lines.add(checksums.to_line({"step": int(step), "split": split} | finite))
         named = {
             f"{split}/{name}": _number(value)
             for name, value in (values | dict(timings or {})).items()
@@ -167,7 +165,7 @@ class Metrics:
     def rewind(self, step: int) -> None:
         """Removes all lines after `step`: a resumed run writes them again.
 
-        Call it before the first `write`. A line cut short by a kill is dropped as well.
+        Call it before the first `write`. Damaged lines are dropped as well.
         """
         if not self._primary:
             return
@@ -175,11 +173,9 @@ class Metrics:
             raise RuntimeError("rewind comes before the first write")
         self._resumed_at = step
         path = self._workdir / METRICS
-        with storage.errors(path):
-            lines = path.read_text().splitlines() if path.exists() else None
-        if lines is not None:
-            kept = [line for line in lines if _within(line, step)]
-            atomic.write(path, "".join(line + "\n" for line in kept))
+        if path.exists():
+            lines = checksums.read_lines(path)
+            checksums.write_lines(path, [line for line in lines if line["step"] <= step])
 
     def save(self) -> None:
         """Returns once every line so far is in the file. Raises UserError if a bucket fails."""
@@ -219,13 +215,6 @@ class Metrics:
 
 def _number(value: Any) -> int | float:
     return value if isinstance(value, int) else float(value)
-
-
-def _within(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
 
 
 class Progress:

@@ -82,8 +82,10 @@ class Setup:
     rates: np.ndarray
 
 
-def set_up(config: ConfigDict, workdir: storage.PathLike) -> Setup:
+def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -> Setup:
     """The run that `config` describes; nothing is written.
+
+    fresh: whether the workdir may hold a run of another config.
 
     Raises UserError on all hosts for a config, data set or workdir that cannot be used on one.
     """
@@ -94,7 +96,8 @@ def set_up(config: ConfigDict, workdir: storage.PathLike) -> Setup:
         check_objective(config, training=True)
         check_profile(config, folder)
         check_wandb(config)
-        check_workdir(folder, config)
+        if not fresh:
+            check_workdir(folder, config)
         data = open_data(config)
         mesh = make_mesh(config)
         check_params_divide(config, mesh)

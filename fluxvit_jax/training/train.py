@@ -5,6 +5,7 @@ of a step or sample, and a checkpoint holds the rest. So the same command resume
 leaves the same numbers as a run that was never stopped.
 """
 
+import os
 import time
 from contextlib import closing
 from typing import Any
@@ -13,13 +14,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints.checkpointer import Checkpoints, best_step
+from fluxvit_jax.checkpoints.checkpointer import FOLDER, Checkpoints, best_step
 from fluxvit_jax.checkpoints.workdir import (
     BAD_CLIPS,
     CONFIG,
     BadClips,
+    last_logged_step,
     metrics_at,
     read_config,
+    set_run_aside,
     write_class_names,
     write_config,
 )
@@ -29,7 +32,12 @@ from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import Batches, train_batches
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.devices import device_name
-from fluxvit_jax.distributed.hosts import barrier, check_shared, raise_on_all_hosts
+from fluxvit_jax.distributed.hosts import (
+    barrier,
+    check_shared,
+    compute_on_host0,
+    raise_on_all_hosts,
+)
 from fluxvit_jax.distributed.mesh import host_index, local_row_indices, say, shard_batch
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
@@ -52,20 +60,26 @@ Tree = dict[str, Any]
 MIN_CLIPS_BEFORE_ABORT = 200
 
 
-def train(config: ConfigDict, workdir: storage.PathLike, accept_data_change: bool = False) -> int:
+def train(
+    config: ConfigDict,
+    workdir: storage.PathLike,
+    accept_data_change: bool = False,
+    fresh: bool = False,
+) -> int:
     """Trains as `config` says, or resumes the run in the workdir.
 
     accept_data_change: resume although the videos, labels or class names have changed.
+    fresh: start anew, and keep an earlier run's files aside.
 
     Returns the exit status: 0 when the run is finished, 128 + signal when Ctrl-C or SIGTERM ended
     it, after a checkpoint.
 
     Raises:
-        UserError: a config, data set, workdir or checkpoint that cannot be used; a loss that is not
-            a finite number; more unreadable clips than `data.max_bad_fraction`; no validation
-            video that can be read.
+        UserError: a config, data set, workdir or checkpoint that cannot be used; lost checkpoints;
+            too many steps in a row without a finite loss; more unreadable clips than
+            `data.max_bad_fraction`; no validation video that can be read.
     """
-    setup = set_up(config, workdir)
+    setup = set_up(config, workdir, fresh)
     config, workdir, schedule = setup.config, setup.workdir, setup.schedule
     clip_fields = setup.objective.clip_fields(config)
     with (
@@ -74,10 +88,14 @@ def train(config: ConfigDict, workdir: storage.PathLike, accept_data_change: boo
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.every_steps) as checkpoints,
         closing(Metrics(workdir, config)) as metrics,
     ):
+        if fresh:
+            keep_earlier_run(workdir)
         start, state, saved = restore_or_initialize(setup, checkpoints, accept_data_change)
         class_names = setup.identity["class_names"] or saved.get("class_names")
         identity = setup.identity | {"class_names": class_names}
         validation = Validation(setup, metrics, start)
+        if not start:
+            check_not_lost(workdir, checkpoints, validation)
         if line := describe_finished(setup, validation, start):
             say(line)
             return 0
@@ -185,6 +203,26 @@ def restore_or_initialize(
     if line := describe_new_schedule(setup, start):
         say(line)
     return restored
+
+
+def keep_earlier_run(workdir: epath.Path) -> None:
+    """Moves an earlier run's files aside, for one that starts anew."""
+    folder = compute_on_host0(lambda: os.fspath(set_run_aside(workdir) or ""))
+    if folder:
+        say(f"starting anew; the files of the earlier run are in {folder}")
+
+
+def check_not_lost(workdir: epath.Path, checkpoints: Checkpoints, validation: Validation) -> None:
+    """Raises UserError if the run in the workdir, which has no checkpoints, must have had some."""
+    logged = compute_on_host0(lambda: last_logged_step(workdir))
+    due = (checkpoints.due(step) or validation.due(step) for step in range(1, logged))
+    # The last one that was begun may not have been finished.
+    if sum(due) >= 2:
+        raise UserError(
+            f"{workdir} has the log of a run up to step {logged}, and its checkpoints are gone: "
+            f"{workdir / FOLDER} has none; bring them back, use another workdir, or add --fresh "
+            "to start anew and keep the earlier files aside"
+        )
 
 
 def check_data(before: Tree, now: Tree, workdir: epath.Path, accepted: bool) -> None:

@@ -56,6 +56,17 @@ def restored_step(workdir) -> int:
     return step
 
 
+def test_steps_that_have_changed_names_are_damaged(tmp_path):
+    save_steps(tmp_path, [1, 2, 3], keep=3)
+    folder = tmp_path / "checkpoints"
+    (folder / "2").rename(folder / "other")
+    (folder / "3").rename(folder / "2")
+    (folder / "other").rename(folder / "3")
+    assert find_fault(epath.Path(folder / "3")) == "it is step 2, renamed"
+    assert restored_step(tmp_path) == 1
+    assert kept(tmp_path) == ["1", "2.damaged", "3.damaged"]
+
+
 def kept(workdir) -> list[str]:
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
 
@@ -81,7 +92,7 @@ def test_round_trip_while_the_state_is_donated(tmp_path):
         for _ in range(20):
             state = overwrite(state)
         step, restored, data = checkpoints.restore_latest(shapes(state))
-    assert (step, data) == (7, {"next": 8})
+    assert (step, data) == (7, {"next": 8, "step": 7})
     assert jax.tree.structure(restored) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(restored))

@@ -14,7 +14,7 @@ import pytest
 import fluxvit_jax
 from fluxvit_jax.deploy.export import export, run
 from fluxvit_jax.deploy.exported import LATENCY, MANIFEST, WEIGHTS
-from fluxvit_jax.distributed import devices
+from fluxvit_jax.distributed import checksums, devices
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization.planner import read_report
 from tests.convert.test_weight_files import CONFIG, TINY_PTH
@@ -101,6 +101,10 @@ def test_damage_is_found(folder, tmp_path):
         (copy / name).unlink()
         with pytest.raises(ValueError, match="cannot be read"):
             fluxvit_jax.load_exported(copy)(photograph(4, 42, 42), 20)
+    path = shutil.copytree(folder, tmp_path / "manifest") / MANIFEST
+    path.write_text(path.read_text().replace('"c3"', '"c2"'))
+    with pytest.raises(ValueError, match=f"{MANIFEST}: its checksum differs"):
+        fluxvit_jax.load_exported(path.parent)
     with pytest.raises(ValueError, match="is no manifest"):
         fluxvit_jax.load_exported(tmp_path)
 
@@ -195,7 +199,8 @@ def with_plan(planned, folder, **changes):
     shutil.copytree(planned, folder, ignore=shutil.ignore_patterns(LATENCY))
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["plan"] |= changes
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifest, _ = checksums.take_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(checksums.add_checksum(manifest)))
     return folder
 
 

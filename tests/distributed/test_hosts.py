@@ -265,7 +265,7 @@ from fluxvit_jax.distributed.mesh import host_index
 distributed.HEARTBEAT_SECONDS = 5
 
 
-def run(config, workdir, accept_data_change):
+def run(config, workdir, accept_data_change, fresh):
     multihost_utils.sync_global_devices("both are here")
     if host_index() == {host}:
         {end}

@@ -483,6 +483,21 @@ def test_a_run_goes_on_with_other_data_only_if_told_to(
     assert "warning: going on with other data" in capsys.readouterr().err
 
 
+def test_lost_checkpoints_are_said_and_the_log_stays(finished, tiny_data, tmp_path, capsys):
+    workdir = copy_of(finished.workdir, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    config = tiny.make_config(tiny_data, train__epochs=1)
+    with pytest.raises(UserError, match=r"its checkpoints are gone: .*/run/checkpoints has"):
+        train.train(tiny.make_config(tiny_data), workdir)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert train.train(config, workdir, fresh=True) == 0
+    assert "the files of the earlier run are in" in capsys.readouterr().err
+    assert (workdir / "earlier-1/metrics.jsonl").read_bytes() == before
+    assert tiny.read_lines(workdir / "metrics.jsonl")[0]["step"] == 1
+    assert json.loads((workdir / "config.json").read_text())["train"]["epochs"] == 1
+
+
 def test_a_run_goes_on_with_moved_data(finished, tiny_data, tmp_path):
     """The same list and videos elsewhere; the config of the workdir follows."""
     workdir = copy_of(finished.workdir, tmp_path / "run")
