@@ -401,6 +401,13 @@ FIELDS: dict[str, Field] = {
         2, "latest checkpoints that stay, besides the best", positive, may_change=True
     ),
     "log.every_steps": Field(20, "steps between two lines of metrics", positive, may_change=True),
+    "log.watchdog_seconds": Field(
+        1800,
+        "without a finished step or batch until the program ends with status 75 and writes "
+        "where it hangs; 0: it waits",
+        not_negative,
+        may_change=True,
+    ),
     "log.wandb": Field(
         "", 'project of Weights & Biases to log to as well; "": none', may_change=True
     ),

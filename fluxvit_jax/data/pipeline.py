@@ -46,6 +46,7 @@ from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
 from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.views import cut_views, read_frames
+from fluxvit_jax.distributed import watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
 
@@ -482,6 +483,7 @@ def _start_worker(index: int, count: int) -> None:
     cv2.setNumThreads(0)  # the workers themselves are the parallelism
     # Workers must not outlive the main process, even if it is killed.
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    watchdog.listen()
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ from fluxvit_jax.distributed.mesh import (
     shard_batch,
     traced_on_mesh,
 )
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.results import SUFFIX
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
@@ -182,7 +183,7 @@ def evaluate(
     config: ConfigDict,
     source: Source,
     mesh: Mesh | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool | None] = lambda: None,
     settings: Sequence[Setting] = (),
 ) -> Evaluation | None:
     """Accuracy of `params` on the videos of `source`.
@@ -432,7 +433,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     check_same_videos(validation=source)
     settings = _planned(config, loaded.params) if config.eval.plan else settings_of(config)
     say(f"evaluating {loaded.origin} on {len(source)} videos")
-    evaluation = evaluate(loaded.params, config, source, mesh, settings=settings)
+    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
+        evaluation = evaluate(loaded.params, config, source, mesh, watchdog.alive, settings)
     assert evaluation is not None  # nothing stops it
     if host_index() == 0:
         path = folder / FOLDER / f"{report_name(config, source, settings, loaded)}.json"

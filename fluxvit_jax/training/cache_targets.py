@@ -49,6 +49,7 @@ from fluxvit_jax.distributed.mesh import (
     shard_batch,
     traced_on_mesh,
 )
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import progress_bar
 from fluxvit_jax.objectives.base import check_objective, objective_class
@@ -101,7 +102,8 @@ def _run(config: ConfigDict) -> int:
         "fields": target_fields(config),
     }
     _write_about(folder, about)  # before the first shard, so that shards belong to one plan only
-    writer.write_missing()
+    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
+        writer.write_missing(watchdog)
     barrier()
     _write_about(folder, about | {"finished": True})
     say(f"{about['samples']} samples in {writer.shards} shards written to {folder}")
@@ -139,7 +141,7 @@ class _Writer:
         self._steps = max(1, SHARD_BYTES // (record_size(self._fields) * batch))
         self.shards = math.ceil(self._samples / (self._steps * batch))
 
-    def write_missing(self) -> None:
+    def write_missing(self, watchdog: Watchdog) -> None:
         local_shards = range(host_index(), self.shards, host_count())
         paths = {number: self._folder / shard_name(number, self.shards) for number in local_shards}
         missing = [number for number, path in paths.items() if not path.exists()]
@@ -151,7 +153,9 @@ class _Writer:
 
         def targets_of(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             inputs = {name: batch[name] for name in ("patches", "grid")}
-            return jax.device_get(program(frozen, shard_batch(inputs, mesh)))
+            targets = jax.device_get(program(frozen, shard_batch(inputs, mesh)))
+            watchdog.alive()
+            return targets
 
         total = len(local_shards) * self._steps
         with progress_bar(total, desc="caching", unit="batch") as bar:

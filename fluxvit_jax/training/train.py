@@ -39,6 +39,7 @@ from fluxvit_jax.distributed.hosts import (
     raise_on_all_hosts,
 )
 from fluxvit_jax.distributed.mesh import host_index, local_row_indices, say, shard_batch
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
 from fluxvit_jax.grids import capacity
@@ -85,6 +86,7 @@ def train(
     with (
         WorkdirLock(workdir) as lock,
         PreemptionHandler() as preemption,
+        Watchdog(config.log.watchdog_seconds, workdir) as watchdog,
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.every_steps) as checkpoints,
         closing(Metrics(workdir, config)) as metrics,
     ):
@@ -111,13 +113,18 @@ def train(
         batches = open_batches(setup, start)
         step_fn = compile_step(setup, state)
 
+        def interrupted() -> bool:
+            watchdog.alive()
+            return preemption.sync()
+
         with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
             if validation.pending:
-                validation.run(start, state, progress, preemption.sync)
+                validation.run(start, state, progress, interrupted)
             saved_step = start
             pending: list[Tree] = []  # scalars of the latest steps, still on the devices
             nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
             stop_signal = 0
+            watchdog.alive()
             for step in range(start + 1, schedule.total + 1):
                 if validation.reason_to_stop() or (
                     preemption.should_stop() and saved_step == step - 1
@@ -132,6 +139,7 @@ def train(
                     state, scalars = step_fn(step, state, setup.frozen, sharded)
                 # Wait for the step before: batches must not pile up on the devices.
                 preemption.update(int(stop_signal))
+                watchdog.alive()
                 lock.check()
                 stop_signal = scalars.pop("stop")
                 pending.append(scalars)
@@ -161,7 +169,8 @@ def train(
                 quality = failure = None
                 try:
                     if evaluates:
-                        quality = validation.run(step, state, progress, preemption.sync)
+                        watchdog.pause()  # its first batch has to be compiled
+                        quality = validation.run(step, state, progress, interrupted)
                 except NothingReadableError as error:
                     failure = error  # raised below, after the steps so far are saved
                 metrics.save()
