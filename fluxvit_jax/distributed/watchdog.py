@@ -107,7 +107,7 @@ class Watchdog:
         if self._folder is None:
             return self._stacks
         host = f"-{host_index()}" if host_count() > 1 else ""
-        return shutil.move(self._stacks, self._folder / f"stacks{host}.txt")
+        return shutil.move(self._stacks, str(self._folder / f"stacks{host}.txt"))
 
 
 def listen() -> None:
