@@ -623,7 +623,7 @@ MUTATIONS = {
         ),
         Mutation(
             "patience-from-the-last-of-equals",
-            "training/train.py",
+            "training/validation.py",
             "key=lambda one: (one[1], -one[0])",
             "key=lambda one: (one[1], one[0])",
             ("training/test_train.py::test_patience_is_counted_from_the_best_step",),
@@ -653,7 +653,7 @@ MUTATIONS = {
         ),
         Mutation(
             "validated-without-the-average",
-            "training/train.py",
+            "training/validation.py",
             'params = state["ema"] if "ema" in state else state["params"]',
             'params = state["params"]',
             (RESUMED,),
@@ -687,7 +687,7 @@ MUTATIONS = {
         Mutation(
             "damaged-steps-stay",
             "checkpoints/checkpointer.py",
-            "            path.rename(renamed)\n",
+            '            self._rename(bad, "damaged")\n',
             "",
             (DAMAGE,),
         ),
@@ -890,8 +890,8 @@ MUTATIONS = {
         Mutation(
             "no-more-epochs",
             "config/fields.py",
-            "(grows and values[0] < values[1])",
-            "(grows and values[0] > values[1])",
+            "(field.may_grow and values[0] < values[1])",
+            "(field.may_grow and values[0] > values[1])",
             ("test_config.py::test_a_run_may_be_trained_for_more_epochs",),
         ),
         Mutation(
@@ -911,22 +911,22 @@ MUTATIONS = {
         Mutation(
             "training-data-from-the-start-again",
             "training/train.py",
-            "start_step=start,\n            groups=",
-            "start_step=0,\n            groups=",
+            "start_step=start,\n        groups=",
+            "start_step=0,\n        groups=",
             (RESUMED,),
         ),
         Mutation(
             "metrics-not-rewound",
             "training/train.py",
-            "            metrics.rewind(start)\n",
+            "        metrics.rewind(start)\n",
             "",
             (RESUMED,),
         ),
         Mutation(
             "evaluation-owed-is-forgotten",
-            "training/train.py",
-            "        if start >= schedule.total and not evaluation_pending:\n",
-            "        evaluation_pending = False\n        if start >= schedule.total:\n",
+            "training/validation.py",
+            "        self.pending = self.due(start) and compute_on_host0(",
+            "        self.pending = False and compute_on_host0(",
             (RESUMED,),
         ),
         Mutation(
@@ -939,8 +939,8 @@ MUTATIONS = {
         Mutation(
             "rate-of-the-step-before",
             "training/train.py",
-            '{"learning_rate": rates[step - 1]}',
-            '{"learning_rate": rates[max(step - 2, 0)]}',
+            "setup.rates[step - 1 - nonfinite.total]",
+            "setup.rates[max(step - 2 - nonfinite.total, 0)]",
             ("training/test_train.py::test_the_logged_learning_rate_is_that_of_the_step",),
         ),
     ],

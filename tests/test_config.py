@@ -563,7 +563,8 @@ def test_difference_leaves_out_what_may_change():
     sections = {"log", "checkpoint", "eval", "search", "parallel", "preflight"}
     assert {name for name in FIELDS if name.split(".")[0] in sections} < may_change
     trained = {name for name in may_change if name.split(".")[0] in ("optim", "train")}
-    assert trained == {"train.early_stopping_epochs"}  # it ends a run, and changes no step of it
+    # They end a run, and change no step of it.
+    assert trained == {"train.early_stopping_epochs", "train.max_nonfinite"}
 
 
 def test_renamed_fields_are_read_from_old_runs_and_named_in_errors():

@@ -25,7 +25,7 @@ from etils import epath
 from fluxvit_jax.data.annotations import Record, open_source, read_class_names, videos_below
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.prepare import Prepared, prepare
-from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization.results_log import CHOOSE, ResultsLog
 from fluxvit_jax.training.metrics import Metrics
@@ -252,7 +252,7 @@ def test_metrics_of_a_killed_and_resumed_run_are_whole(emulator, tmp_path):
     for step in (3, 4):
         resumed.write(step, "train", {"loss": 1 / step})
     resumed.close()
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = checksums.read_lines(workdir / "metrics.jsonl")
     assert lines == [{"step": n, "split": "train", "loss": 1 / n} for n in (1, 2, 3, 4)]
     files = list((workdir / "tensorboard").iterdir())
     for file in files:

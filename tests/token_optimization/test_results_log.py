@@ -1,7 +1,5 @@
 """What a search has found survives whatever happens to the file, and is summed up rightly."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -19,6 +17,7 @@ from fluxvit_jax.token_optimization.results_log import (
     difference,
     gain,
 )
+from tests import tiny
 
 ABOUT = {"weights": "abc", "views": "2x1"}
 
@@ -74,10 +73,9 @@ def test_a_file_cut_at_any_byte_loses_its_last_line_at_most(tmp_path):
     for end in range(whole_lines[0], len(content)):
         path.write_bytes(content[:end])
         with ResultsLog(tmp_path, ABOUT) as results:
-            results.add_outcomes(
-                CHOOSE, 6, "a", "1"
-            )  # whatever was cut does not spoil what follows
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+            # What was cut does not spoil what follows.
+            results.add_outcomes(CHOOSE, 6, "a", "1")
+        lines = tiny.read_lines(path)
         kept = sum(at <= end for at in whole_lines)
         # A line that only lacks its end is whole.
         assert len(lines) - 1 in (kept, kept + 1)
