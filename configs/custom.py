@@ -4,11 +4,12 @@ r"""Your own videos: fine-tuning on a CSV of path,label. NOT RUN HERE.
         --config.data.train=train.csv --config.data.validation=validation.csv \
         --config.data.root=videos --config.train.init_from=CHECKPOINT
 
-Argument: small, base or large; `,single=2048` trains one budget (Flux-Single). A list has one
-`path,label` a line, paths relative to the root; labels are names, or numbers from 0. A folder of
-class folders will do. Classes are counted, unless --config.model.classes=12 says how many there
-are. CHECKPOINT is a workdir or a file that fluxvit_jax.convert reads, of the same variant,
-fine-tuned on any data set, K400 for most; a classifier of other classes starts afresh.
+Argument: small, base or large, and `,single=2048` trains one budget (Flux-Single); or tiny, for a
+laptop. A list has one `path,label` a line, paths relative to the root; labels are names, or numbers
+from 0. A folder of class folders will do. Classes are counted, unless --config.model.classes=12
+says how many there are. CHECKPOINT is a workdir or a file that fluxvit_jax.convert reads, of the
+same variant, fine-tuned on any data set, K400 for most; a classifier of other classes starts
+afresh.
 
 Numbers, sources: configs/finetune.py. Many are chosen, to be changed: --config.train.epochs=50, or
 --config.data.augment.flip=0 where left and right are different classes.
@@ -18,8 +19,39 @@ with --config.train.grad_accum_steps=4. A thousand videos are about 4 min (small
 of work for an H100. An estimate: configs/finetune.py.
 
 Expected result: that of your data.
+
+`tiny` is the demo's network and its small grids (configs/demo.py): some hundred clips of a few
+classes take minutes on two CPU cores. It begins at random weights, or those of `make demo` with
+--config.train.init_from=demo/multi.
 """
 
-from fluxvit_jax.recipes import finetune
+from ml_collections import ConfigDict
 
-get_config = finetune.recipe("custom")
+from fluxvit_jax.data import places
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.recipes import demo, finetune
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    size, _, options = argument.partition(",")
+    if size != "tiny":
+        return finetune.recipe("custom")(argument)
+    if options:
+        raise UserError(f"{options!r}: tiny has no options")
+    return _tiny()
+
+
+def _tiny() -> ConfigDict:
+    """The demo's config for other data. The numbers are chosen for 200 clips of 3 classes."""
+    config = demo.get_config()
+    config.model.classes = 0  # counted in the data
+    config.data.train = places.find("custom", places.TRAIN)
+    config.data.validation = places.find("custom", places.VALIDATION)
+    config.data.root = ""
+    config.data.class_names = ""
+    config.data.repeated_aug = 2
+    config.data.workers = 2
+    config.train.epochs = 30
+    config.train.warmup_epochs = 2.0
+    config.eval.every_epochs = 5
+    return config

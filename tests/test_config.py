@@ -318,6 +318,13 @@ def test_evaluation_chooses_from_more_tokens_than_each_budget(name):
         assert 1.5 <= frames * (resolution // 14) ** 2 / budget <= 2.3
 
 
+def test_a_recipe_for_a_laptop_needs_no_weights():
+    config = recipe("custom", "tiny", ["--config.data.train=list.csv"])
+    validate_for_training(config)
+    assert config.model.variant == "Ti"
+    assert "tiny has no options" in error_of(recipe, "custom", "tiny,single=128")
+
+
 def test_a_recipe_that_starts_from_weights_asks_for_them():
     config = recipe("k400", overrides=["--config.data.train=list.csv"])
     assert "--config.train.init_from=CHECKPOINT" in error_of(validate_for_training, config)
