@@ -440,8 +440,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         path = folder / FOLDER / f"{report_name(config, source, settings, loaded)}.json"
         about = {"data": config.data.validation, "plan": config.eval.plan or None}
         about |= {"class_names": list(names or numbered(config.model.classes))}
+        print(evaluation.table())  # before what may fail
         page = write(evaluation, path, {"checkpoint": loaded.origin} | about)
-        print(evaluation.table())
         failures, warning = evaluation.report["failures"], evaluation.report["warning"]
         if failures and not warning:
             print(describe_failures(len(failures), len(source), _first(failures)))

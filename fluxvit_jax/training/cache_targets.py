@@ -71,7 +71,7 @@ def run(config: ConfigDict, _: str | None = None) -> int:
     Raises UserError: no teacher, no plan, a folder with the cache of another plan, a full disk.
     """
     _check(config)
-    with storage.full_disk(config.distill.cache):
+    with storage.write_errors(config.distill.cache):
         return _run(config)
 
 
