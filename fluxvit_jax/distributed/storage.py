@@ -95,9 +95,9 @@ def write_errors(path: PathLike) -> Iterator[None]:
         if not full and not (locked and below):
             raise
         cure = "make room" if full else "make it writable"
+        reason = os.strerror(error.errno or 0)
         raise UserError(
-            f"{os.fspath(path)}: {os.strerror(error.errno or 0)}; {cure} and start the same command "
-            "again"
+            f"{os.fspath(path)}: {reason}; {cure} and start the same command again"
         ) from error
 
 
