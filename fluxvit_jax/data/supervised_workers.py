@@ -168,14 +168,13 @@ class SupervisedWorkers:
         _kill([worker])
         for number in worker.numbers:
             heapq.heappush(self._pending, number)
-        if clip:
+        if not clip:
+            logging.warning("a worker that reads data %s; it is replaced", reason)
+        elif clip not in self._quarantine:  # else two workers were at it
             self._quarantine[clip] = reason
             for other in self._workers:
                 other.channel.send(("skip", clip, reason))
-            what = f"{clip}: {reason}; it is skipped from now on"
-        else:
-            what = f"a worker that reads data {reason}; what it was at is read again"
-        logging.warning("%s, and the worker replaced", what)
+            logging.warning("%s: %s; it is skipped from now on, the worker replaced", clip, reason)
         with _stop_signals_blocked():
             self._start_worker()
 
