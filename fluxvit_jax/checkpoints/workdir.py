@@ -3,6 +3,7 @@
 `config.json`, which ties the workdir to one run, `classes.txt` and `bad_clips.jsonl`.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config import versions
 from fluxvit_jax.config.fields import config_difference
 from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import gather, host_index
 from fluxvit_jax.errors import UserError
 
@@ -104,27 +106,44 @@ def metric_history(workdir: epath.Path, step: int, split: str, name: str) -> lis
 class BadClips:
     """List of unreadable training videos, each once: `bad_clips.jsonl` of a workdir.
 
-    A line is {"step": of its first batch, "id", "reason"}. Host 0 writes those of all hosts. Close
-    it; `save` is that of `atomic.LineFile`.
+    A line is {"step": of its first batch, "id", "reason"}. One with "skip": true is of a video that
+    hung or crashed its reader. A resumed run does not try it again; to have it tried, remove the
+    line. Host 0 writes those of all hosts. Close it; `save` is that of `atomic.LineFile`.
+
+    Attributes:
+        quarantine: the reasons of the videos to skip, by id; whoever reads videos adds to it.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        """Removes lines after `step`: a resumed run writes them again."""
+        """Removes lines after `step`, but for videos to skip: a resumed run writes them again."""
         self._path = workdir / BAD_CLIPS
-        self._known: set[str] = set()
         self._new: list[dict[str, Any]] = []  # of this host, since the last `write`
         self._file: atomic.LineFile | None = None
-        if host_index() == 0:
-            known = [line for line in _json_lines(self._path) if line["step"] <= step]
-            if self._path.exists():
-                atomic.write(self._path, "".join(json.dumps(line) + "\n" for line in known))
-            self._known = {line["id"] for line in known}
+        known = compute_on_host0(lambda: self._read(step))
+        self._known = {line["id"] for line in known}
+        self.quarantine = {line["id"]: line["reason"] for line in known if line["skip"]}
+
+    def _read(self, step: int) -> list[dict[str, Any]]:
+        """The lines that stay; damaged ones are dropped."""
+        lines = [
+            line | {"skip": line.get("skip") is True}
+            for line in _json_lines(self._path)
+            if isinstance(line.get("step"), int)
+            and all(isinstance(line.get(name), str) for name in ("id", "reason"))
+        ]
+        kept = [line for line in lines if line["skip"] or line["step"] <= step]
+        if self._path.exists():
+            atomic.write(self._path, "".join(_bad_clip_line(line) + "\n" for line in kept))
+        return kept
 
     def note(self, step: int, failures: np.ndarray) -> None:
         """Adds the failures of a batch, str [b]: "" or a line "id: reason" for each video."""
         for line in (line for text in failures for line in text.splitlines()):
-            name, _, reason = line.partition(": ")
-            self._new.append({"step": step, "id": name, "reason": reason})
+            skipped = next((id for id in self.quarantine if line.startswith(f"{id}: ")), None)
+            name = skipped or line.partition(": ")[0]
+            reason = line.removeprefix(f"{name}: ")
+            skip = skipped is not None
+            self._new.append({"step": step, "id": name, "reason": reason, "skip": skip})
 
     def write(self) -> None:
         """Appends the new lines to the file; all hosts call it."""
@@ -133,7 +152,7 @@ class BadClips:
             if host_index() == 0 and line["id"] not in self._known:
                 self._known.add(line["id"])
                 self._file = self._file or atomic.LineFile(self._path)
-                self._file.add(json.dumps(line))
+                self._file.add(_bad_clip_line(line))
 
     def save(self) -> None:
         if self._file is not None:
@@ -144,14 +163,20 @@ class BadClips:
             self._file.close()
 
 
+def _bad_clip_line(line: dict[str, Any]) -> str:
+    """A line as JSON; of the few videos to skip, it says so."""
+    return json.dumps({name: value for name, value in line.items() if value is not False})
+
+
 def _json_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, if it exists, without one cut short by a kill."""
+    """The objects of a file of JSON lines, if it exists, without damaged ones.
+
+    A kill may have cut the last one short.
+    """
     with storage.errors(path):
-        lines = path.read_text().splitlines() if path.exists() else []
-    objects = []
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    values = []
     for line in lines:
-        try:
-            objects.append(json.loads(line))
-        except ValueError:
-            continue
-    return objects
+        with contextlib.suppress(ValueError, RecursionError):
+            values.append(json.loads(line))
+    return [value for value in values if isinstance(value, dict)]

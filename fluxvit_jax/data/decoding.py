@@ -187,8 +187,7 @@ class Video:
                 return io.BytesIO(storage.read_bytes(source))
             except FileNotFoundError:
                 raise DecodeError(self.name, "no such file") from None
-        if not os.path.isfile(source):  # opening a pipe, say, would block forever
-            raise DecodeError(self.name, "no such file")
+        check_regular(source, self.name)
         return open(source, "rb")
 
     def _open_container(self, file: BinaryIO) -> av.container.InputContainer:
@@ -415,6 +414,13 @@ class Video:
         if image.shape[:2] != (height, width):  # a stream may also change its size midway
             image = cv2.resize(image, (width, height), interpolation=interpolation)
         return image
+
+
+def check_regular(path: str | os.PathLike, name: str) -> None:
+    """Raises DecodeError unless a path of this machine is a file: opening a pipe would block."""
+    if not os.path.isfile(path):
+        is_there = os.path.exists(path)
+        raise DecodeError(name, "is no regular file" if is_there else "no such file")
 
 
 def image_format(beginning: bytes) -> str | None:

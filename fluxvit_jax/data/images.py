@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from fluxvit_jax.data.decoding import DecodeError, Video, image_format
+from fluxvit_jax.data.decoding import DecodeError, Video, check_regular, image_format
 from fluxvit_jax.data.frame_sampling import resized_size
 from fluxvit_jax.distributed import storage
 
@@ -38,6 +38,8 @@ class Image:
 
     def __init__(self, source: str | os.PathLike | bytes, name: str | None = None):
         self.name = name or ("image in memory" if isinstance(source, bytes) else os.fspath(source))
+        if not isinstance(source, bytes) and not storage.is_remote(source):
+            check_regular(source, self.name)
         try:
             content = source if isinstance(source, bytes) else storage.read_bytes(source)
         except OSError as error:

@@ -14,6 +14,7 @@ import array
 import contextlib
 import ctypes
 import heapq
+import itertools
 import logging
 import mmap
 import multiprocessing
@@ -96,8 +97,8 @@ class SupervisedWorkers:
         """
         self._assign()
         begin = time.monotonic()
-        watched = [w.channel for w in self._workers] + [w.process.sentinel for w in self._workers]
-        connection.wait(watched, POLL_SECONDS)
+        watched = [(w.channel.fileno(), w.process.sentinel) for w in self._workers]
+        connection.wait(itertools.chain(*watched), POLL_SECONDS)
         waited = min(time.monotonic() - begin, POLL_SECONDS)
         results: list[tuple[int, Any]] = []
         for worker in list(self._workers):

@@ -40,6 +40,7 @@ from fluxvit_jax.data.splits import (
     configured_names,
     open_compared,
 )
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import atomic, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
@@ -47,6 +48,7 @@ from fluxvit_jax.distributed.mesh import (
     compiler_options,
     device_put_global,
     gather,
+    host_count,
     host_index,
     local_row_indices,
     local_rows,
@@ -184,6 +186,7 @@ def evaluate(
     mesh: Mesh | None = None,
     stop: Callable[[], bool] = lambda: False,
     settings: Sequence[Setting] = (),
+    quarantine: Quarantine | None = None,
 ) -> Evaluation | None:
     """Accuracy of `params` on the videos of `source`.
 
@@ -191,7 +194,9 @@ def evaluate(
         params: the network's parameters, on the devices or as numpy arrays.
         mesh: the devices; all of them by default.
         settings: of different budgets; by default those of `eval.settings`.
-        stop: called after each batch; once it returns True, evaluation ends and returns None.
+        stop: called after each batch, and on a single host while waiting for one; once it returns
+            True, evaluation ends and returns None.
+        quarantine: see `pipeline.evaluation_batches`.
 
     Raises:
         UserError: there are no videos, none can be read, or too little shared memory.
@@ -211,10 +216,13 @@ def evaluate(
         [setting.grid for setting in settings],
         batch_size=batch_size,
         rows=local_row_indices(mesh, batch_size).tolist(),
+        quarantine=quarantine,
     )
+    # Hosts call `stop` together, and so wait for their batches first, however long that takes.
+    stop_waiting = stop if host_count() == 1 else (lambda: False)
     videos: list[dict[str, Any]] = []
     with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
-        for batch in batches:
+        for batch in batches.until(stop_waiting):
             found = [
                 own
                 for k, program in enumerate(programs)
@@ -239,6 +247,8 @@ def evaluate(
             bar.update(min(batch_size, len(source) - bar.n))
             if stop():
                 return None
+        if stop_waiting():
+            return None
     # Hosts whose devices share clips have evaluated the same videos.
     by_number = {video["number"]: video for video in gather(videos)}
     videos = [by_number[number] for number in sorted(by_number)]

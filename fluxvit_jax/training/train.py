@@ -27,6 +27,7 @@ from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import Batches, train_batches
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.hosts import barrier, check_shared, raise_on_all_hosts
@@ -90,23 +91,39 @@ def train(config: ConfigDict, workdir: storage.PathLike, accept_data_change: boo
             start_step=start,
             every=config.log.every_steps,
         )
-        batches = open_batches(setup, start)
+        batches = open_batches(setup, start, bad_clips.quarantine)
         step_fn = compile_step(setup, state)
 
         with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
             if validation.pending:
-                validation.run(start, state, progress, preemption.sync)
+                validation.run(start, state, progress, preemption.sync, bad_clips.quarantine)
             saved_step = start
             pending: list[Tree] = []  # scalars of the latest steps, still on the devices
             nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
             stop_signal = 0
+
+            def save(step: int, quality: dict[str, float] | None) -> None:
+                nonlocal saved_step
+                data_state = batches.state() | identity | nonfinite.state()
+                checkpoints.save(step, state, data_state, config, quality)
+                saved_step = step
+
             for step in range(start + 1, schedule.total + 1):
                 if validation.reason_to_stop() or (
                     preemption.should_stop() and saved_step == step - 1
                 ):
                     break
                 # Train on the next batch.
-                batch = next(batches)
+                batch = batches.next_unless(preemption.should_stop)
+                if batch is None:  # stopped while waiting, say for a clip that hangs
+                    if saved_step < step - 1:
+                        bad_clips.write()
+                        if pending:
+                            fetch(pending, step - 1, nonfinite)
+                        metrics.save()
+                        bad_clips.save()
+                        save(step - 1, None)
+                    break
                 bad_clips.note(step, batch["failure"])
                 inputs = device_batch(batch, preemption.signal, clip_fields)
                 sharded = shard_batch(inputs, setup.mesh)
@@ -143,16 +160,16 @@ def train(config: ConfigDict, workdir: storage.PathLike, accept_data_change: boo
                 quality = failure = None
                 try:
                     if evaluates:
-                        quality = validation.run(step, state, progress, preemption.sync)
+                        quality = validation.run(
+                            step, state, progress, preemption.sync, bad_clips.quarantine
+                        )
                 except NothingReadableError as error:
                     failure = error  # raised below, after the steps so far are saved
                 metrics.save()
                 bad_clips.save()
                 # Weights that give no finite loss are not saved on the way.
                 if not nonfinite.in_row or last or preemption.should_stop():
-                    data_state = batches.state() | identity | nonfinite.state()
-                    checkpoints.save(step, state, data_state, config, quality)
-                    saved_step = step
+                    save(step, quality)
                 if failure:
                     raise failure
         checkpoints.wait()
@@ -239,12 +256,11 @@ def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> Bad
         metrics.rewind(start)
         if setup.config.log.wandb and host_index() == 0:
             metrics.open()  # what it refuses, it should refuse before the compilation
-        bad_clips = BadClips(setup.workdir, start)
     check_shared(setup.workdir / CONFIG)
-    return bad_clips
+    return BadClips(setup.workdir, start)
 
 
-def open_batches(setup: Setup, start: int) -> Batches:
+def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
     """This host's part of the batches after step `start`."""
     config = setup.config
     all_groups = config.train.batch_size // config.data.clips_per_grid
@@ -254,6 +270,7 @@ def open_batches(setup: Setup, start: int) -> Batches:
         start_step=start,
         groups=local_row_indices(setup.mesh, all_groups).tolist(),
         clip_data=setup.data.clip_data,
+        quarantine=quarantine,
     )
 
 

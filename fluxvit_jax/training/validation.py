@@ -1,11 +1,11 @@
 """Validation on the way of a run: when it is due, what it found, whether to stop early."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 from fluxvit_jax.checkpoints.checkpointer import BEST
 from fluxvit_jax.checkpoints.workdir import metric_history, metrics_at
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.evaluation.evaluate import evaluate
@@ -32,6 +32,7 @@ class Validation:
         self._setup = setup
         self._metrics = metrics
         self._metric = f"top1_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         self._history: list[list[Any]] = compute_on_host0(
             lambda: metric_history(workdir, start, VALIDATION, self._metric)
@@ -49,11 +50,16 @@ class Validation:
         return early_stop(self._history, self._patience, self._metric)
 
     def run(
-        self, step: int, state: Tree, progress: Progress, interrupted: Callable[[], bool]
+        self,
+        step: int,
+        state: Tree,
+        progress: Progress,
+        interrupted: Callable[[], bool],
+        quarantine: Quarantine,
     ) -> dict[str, float] | None:
         """Evaluates the model (its average, if kept); returns the metric that ranks checkpoints.
 
-        None if `interrupted` ended it.
+        None if `interrupted` ended it. quarantine: see `pipeline.evaluation_batches`.
 
         Raises NothingReadableError if no video can be read.
         """
@@ -61,23 +67,26 @@ class Validation:
         assert videos is not None
         params = state["ema"] if "ema" in state else state["params"]
         with progress.paused():
-            evaluation = evaluate(params, config, videos, mesh, interrupted)
+            evaluation = evaluate(params, config, videos, mesh, interrupted, quarantine=quarantine)
         if evaluation is None:
             return None
         scalars = evaluation.scalars()
         self._metrics.write(step, VALIDATION, scalars)
-        self._metrics.write_pictures(step, VALIDATION, self._kept_patches.pictures(params))
+        failed = {failure["id"]: failure["reason"] for failure in evaluation.report["failures"]}
+        self._metrics.write_pictures(step, VALIDATION, self._kept_patches(failed).pictures(params))
         say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in evaluation.told().items())}")
         if warning := evaluation.report["warning"]:
             say(f"warning: step {step}: {warning}")
         self._history.append([step, scalars[self._metric]])
         return {BEST: scalars[self._metric]}
 
-    @cached_property
-    def _kept_patches(self) -> KeptPatches:
-        videos = self._setup.data.validation
-        assert videos is not None
-        return KeptPatches(self._setup.config, videos, self._setup.mesh)
+    def _kept_patches(self, failed: Quarantine) -> KeptPatches:
+        """Made at the first validation. failed: the reason for each video that failed in it."""
+        if self._pictures is None:
+            videos = self._setup.data.validation
+            assert videos is not None
+            self._pictures = KeptPatches(self._setup.config, videos, self._setup.mesh, failed)
+        return self._pictures
 
 
 def early_stop(validations: Sequence[Sequence[Any]], patience: int, metric: str) -> str:
