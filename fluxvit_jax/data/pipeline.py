@@ -541,6 +541,8 @@ def _reading(source: Source, number: int, quarantine: Quarantine) -> Iterator[Re
     """
     with reading(f"video {number}", quarantine):
         record = source[number]
+    if record.failure:
+        raise DecodeError(record.id, record.failure)
     with reading(record.id, quarantine):
         try:
             yield record

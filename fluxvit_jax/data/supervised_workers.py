@@ -45,7 +45,7 @@ SHARED_MEMORY = "/dev/shm"
 MAX_MESSAGE = 1 << 16  # bytes; sockets of this kind take messages of 200 KB
 ALIGNMENT = 64  # bytes, of arrays in shared memory
 
-# Deaths that are the fault of the clip. The kernel kills with SIGKILL and SIGBUS for lack of memory.
+# Deaths that are the fault of the clip. For lack of memory the kernel sends SIGKILL or SIGBUS.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
 Make = Callable[[int], Any]

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.class_names import KnownNames, numbered
-from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.data.splits import (
     check_same_videos,
@@ -140,21 +142,45 @@ class NothingReadableError(UserError):
         )
 
 
-def check_readable(source: Source, data: str) -> None:
+def check_readable(source: Source, data: str, clip_seconds: float) -> None:
     """Raises `NothingReadableError` unless some video can be read; the first such ends the check.
 
-    data: name of the videos for the message.
+    data: name of the videos for the message. clip_seconds: time limit for each; 0: none.
     """
-    reasons = []
+    first = ""
     for number in range(len(source)):
-        try:
-            with Video(source[number].video) as video:
-                video.read([0])
+        reason = _why_unreadable(source[number], clip_seconds)
+        if not reason:
             return
+        first = first or reason
+    if first:
+        raise NothingReadableError(data, len(source), source[0], first)
+
+
+def _why_unreadable(record: Record, clip_seconds: float) -> str:
+    """Why the first frame of a video cannot be read; "" if it can."""
+    if record.failure:
+        return record.failure
+    outcomes: list[str | UserError] = []
+
+    def read() -> None:
+        try:
+            with open_clip(record.video) as video:
+                video.read([0])
+            outcomes.append("")
         except DecodeError as error:
-            reasons.append(error.reason)
-    if reasons:
-        raise NothingReadableError(data, len(source), source[0], reasons[0])
+            outcomes.append(error.reason)
+        except UserError as error:
+            outcomes.append(error)
+
+    # A decoder that hangs cannot be ended, only left behind; the program must hear signals.
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(clip_seconds or None)
+    outcome = outcomes[0] if outcomes else f"hangs: not read within {clip_seconds:g} s"
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 def describe_failures(failed: int, videos: int, first: str) -> str:
@@ -437,7 +463,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
         check_params_divide(config, mesh)
-        check_readable(source, config.data.validation)
+        check_readable(source, config.data.validation, config.data.clip_seconds)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
     settings = _planned(config, loaded.params) if config.eval.plan else settings_of(config)

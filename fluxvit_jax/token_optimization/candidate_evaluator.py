@@ -118,6 +118,8 @@ class CandidateEvaluator:
     def _read(self, record: Record | None, grids: Sequence[Grid]) -> DecodedVideo:
         if record is None:
             return DecodedVideo(record=None)
+        if record.failure:
+            return DecodedVideo(record=record, failure=record.failure)
         try:
             with Video(record.video) as video:
                 frames = read_frames(video, grids, self._clips, MAX_DECODED_BYTES)

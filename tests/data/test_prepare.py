@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.data.pipeline import EvaluationVideos, TrainGroups
 from fluxvit_jax.data.prepare import Prepared, main, prepare
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 
 SHARD_MB = 0.03  # one to three of the clips below
 CLIPS = 150  # of the runs that are stopped
@@ -274,8 +277,8 @@ def test_bad_folders_are_refused(videos, whole, tmp_path):
     shard.write_bytes(shard.read_bytes()[:70_000])
     source = open_source(tmp_path)
     assert source[0].id == "run/0.mp4"
-    with pytest.raises(UserError, match=r"record \d+ cannot be read"):
-        list(source)
+    failed = [bool(record.failure) for record in source]
+    assert failed[2] and not any(failed[:2]) and not failed[-1]
     shard.unlink()
     with pytest.raises(UserError, match=f"shard {shard.name} is missing"):
         open_source(tmp_path)
@@ -285,6 +288,29 @@ def test_bad_folders_are_refused(videos, whole, tmp_path):
             open_source(tmp_path)
         with pytest.raises(UserError, match="is no folder of `prepare`"):
             prepare(videos / "good.csv", tmp_path, split="validation")
+
+
+def test_a_flipped_bit_is_one_clip_that_fails(videos, tmp_path):
+    prepare(videos / "good.csv", tmp_path, shard_mb=SHARD_MB)
+    source = open_source(tmp_path)
+    shard = sorted(tmp_path.glob("videos-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[content.index(source[1].video[:500]) + 250] ^= 4
+    shard.write_bytes(content)
+    damaged = list(open_source(tmp_path))
+    assert [i for i, record in enumerate(damaged) if record.failure] == [1]
+    name = f"{tmp_path.name}, record 1"
+    assert damaged[1].id == name and "the shard is damaged here" in damaged[1].failure
+    grids = (Grid(2, 2, 2),)
+    items = EvaluationVideos(open_source(tmp_path), grids, clips=1, crops=1)
+    assert [str(items[i]["id"][0]) for i in range(3)] == [source[0].id, name, source[2].id]
+    assert "hash mismatch" in items[1]["failure"][0] and not items[1]["patches0"].any()
+    augment = default_config("Ti").data.augment
+    groups = TrainGroups(open_source(tmp_path), 0, grids, group=4, repeats=1, augment=augment)
+    failures = {
+        line for i in range(3) for text in groups[i]["failure"] for line in text.split("\n")
+    }
+    assert [line.split(": ")[0] for line in failures if line] == [name]
 
 
 def test_one_run_at_a_time(videos, tmp_path):

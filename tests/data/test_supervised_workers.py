@@ -118,9 +118,11 @@ def test_what_kills_workers_everywhere_ends_the_run(folder):
     config = make_config(workers=1, clip_seconds=1.0)
     config.train.batch_size = 4
     groups = groups_of(config, folder, open_killing)
-    with batches_of(groups, config, groups.quarantine) as batches:
-        with pytest.raises(UserError, match=f"{KILLED}; lower data.workers") as error:
-            list(itertools.islice(batches, 10))
+    with (
+        batches_of(groups, config, groups.quarantine) as batches,
+        pytest.raises(UserError, match=f"{KILLED}; lower data.workers") as error,
+    ):
+        list(itertools.islice(batches, 10))
     assert "\n" not in str(error.value)
 
 
