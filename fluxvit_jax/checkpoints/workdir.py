@@ -53,7 +53,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
                 return None
             text = path.read_text()
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return versions.unstamp(content, path)
 

@@ -114,7 +114,7 @@ class ResultsLog:
         for text in content.decode(errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         return lines
 
