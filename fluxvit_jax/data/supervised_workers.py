@@ -68,6 +68,9 @@ class SupervisedWorkers:
       quarantine: clips that are not to be read; grows. If it is part of `make` as well, workers
         read it there.
       ahead: numbers given to a worker at a time.
+
+    Attributes:
+      clips_read: number of clips that were read so far, some of them twice.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class SupervisedWorkers:
     ):
         self._clip_seconds, self._quarantine, self._ahead = clip_seconds, quarantine, ahead
         self._job, self._job_sizes = _pack((make, quarantine))  # pickled together: one object
+        self.clips_read = 0
         self._pending: list[int] = []  # a heap of numbers that no worker has
         self._killed_at: str | None = None  # clip of the last death that was charged to none
         self._workers: list[_Worker] = []
@@ -103,7 +107,9 @@ class SupervisedWorkers:
         results: list[tuple[int, Any]] = []
         for worker in list(self._workers):
             died = worker.process.exitcode is not None  # before what it has said is read
+            begun = worker.clips_read
             heard = worker.hear(results)
+            self.clips_read += worker.clips_read - begun
             if died:
                 self._replace(worker, *self._blame_death(worker))
             elif heard or not worker.busy:
@@ -186,6 +192,7 @@ class _Worker:
     Attributes:
       numbers: what it has to do, in order.
       clip: the one it is at, "" between two.
+      clips_read: number of clips before that.
       silent: seconds that the main process has waited since it last said something.
       ready: whether it has unpickled its job.
     """
@@ -199,6 +206,7 @@ class _Worker:
         self.channel = _Channel(ours)
         self.numbers: list[int] = []
         self.clip = ""
+        self.clips_read = 0
         self.silent = 0.0
         self.ready = False
 
@@ -216,6 +224,7 @@ class _Worker:
                 self.ready = True
             elif kind == "at":
                 [self.clip] = rest
+                self.clips_read += not self.clip
             else:
                 number, content = rest
                 self.numbers.remove(number)
@@ -396,8 +405,8 @@ def _pack(value: Any) -> tuple[IO[bytes], Sequence[int]]:
         file.flush()
     except OSError as error:
         raise UserError(
-            f"config.data.workers: {folder or 'the temporary folder'}: {error.strerror}; enlarge "
-            "it (docker: --shm-size) or lower data.workers"
+            f"{folder or tempfile.gettempdir()}: {error.strerror}; enlarge it (docker: --shm-size) "
+            "or use fewer workers"
         ) from error
     return file, [part.nbytes for part in parts]
 
