@@ -11,8 +11,9 @@ same bytes as an undisturbed one. DIR then holds
     quarantine.csv                                 id, label, reason, split of every bad video
 
 and `.prepare/` while a run is unfinished. Every frame of every video is decoded once. A video that
-fails, or hangs or crashes its reader, is listed in quarantine.csv; a training split leaves it out, any other split keeps its bytes,
-because an evaluation must count it as failed.
+fails is listed in quarantine.csv; a training split leaves it out, any other split keeps its bytes,
+because an evaluation must count it as failed. So is one that hangs or crashes its reader, but its
+bytes stay out.
 """
 
 import argparse

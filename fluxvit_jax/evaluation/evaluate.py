@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,6 +42,7 @@ from fluxvit_jax.data.splits import (
     open_compared,
 )
 from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.distributed import atomic, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
@@ -161,26 +161,16 @@ def _why_unreadable(record: Record, clip_seconds: float) -> str:
     """Why the first frame of a video cannot be read; "" if it can."""
     if record.failure:
         return record.failure
-    outcomes: list[str | UserError] = []
 
     def read() -> None:
-        try:
-            with open_clip(record.video) as video:
-                video.read([0])
-            outcomes.append("")
-        except DecodeError as error:
-            outcomes.append(error.reason)
-        except UserError as error:
-            outcomes.append(error)
+        with open_clip(record.video) as video:
+            video.read([0])
 
-    # A decoder that hangs cannot be ended, only left behind; the program must hear signals.
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(clip_seconds or None)
-    outcome = outcomes[0] if outcomes else f"hangs: not read within {clip_seconds:g} s"
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
+    try:
+        within(clip_seconds, record.id, read)
+    except DecodeError as error:
+        return error.reason
+    return ""
 
 
 def describe_failures(failed: int, videos: int, first: str) -> str:

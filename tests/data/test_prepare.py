@@ -18,10 +18,11 @@ import pytest
 import tensorflow_datasets as tfds
 
 from fluxvit_jax.config.fields import default_config
-from fluxvit_jax.data.annotations import open_source
+from fluxvit_jax.data.annotations import Example, open_source
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import EvaluationVideos, TrainGroups
 from fluxvit_jax.data.prepare import Prepared, main, prepare
+from fluxvit_jax.data.shard_writer import Shard, write_shards
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 
@@ -170,6 +171,37 @@ def test_a_run_stopped_in_every_way_goes_on_and_ends_the_same(videos, tmp_path):
     assert "was killed by SIGKILL, as happens when memory runs out; it is replaced" in errors
     assert all(path.stat().st_mtime_ns == moment for path, moment in finished.items())
     assert content(out) == content(tmp_path / "undisturbed")
+
+
+class CrashingPath(str):
+    """A path that crashes whoever asks whether it is in a bucket."""
+
+    def startswith(self, *_: object) -> bool:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        raise AssertionError
+
+
+class HangingPath(str):
+    """A path that never says whether it is in a bucket."""
+
+    def startswith(self, *_: object) -> bool:
+        time.sleep(1000)
+        raise AssertionError
+
+
+def test_videos_that_hang_or_crash_their_reader_are_bad(videos, tmp_path):
+    good = str(videos / "run" / "0.mp4")
+    sources = {"a": CrashingPath(good), "b": good, "c": HangingPath(good)}
+    examples = [Example(name, 0, source) for name, source in sources.items()]
+    shard = Shard(
+        path=tmp_path / "shard", report=tmp_path / "0.json", examples=examples, keep_bad=True
+    )
+    [report] = write_shards([shard], workers=1, clip_seconds=1)
+    assert report.stored == [("a", 0, 0), ("b", 0, os.path.getsize(good)), ("c", 0, 0)]
+    assert report.quarantined == [
+        ("a", 0, "crashes its reader, which was killed by SIGSEGV"),
+        ("c", 0, "hangs: not read within 1 s"),
+    ]
 
 
 def test_a_finished_split_is_left_alone(videos, whole):
