@@ -42,12 +42,13 @@ SKIPPING_CODECS = {"h264"}
 # A larger frame counts as damage: a flipped bit in the size must not exhaust the memory.
 MAX_PIXELS = 8192 * 8192
 
-# Packets of a video: 9 hours at 30 frames a second. Each takes 1 kB besides its content, and all of
-# them 5 s to index (measured: 200,000 in 0.9 s and 191 MB).
+# Packets of a video: 9 hours at 30 frames a second. So many take 1 GB besides their content and 5 s
+# to index, or 13 s where frames must be decoded to be counted (measured with 200,000 and 10^6).
 MAX_PACKETS = 2**20
 
 # Limit, as YUV, of the frames that are cached after they were decoded to count them.
 MAX_CACHED_BYTES = 64 * 2**20
+FRAME_BYTES = 4096  # of a frame besides its planes
 
 IMAGE_SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -297,7 +298,7 @@ class Video:
                 shown.append(packet)
                 if frame.key_frame:
                     keys.add(packet)
-                size += sum(plane.buffer_size for plane in frame.planes)
+                size += FRAME_BYTES + sum(plane.buffer_size for plane in frame.planes)
             if size <= MAX_CACHED_BYTES:
                 cached.append((packet, frame))
         if UNKNOWN_PACKET in shown or len(set(shown)) < len(shown):

@@ -299,27 +299,26 @@ class Batches(Iterator[Arrays]):
                 yield batch
 
     def _next_item(self, stop: Callable[[], bool]) -> Arrays | None:
-        if self._num_taken == len(self._items):
+        number = self._num_taken
+        if number == len(self._items):
             raise StopIteration
-        item = self._wait_for(self._num_taken, stop) if self._workers else None
-        if self._workers is None:
-            item = self._items[self._num_taken]
-        if item is not None:
-            self._num_taken += 1
-        return item
+        made = self._made_by(self._workers, number, stop) if self._workers else self._items[number]
+        self._num_taken += made is not None
+        return made
 
-    def _wait_for(self, number: int, stop: Callable[[], bool]) -> Arrays | None:
-        """An item that workers make."""
-        assert self._workers is not None
+    def _made_by(
+        self, workers: SupervisedWorkers, number: int, stop: Callable[[], bool]
+    ) -> Arrays | None:
+        """The item of a number, the next one to take; None once `stop` returns True."""
         last = min(number + self._ahead, len(self._items))
         for following in range(self._num_submitted, last):
-            self._workers.submit(following)
+            workers.submit(following)
         self._num_submitted = max(self._num_submitted, last)
         while number not in self._arrived:
             if stop():
                 return None
             try:
-                self._arrived |= self._workers.finished()
+                self._arrived |= workers.finished()
             except WorkerDeathError as error:
                 raise UserError(
                     f"config.data.workers: a worker that reads data {error}; lower data.workers or "
