@@ -78,6 +78,7 @@ class SupervisedWorkers:
     ):
         self._clip_seconds, self._quarantine, self._ahead = clip_seconds, quarantine, ahead
         self._job, self._job_sizes = _pack((make, quarantine))  # pickled together: one object
+        self._in_job = set(quarantine)
         self.clips_read = 0
         self._pending: list[int] = []  # a heap of numbers that no worker has
         self._killed_at: str | None = None  # clip of the last death that was charged to none
@@ -132,8 +133,8 @@ class SupervisedWorkers:
     def _start_worker(self) -> None:
         worker = _Worker()
         worker.channel.send(("job", self._job_sizes), self._job)
-        for clip, reason in self._quarantine.items():  # some since the job was pickled
-            worker.channel.send(("skip", clip, reason))
+        for clip in self._quarantine.keys() - self._in_job:
+            worker.channel.send(("skip", clip, self._quarantine[clip]))
         self._workers.append(worker)
 
     def _assign(self) -> None:
