@@ -13,6 +13,7 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.patches import unpatchify
 from fluxvit_jax.data.pipeline import EvaluationVideos
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.deploy.page import fade
 from fluxvit_jax.distributed.mesh import (
     compiler_options,
@@ -35,10 +36,13 @@ class KeptPatches:
     """Pictures of `eval.settings` on the same few clips, decoded once and on every host.
 
     Selecting needs the embedding of the patches only, so none of the blocks is run or compiled.
+
+    quarantine: clips that are not to be read, by id.
     """
 
-    def __init__(self, config: ConfigDict, source: Source, mesh: Mesh):
+    def __init__(self, config: ConfigDict, source: Source, mesh: Mesh, quarantine: Quarantine):
         self._source = source
+        self._quarantine = quarantine
         self._mesh = mesh
         self._model = model_config(config, platform_of(mesh))
         self._settings = settings_of(config) if self._model.selector != "none" else []
@@ -70,7 +74,9 @@ class KeptPatches:
     def _patches(self) -> list[np.ndarray]:
         """The clips that can be read, for each setting: uint8 [n, P, 588]."""
         grids = tuple(setting.grid for setting in self._settings)
-        videos = EvaluationVideos(self._source, grids, clips=1, crops=1)
+        videos = EvaluationVideos(
+            self._source, grids, clips=1, crops=1, quarantine=self._quarantine
+        )
         numbers = np.unique(np.linspace(0, len(videos) - 1, CLIPS).astype(int))
         items = [videos[int(number)] for number in numbers]
         read = [item for item in items if not item["failure"][0]]

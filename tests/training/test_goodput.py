@@ -1,6 +1,7 @@
 """Where the time of a run goes: every second is counted once, over all starts."""
 
 import json
+import re
 
 import pytest
 from etils import epath
@@ -67,3 +68,10 @@ def test_a_damaged_file_is_begun_anew(clock, tmp_path):
     spend(run, clock, step=1)
     run.write()
     assert seconds(tmp_path) == {"step": 1}
+
+
+def test_a_run_tells_where_its_time_went(finished):
+    spent = seconds(finished.workdir)
+    assert set(spent) == {"start", "compile", "data_wait", "step", "evaluation", "checkpoint"}
+    (told,) = re.findall(r"^goodput \d+% of (\d+) s; ", finished.log, re.MULTILINE)
+    assert int(told) == round(sum(spent.values()))
