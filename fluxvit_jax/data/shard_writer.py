@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
@@ -154,12 +154,13 @@ def write_shard(shard: Shard) -> None:
         # Groups of one record: records are read at random.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
         for example in shard.examples:
+            label = cast(int, example.label)  # `prepare` reads one label a video
             video, reason = read_video(example)
             if reason is not None:
-                quarantined.append((example.id, example.label, reason))
+                quarantined.append((example.id, label, reason))
             if reason is None or shard.keep_bad:
                 writer.write(serialize(example, video))
-                stored.append((example.id, example.label, len(video)))
+                stored.append((example.id, label, len(video)))
             if _progress is not None:
                 with _progress.get_lock():
                     _progress.value += 1
