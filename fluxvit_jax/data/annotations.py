@@ -462,6 +462,8 @@ def _read_list(
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
     if labelled and not multi_label:
         _check_one_label(path, rows, known)
+    if labelled and multi_label and not any(label for _, (_, label) in rows):
+        raise UserError(f"{path}: no video has a label; write one a line: path,label")
     names = None
     if named:
         if not known:
@@ -498,8 +500,6 @@ def _read_list(
                 f"line {before}{hint if multi_label else ''}"
             )
         examples.append(example)
-    if multi_label and labelled and not any(example.label for example in examples):
-        raise UserError(f"{path}: no video has a label; write path,label with | between labels")
     return examples, names
 
 

@@ -79,7 +79,7 @@ def test_a_run_learns(workdir, tiny_data, lists, capsys):
 def test_it_resumes_as_if_never_stopped_and_knows_its_labels(workdir, tiny_data, lists, tmp_path):
     resumed = shutil.copytree(workdir, tmp_path / "resumed")
     unfinish(resumed, 18)
-    with pytest.raises(UserError, match="train.multi_label: True -> False"):
+    with pytest.raises(UserError, match=r"train.multi_label: True -> False"):
         single = make_config(tiny_data, lists, model__classes=3, train__multi_label=False)
         train.train(single, resumed)
     other = tmp_path / "other.csv"
