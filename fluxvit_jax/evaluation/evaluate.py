@@ -223,7 +223,10 @@ def evaluate(
     settings = settings or settings_of(config)
     model = model_config(config, platform_of(mesh))
     multi_label = config.train.multi_label
-    programs = [predictor(model, setting, config.seed, mesh, multi_label) for setting in settings]
+    programs = [
+        predictor(model, setting, config.seed, mesh, multi_label=multi_label)
+        for setting in settings
+    ]
     batch_size = round_up_to_shards(config.eval.batch_size, mesh)
     batches = evaluation_batches(
         config,
@@ -274,7 +277,7 @@ def evaluate(
 
 @functools.lru_cache(MAX_PROGRAMS)
 def predictor(
-    model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh, multi_label: bool = False
+    model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh, *, multi_label: bool
 ) -> Wrapped:
     """The jitted program of a setting, which adds a view's probabilities to a running total.
 

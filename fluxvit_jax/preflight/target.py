@@ -72,7 +72,8 @@ class Target:
         with self._announced(evaluation_name(setting)):
             model = model_config(config, platform_of(mesh))
             several = config.train.multi_label
-            program = cast(Wrapped, predictor(model, setting, config.seed, mesh, several))
+            made = predictor(model, setting, config.seed, mesh, multi_label=several)
+            program = cast(Wrapped, made)
             view = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
             lowered = program.lower(self.params, *self.evaluation_arrays(setting), view)
             return compile_for(lowered, self.where, self.devices)
