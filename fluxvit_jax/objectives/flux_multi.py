@@ -219,8 +219,7 @@ def binary_cross_entropy(
 
     targets: 0 to 1.
     """
-    own = jax.nn.softplus(logits) - targets * logits
-    return jnp.mean(own)
+    return jnp.mean(jax.nn.softplus(logits) - targets * logits)
 
 
 def smooth_l1(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, ""]:
