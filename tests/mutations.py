@@ -719,14 +719,14 @@ MUTATIONS = {
         Mutation(
             "last-view-only",
             "evaluation/evaluate.py",
-            "return total + jax.nn.softmax(output.logits)",
-            "return 0 * total + 2 * jax.nn.softmax(output.logits)",
+            "return total + probabilities",
+            "return 0 * total + 2 * probabilities",
             (MEAN_OF_VIEWS,),
         ),
         Mutation(
             "logits-not-probabilities",
             "evaluation/evaluate.py",
-            "return total + jax.nn.softmax(output.logits)",
+            "return total + probabilities",
             "return total + output.logits",
             (MEAN_OF_VIEWS,),
         ),

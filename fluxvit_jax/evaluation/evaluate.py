@@ -299,7 +299,8 @@ def predictor(
             view_key = jax.random.fold_in(jax.random.key(seed), view)
             keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
         output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
-        return total + (jax.nn.sigmoid if multi_label else jax.nn.softmax)(output.logits)
+        probabilities = (jax.nn.sigmoid if multi_label else jax.nn.softmax)(output.logits)
+        return total + probabilities
 
     by_clip = batch_sharding(mesh)
     return jax.jit(
@@ -433,14 +434,11 @@ def _report(
 
 def _top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
     """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
-    tops = [
-        (video["label"], [c for c, _ in video["top"][k]])
-        for video in videos
-        if not video["failure"]
-    ]
+    read = [video for video in videos if not video["failure"]]
+    pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]
     return {
-        "top1": sum(label == top[0] for label, top in tops) / len(videos),
-        "top5": sum(label in top for label, top in tops) / len(videos),
+        "top1": sum(label == top[0] for label, top in pairs) / len(videos),
+        "top5": sum(label in top for label, top in pairs) / len(videos),
     }
 
 
