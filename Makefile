@@ -20,7 +20,7 @@ test: $(TORCH) $(TPU)  ## make the environment, check style and types, run all t
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
 	$(BIN)/python -m benchmarks.demo --out=demo

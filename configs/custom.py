@@ -53,5 +53,6 @@ def _tiny() -> ConfigDict:
     config.data.workers = 2
     config.train.epochs = 30
     config.train.warmup_epochs = 2.0
+    config.log.every_steps = 10
     config.eval.every_epochs = 5
     return config

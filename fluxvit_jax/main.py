@@ -78,13 +78,13 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
     from fluxvit_jax.data import places
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
     from fluxvit_jax.distributed.mesh import say
-    from fluxvit_jax.distributed.storage import full_disk
+    from fluxvit_jax.distributed.storage import write_errors
     from fluxvit_jax.training.completeness import check_complete
 
     recipe = flag_argument(argv, "config") or ""
     workdir = options.workdir or places.workdir_of(recipe)
     hosts = joined(options.coordinator, options.hosts, options.host)
-    with hosts, full_disk(workdir):
+    with hosts, write_errors(workdir):
         check_same({"mode": options.mode, "workdir": workdir, "config": config.to_dict()})
         if options.workdir is None and options.mode != "cache":
             say(f"workdir: {workdir}; --workdir=DIR names another")
@@ -110,7 +110,7 @@ def _run_weights(options: "flags.FlagValues") -> int:
     out = options.out or os.path.join(here, options.mode)
     tokens = tuple(map(int, options.tokens))
     if options.mode == "export":
-        with storage.full_disk(out):
+        with storage.write_errors(out):
             return export.run(
                 weights,
                 out,
@@ -135,7 +135,7 @@ def _run_weights(options: "flags.FlagValues") -> int:
         window=options.window,
         stride=options.stride,
     )
-    with storage.full_disk(out):
+    with storage.write_errors(out):
         return predict.run(settings, options.config)
 
 

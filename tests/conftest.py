@@ -24,6 +24,27 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# The files that take longest, to be run first: two processes then end at about the same time.
+LONGEST = (
+    "training/test_train.py",
+    "token_optimization/test_search.py",
+    "training/test_trouble.py",
+    "data/test_pipeline.py",
+    "training/test_pretrain.py",
+    "distributed/test_two_processes.py",
+    "benchmarks/test_demo.py",
+    "evaluation/test_evaluate.py",
+    "distributed/test_mesh.py",
+    "objectives/test_flux_umt.py",
+    "preflight/test_preflight.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory) -> Path:
     """Folder of compiled programs: what one test or process has compiled, the next ones load.

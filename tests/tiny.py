@@ -26,7 +26,7 @@ from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from tests.data.videos import moving_texture, write_video
 
 ROOT = Path(__file__).parents[1]
-# XLA_FLAGS of all tests but that of the demo: most of their time would be compiling. Programs are
+# XLA_FLAGS of all tests: most of their time would be compiling. Programs are
 # slower and rounded otherwise. Later versions of XLA lack the second, and are quicker.
 QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):

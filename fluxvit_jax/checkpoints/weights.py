@@ -75,7 +75,7 @@ def _evaluations(step: epath.Path) -> tuple[dict[str, Any], ...]:
         for path in sorted(folder.glob("*.json")) if folder.exists() else []:
             try:
                 report = json.loads(path.read_text())
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue  # the card lacks it
             if report.get("checkpoint") == os.fspath(step.relative_to(workdir)):
                 found.append(report)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config import versions
 from fluxvit_jax.config.fields import config_difference
 from fluxvit_jax.distributed import atomic, checksums, storage
+from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import gather, host_index
 from fluxvit_jax.errors import UserError
 
@@ -24,7 +25,7 @@ BAD_CLIPS = "bad_clips.jsonl"
 # All that a run, its evaluations and its search may leave in a workdir.
 OF_A_RUN = (
     CONFIG, CLASS_NAMES, METRICS, BAD_CLIPS, "checkpoints", "tensorboard", "evaluation", "search",
-    "profile", "wandb_id.txt",
+    "profile", "wandb_id.txt", "goodput.json",
 )  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
                 return None
             text = path.read_text()
         content = json.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return versions.unstamp(content, path)
 
@@ -136,28 +137,44 @@ def metric_history(workdir: epath.Path, step: int, split: str, name: str) -> lis
 class BadClips:
     """List of unreadable training videos, each once: `bad_clips.jsonl` of a workdir.
 
-    A line is {"step": of its first batch, "id", "reason"}. Host 0 writes those of all hosts. Close
-    it; `save` is that of `atomic.LineFile`.
+    A line is {"step": of its first batch, "id", "reason"}. One with "skip": true is of a video that
+    hung or crashed its reader. A resumed run does not try it again; to have it tried, remove the
+    line. Host 0 writes those of all hosts. Close it; `save` is that of `atomic.LineFile`.
+
+    Attributes:
+        quarantine: the reasons of the videos to skip, by id; whoever reads videos adds to it.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        """Removes lines after `step`: a resumed run writes them again."""
+        """Removes lines after `step`, but for videos to skip: a resumed run writes them again."""
         self._path = workdir / BAD_CLIPS
-        self._known: set[str] = set()
         self._new: list[dict[str, Any]] = []  # of this host, since the last `write`
         self._file: atomic.LineFile | None = None
-        if host_index() == 0:
-            lines = checksums.read_lines(self._path)
-            known = [line for line in lines if line["step"] <= step]
-            if self._path.exists():
-                checksums.write_lines(self._path, known)
-            self._known = {line["id"] for line in known}
+        known = compute_on_host0(lambda: self._read(step))
+        self._known = {line["id"] for line in known}
+        self.quarantine = {line["id"]: line["reason"] for line in known if line["skip"]}
+
+    def _read(self, step: int) -> list[dict[str, Any]]:
+        """The lines that stay; damaged ones are dropped."""
+        lines = [
+            line | {"skip": line.get("skip") is True}
+            for line in checksums.read_lines(self._path)
+            if isinstance(line.get("step"), int)
+            and all(isinstance(line.get(name), str) for name in ("id", "reason"))
+        ]
+        kept = [line for line in lines if line["skip"] or line["step"] <= step]
+        if self._path.exists():
+            checksums.write_lines(self._path, map(_without_false, kept))
+        return kept
 
     def note(self, step: int, failures: np.ndarray) -> None:
         """Adds the failures of a batch, str [b]: "" or a line "id: reason" for each video."""
         for line in (line for text in failures for line in text.splitlines()):
-            name, _, reason = line.partition(": ")
-            self._new.append({"step": step, "id": name, "reason": reason})
+            skipped = next((id for id in self.quarantine if line.startswith(f"{id}: ")), None)
+            name = skipped or line.partition(": ")[0]
+            reason = line.removeprefix(f"{name}: ")
+            skip = skipped is not None
+            self._new.append({"step": step, "id": name, "reason": reason, "skip": skip})
 
     def write(self) -> None:
         """Appends the new lines to the file; all hosts call it."""
@@ -166,7 +183,7 @@ class BadClips:
             if host_index() == 0 and line["id"] not in self._known:
                 self._known.add(line["id"])
                 self._file = self._file or atomic.LineFile(self._path)
-                self._file.add(checksums.to_line(line))
+                self._file.add(checksums.to_line(_without_false(line)))
 
     def save(self) -> None:
         if self._file is not None:
@@ -175,3 +192,8 @@ class BadClips:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _without_false(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of the file: only the few videos to skip say whether they are."""
+    return {name: value for name, value in line.items() if value is not False}

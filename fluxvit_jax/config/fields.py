@@ -246,6 +246,13 @@ FIELDS: dict[str, Field] = {
         0, "epochs after which grids, frames and crops repeat; 0: never", not_negative
     ),
     "data.workers": Field(2, "processes that read videos; 0: none", not_negative, may_change=True),
+    "data.clip_seconds": Field(
+        60.0,
+        "time limit of a worker for a clip, which counts as unreadable then; 0: none. Without "
+        "workers there is none",
+        not_negative,
+        may_change=True,
+    ),
     "data.max_bad_fraction": Field(
         0.05, "unreadable clips: a larger share ends training, else warns", share, may_change=True
     ),
@@ -451,7 +458,13 @@ RENAMED = {
 }
 REMOVED = ("train.compiled_steps",)
 # Fields that came later. Runs from before did what their defaults say.
-ADDED = ("data.sampling", "train.class_weights", "train.freeze", "train.multi_label")
+ADDED = (
+    "data.sampling",
+    "data.clip_seconds",
+    "train.class_weights",
+    "train.freeze",
+    "train.multi_label",
+)
 OLD_OBJECTIVES = {"supervised": "flux_multi", "distillation": "flux_umt"}
 
 

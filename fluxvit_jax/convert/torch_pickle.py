@@ -64,6 +64,7 @@ IGNORED = {"PROTO", "FRAME"}
 MAX_AXES = 32
 MAX_COUNT = 2**48  # of elements; more fit on no disk
 KEY_TYPES = (str, int, float, bool, type(None))  # hashing a deeply nested tuple would crash Python
+MAX_KEY = 2**31  # keys are indices; larger integers can be chosen to collide, in quadratic time
 
 
 class _Name(str):
@@ -328,6 +329,8 @@ def _call(name: _Name, arguments: tuple) -> Any:
 def _key(value: Any) -> Any:
     if type(value) not in KEY_TYPES:
         raise _RefusedError(f"its pickle has a {type(value).__name__} for a key")
+    if type(value) is int and abs(value) > MAX_KEY:
+        raise _RefusedError(f"its pickle has an integer above {MAX_KEY} for a key")
     return value
 
 

@@ -114,7 +114,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: is JSON, but no object")
@@ -138,7 +138,7 @@ def _find_file(source: Path) -> FoundWeights:
     try:
         embedded = json.loads(texts.get(EMBEDDED, "{}"))
         config, preprocessor = embedded.get("config", {}), embedded.get("preprocessor", {})
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError, AttributeError) as error:
         raise UserError(f"{source}: the config it carries is damaged: {error}") from error
     return FoundWeights(tensors, config, preprocessor)
 

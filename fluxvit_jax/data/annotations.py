@@ -60,6 +60,7 @@ class Record(NamedTuple):
     label: Label
     video: str | bytes  # the path, or the content of the file
     flip: bool = True  # whether training may mirror it
+    failure: str = ""  # why the record cannot be read; then id and label are not known either
 
 
 @runtime_checkable
@@ -308,8 +309,9 @@ class PreparedSource:
             raise IndexError(index)
         try:
             record = self.records[index]
-        except RuntimeError as error:  # what array_record raises for a damaged shard
-            raise UserError(f"{self.folder}: record {index} cannot be read: {error}") from error
+        except RuntimeError as error:  # by the checksums of array_record, one for each record
+            shown = f"{os.path.basename(self.folder)}, record {index}"
+            return Record(shown, 0, b"", failure=f"the shard is damaged here: {error}")
         name = record["id"].decode(errors="backslashreplace")
         return Record(name, int(record["label"]), record["video"])
 

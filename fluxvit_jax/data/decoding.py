@@ -3,6 +3,7 @@
 PyAV demuxes, decodes and converts colors. `Video` decides which packets to decode.
 """
 
+import bisect
 import contextlib
 import functools
 import io
@@ -41,8 +42,13 @@ SKIPPING_CODECS = {"h264"}
 # A larger frame counts as damage: a flipped bit in the size must not exhaust the memory.
 MAX_PIXELS = 8192 * 8192
 
+# Packets of a video: 9 hours at 30 frames a second. So many take 1 GB besides their content and 5 s
+# to index, or 13 s where frames must be decoded to be counted (measured with 200,000 and 10^6).
+MAX_PACKETS = 2**20
+
 # Limit, as YUV, of the frames that are cached after they were decoded to count them.
 MAX_CACHED_BYTES = 64 * 2**20
+FRAME_BYTES = 4096  # of a frame besides its planes
 
 IMAGE_SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
@@ -187,8 +193,7 @@ class Video:
                 return io.BytesIO(storage.read_bytes(source))
             except FileNotFoundError:
                 raise DecodeError(self.name, "no such file") from None
-        if not os.path.isfile(source):  # opening a pipe, say, would block forever
-            raise DecodeError(self.name, "no such file")
+        check_regular(source, self.name)
         return open(source, "rb")
 
     def _open_container(self, file: BinaryIO) -> av.container.InputContainer:
@@ -261,12 +266,20 @@ class Video:
         container.flags &= ~Flags.gen_pts.value  # type: ignore[operator]  # an int, not a Flags
         # Empty packets: those without a time are added by PyAV, one at the end of each stream;
         # those with a time come from the file and stand for dropped frames.
-        packets = [packet for packet in container.demux() if packet.size or packet.dts is not None]
-        ours = [packet for packet in packets if packet.stream_index == self._stream]
+        ours: list[av.Packet] = []
+        last = None
+        for packet in container.demux():
+            if not packet.size and packet.dts is None:
+                continue
+            last = packet
+            if packet.stream_index == self._stream:
+                ours.append(packet)
+                if len(ours) > MAX_PACKETS:
+                    raise DecodeError(self.name, f"more than {MAX_PACKETS} frames; cut it in parts")
         # A file may end inside a packet, of video or sound, or between two.
         stream = container.streams[self._stream]
         indexed = len(stream.index_entries) if is_indexed else 0
-        if len(ours) < indexed or (packets and packets[-1].is_corrupt):
+        if len(ours) < indexed or (last is not None and last.is_corrupt):
             raise DecodeError(self.name, "truncated")
         return [packet for packet in ours if packet.size]
 
@@ -285,7 +298,7 @@ class Video:
                 shown.append(packet)
                 if frame.key_frame:
                     keys.add(packet)
-                size += sum(plane.buffer_size for plane in frame.planes)
+                size += FRAME_BYTES + sum(plane.buffer_size for plane in frame.planes)
             if size <= MAX_CACHED_BYTES:
                 cached.append((packet, frame))
         if UNKNOWN_PACKET in shown or len(set(shown)) < len(shown):
@@ -293,7 +306,8 @@ class Video:
         self._decoded = cached if size <= MAX_CACHED_BYTES else None
         return shown, keys
 
-    def _start_packets(self, shown: list[int], key_packets: set[int]) -> dict[int, int]:
+    @staticmethod
+    def _start_packets(shown: list[int], key_packets: set[int]) -> dict[int, int]:
         """The last key packet from which each packet can be decoded, where there is one.
 
         A frame that is shown before a key frame but stored after it (open GOP) also references
@@ -301,13 +315,19 @@ class Video:
         """
         rank = {packet: i for i, packet in enumerate(shown)}
         starts: dict[int, int] = {}
+        # Key packets so far and their ranks, ascending in both: one that is shown after a later one
+        # never is the last.
         keys: list[int] = []
+        ranks: list[int] = []
         for packet in sorted(shown):
             if packet in key_packets:
+                while ranks and ranks[-1] > rank[packet]:
+                    keys.pop()
+                    ranks.pop()
                 keys.append(packet)
-            start = next((key for key in reversed(keys) if rank[key] <= rank[packet]), None)
-            if start is not None:
-                starts[packet] = start
+                ranks.append(rank[packet])
+            if place := bisect.bisect_right(ranks, rank[packet]):
+                starts[packet] = keys[place - 1]
         return starts
 
     def _leading(self, packets: set[int]) -> dict[int, int]:
@@ -354,11 +374,13 @@ class Video:
             elif packet in requested:
                 images[packet] = convert(frame)
         # Damage spreads to all frames that reference it, though the decoder flags only the first.
-        return {
-            packet: image
-            for packet, image in images.items()
-            if not any(self._start.get(packet, 0) <= d <= packet for d in damaged)
-        }
+        damaged.sort()
+
+        def is_sound(packet: int) -> bool:
+            first = bisect.bisect_left(damaged, self._start.get(packet, 0))
+            return first == len(damaged) or damaged[first] > packet
+
+        return {packet: image for packet, image in images.items() if is_sound(packet)}
 
     def _decode(
         self, first: int, last: int, requested: set[int] | None = None
@@ -415,6 +437,13 @@ class Video:
         if image.shape[:2] != (height, width):  # a stream may also change its size midway
             image = cv2.resize(image, (width, height), interpolation=interpolation)
         return image
+
+
+def check_regular(path: str | os.PathLike, name: str) -> None:
+    """Raises DecodeError unless a path of this machine is a file: opening a pipe would block."""
+    if not os.path.isfile(path):
+        is_there = os.path.exists(path)
+        raise DecodeError(name, "is no regular file" if is_there else "no such file")
 
 
 def image_format(beginning: bytes) -> str | None:

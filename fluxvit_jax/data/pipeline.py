@@ -3,9 +3,9 @@
 Training is an endless sequence of groups of clips (`TrainGroups`), evaluation a sequence of videos
 (`EvaluationVideos`). Any item can be made anywhere from its number alone: grids, frames and
 augmentation are drawn from the seed and that number. A host takes its share of each global batch
-(`HostShare`), Grain's worker processes make the items, and `Batches` concatenates them in order.
-So the data depend neither on the number of hosts or workers nor on interruptions, and the only
-state to save is the number of delivered batches.
+(`HostShare`), worker processes make the items (`supervised_workers`), and `Batches` concatenates
+them in order. So the data depend neither on the number of hosts or workers nor on interruptions,
+and the only state to save is the number of delivered batches.
 
 Workers deliver single items instead of batches: the first batch comes sooner, hosts get consecutive
 samples, and memory is bounded by `BUFFERED_ITEMS` items a worker, however large the batch. Worker
@@ -14,15 +14,8 @@ processes are spawned and import `__main__`, so the program needs its `__main__`
 
 import contextlib
 import dataclasses
-import gc
-import multiprocessing
-import multiprocessing.resource_tracker
 import os
-import re
 import shutil
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -30,7 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 import cv2
 import grain
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
@@ -46,19 +38,22 @@ from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
 from fluxvit_jax.data.splits import configured_names
+from fluxvit_jax.data.supervised_workers import (
+    SHARED_MEMORY,
+    Quarantine,
+    SupervisedWorkers,
+    WorkerDeathError,
+    reading,
+)
 from fluxvit_jax.data.views import cut_views, read_frames
-from fluxvit_jax.distributed import watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
 
 # Videos that are tried in place of a bad one. With 5 % bad videos, all fail once in 10^10 cases.
 REPLACEMENTS = 8
 
-# Items that a worker can be ahead: ready and waiting (1), queued (1), and received (2). Each lies
-# in shared memory; one more is being made.
+# Items that a worker can be ahead, the one that it is making included. Each lies in shared memory.
 BUFFERED_ITEMS = 4
-SHARED_MEMORY = "/dev/shm"  # Linux
-MIN_SHARED_BYTES = 1 << 16  # smaller arrays are cheaper to copy
 
 # Limit of one video's frames at full size while views are cut. A larger video is decoded once for
 # each resolution instead and scaled down while decoding; the views are the same.
@@ -117,6 +112,7 @@ def train_batches(
     start_step: int = 0,
     groups: Sequence[int] | None = None,
     clip_data: ClipData | None = None,
+    quarantine: Quarantine | None = None,
 ) -> "Batches":
     """Endless iterator over this host's share of each global batch of augmented clips.
 
@@ -141,6 +137,8 @@ def train_batches(
       groups: the groups of a global batch that this host makes, out of train.batch_size /
         data.clips_per_grid; all by default.
       clip_data: stored arrays of the clips, added to each batch.
+      quarantine: clips, by id, that are bad without being tried; grows by those that hang or crash
+        their reader.
 
     Raises:
       UserError: no videos; a batch size that does not divide into groups, or groups not into
@@ -149,6 +147,7 @@ def train_batches(
     """
     if not len(source):
         raise UserError("config.data.train: there are no videos to train on")
+    quarantine = {} if quarantine is None else quarantine
     group = config.data.clips_per_grid
     items = TrainGroups(
         source=source,
@@ -161,6 +160,7 @@ def train_batches(
         clip_data=clip_data,
         balanced=config.data.sampling == "balanced",
         multi_hot=multi_hot_classes(config),
+        quarantine=quarantine,
     )
     _check_multiple(
         "config.train.batch_size of data.clips_per_grid", config.train.batch_size, group
@@ -168,7 +168,15 @@ def train_batches(
     share = HostShare(items, config.train.batch_size // group, groups, start_step)
     item_bytes = group * items.capacity * PATCH_VALUES
     item_bytes += group * clip_data.bytes_a_clip if clip_data else 0
-    return Batches(share, share.per_batch, config.data.workers, item_bytes, start_step)
+    return Batches(
+        share,
+        share.per_batch,
+        config.data.workers,
+        item_bytes,
+        start_step,
+        clip_seconds=config.data.clip_seconds,
+        quarantine=quarantine,
+    )
 
 
 def evaluation_batches(
@@ -178,6 +186,7 @@ def evaluation_batches(
     *,
     batch_size: int = 0,
     rows: Sequence[int] | None = None,
+    quarantine: Quarantine | None = None,
 ) -> "Batches":
     """Iterator over this host's share of the evaluation videos, each once and decoded once.
 
@@ -193,31 +202,41 @@ def evaluation_batches(
     Args:
       batch_size: videos of a batch over all hosts; by default eval.batch_size.
       rows: the rows of a batch that this host reads; all by default.
+      quarantine: as in `train_batches`.
 
     Raises UserError when there is too little shared memory.
     """
+    quarantine = {} if quarantine is None else quarantine
     videos = EvaluationVideos(
         source=source,
         grids=tuple(grids),
         clips=config.eval.clips,
         crops=config.eval.crops,
         multi_hot=multi_hot_classes(config),
+        quarantine=quarantine,
     )
     share = HostShare(videos, batch_size or config.eval.batch_size, rows)
     views = config.eval.clips * config.eval.crops
     item_bytes = views * sum(grid.tokens for grid in videos.grids) * PATCH_VALUES
-    return Batches(share, share.per_batch, config.data.workers, item_bytes)
+    return Batches(
+        share,
+        share.per_batch,
+        config.data.workers,
+        item_bytes,
+        clip_seconds=config.data.clip_seconds,
+        quarantine=quarantine,
+    )
 
 
 class Batches(Iterator[Arrays]):
     """Iterator over batches of `per_batch` items each, made by `workers` processes (0: in place).
 
-    A batch concatenates the arrays of its items along their leading axis. Any failure, be it an
-    exception in a worker or its death, is final: every later `next` fails too, where Grain would
-    go on without the items of that worker. Close it, or use `with`.
+    A batch concatenates the arrays of its items along their leading axis. Clips that hang or crash
+    a worker go into `quarantine`, and the items that hold them are made again. Any other failure is
+    final: every later `next` fails too. Close it, or use `with`.
 
-    Raises UserError when `workers` need more shared memory than there is; on `next`, when one of
-    them was killed.
+    Raises UserError when `workers` need more shared memory than there is; on `next`, when they die
+    again and again.
     """
 
     def __init__(
@@ -227,44 +246,96 @@ class Batches(Iterator[Arrays]):
         workers: int,
         item_bytes: int,
         start_step: int = 0,
+        clip_seconds: float = 0.0,
+        quarantine: Quarantine | None = None,
     ):
-        self._per_batch = per_batch
-        self._step = start_step
+        self._items, self._per_batch, self._step = items, per_batch, start_step
+        self._num_submitted = self._num_taken = 0
+        self._arrived: dict[int, Any] = {}  # items that were made, by number
+        self._batch: list[Arrays] = []  # the items so far of the next batch
         self._error: BaseException | None = None
+        self._ahead = workers * BUFFERED_ITEMS
+        self._workers: SupervisedWorkers | None = None
         if workers:
-            _check_shared_memory((workers * BUFFERED_ITEMS + per_batch) * item_bytes)
-        self._items: Iterator[Arrays] = _start(items, workers)
-        self._started = False
+            _check_shared_memory((self._ahead + per_batch) * item_bytes)
+            self._workers = SupervisedWorkers(
+                items.__getitem__,
+                workers,
+                clip_seconds,
+                {} if quarantine is None else quarantine,
+                BUFFERED_ITEMS,
+            )
+        else:
+            cv2.setNumThreads(0)
 
     def __next__(self) -> Arrays:
+        batch = self.next_unless(lambda: False)
+        assert batch is not None  # nothing stops the wait
+        return batch
+
+    def next_unless(self, stop: Callable[[], bool]) -> Arrays | None:
+        """The next batch, or None once `stop` returns True, which is asked again and again.
+
+        Without workers it is not asked. Raises StopIteration at the end.
+        """
         if self._error is not None:
             raise RuntimeError("reading the data has failed before") from self._error
         try:
-            items = [self._next_item() for _ in range(self._per_batch)]
+            while len(self._batch) < self._per_batch:
+                item = self._next_item(stop)
+                if item is None:
+                    return None
+                self._batch.append(item)
         except StopIteration:
             self.close()
             raise
-        except BaseException as error:  # an interrupt too: it loses the items so far
+        except BaseException as error:
             self._error = error
             self.close()
             raise
+        items, self._batch = self._batch, []
         self._step += 1
-        # As plain arrays: a worker's arrays are of a class that keeps its shared memory alive.
-        return {
-            name: np.concatenate([np.asarray(item[name]) for item in items]) for name in items[0]
-        }
+        if self._workers:
+            self._workers.went_on()
+        return {name: np.concatenate([item[name] for item in items]) for name in items[0]}
 
-    def _next_item(self) -> Arrays:
-        try:
-            if self._started:
-                return next(self._items)
-            self._started = True
-            with _stop_signals_blocked():  # Grain starts its workers now
-                return next(self._items)
-        except RuntimeError as error:
-            if died := re.match(r"Worker process was terminated .* exit code (-?\d+)", str(error)):
-                raise UserError(_worker_death(int(died[1]))) from error
-            raise
+    def until(self, stop: Callable[[], bool]) -> Iterator[Arrays]:
+        """The batches that are left, or those before `stop` returns True."""
+        with contextlib.suppress(StopIteration):
+            while (batch := self.next_unless(stop)) is not None:
+                yield batch
+
+    def _next_item(self, stop: Callable[[], bool]) -> Arrays | None:
+        number = self._num_taken
+        if number == len(self._items):
+            raise StopIteration
+        made = self._made_by(self._workers, number, stop) if self._workers else self._items[number]
+        self._num_taken += made is not None
+        return made
+
+    def _made_by(
+        self, workers: SupervisedWorkers, number: int, stop: Callable[[], bool]
+    ) -> Arrays | None:
+        """The item of a number, the next one to take; None once `stop` returns True."""
+        last = min(number + self._ahead, len(self._items))
+        for following in range(self._num_submitted, last):
+            workers.submit(following)
+        self._num_submitted = max(self._num_submitted, last)
+        while number not in self._arrived:
+            if stop():
+                return None
+            try:
+                self._arrived |= workers.finished()
+            except WorkerDeathError as error:
+                raise UserError(
+                    f"config.data.workers: a worker that reads data {error}; lower data.workers or "
+                    "the batch size and start the same command again: training goes on from its "
+                    "last checkpoint"
+                ) from error
+        item = self._arrived.pop(number)
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def state(self) -> dict[str, int]:
         """The state to resume from, as JSON: {"step": global batches delivered}."""
@@ -272,12 +343,9 @@ class Batches(Iterator[Arrays]):
 
     def close(self) -> None:
         """Stops the workers."""
-        items, self._items = self._items, iter(())
-        if isinstance(items, grain.DatasetIterator):
-            items.close()
-        # Grain's iterator is part of a reference cycle that keeps the last items' shared memory.
-        del items
-        gc.collect()
+        if self._workers:
+            self._workers.close()
+        self._arrived, self._batch = {}, []
 
     def __enter__(self) -> "Batches":
         return self
@@ -304,6 +372,7 @@ class TrainGroups:
     balanced: bool = False  # whether all classes are drawn equally often
     multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
     open_video: Callable[..., Any] = open_clip
+    quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_multiple("config.data.clips_per_grid of data.repeated_aug", self.group, self.repeats)
@@ -351,11 +420,12 @@ class TrainGroups:
         """Clips of a video's samples, its label, and a line for each video that failed before."""
         failures: list[str] = []
         for video in self._candidates(int(samples[0]) // self.repeats):
-            record = self.source[video]
             try:
-                return self._clips(record, samples, grid), record.label, "\n".join(failures)
+                with _reading(self.source, video, self.quarantine) as record:
+                    clips = self._clips(record, samples, grid)
+                return clips, record.label, "\n".join(failures)
             except DecodeError as error:
-                failures.append(f"{record.id}: {error.reason}")
+                failures.append(f"{error.path}: {error.reason}")
         raise UserError(
             f"config.data.train: {len(failures)} videos in a row cannot be read; {failures[0]}"
         )
@@ -396,6 +466,7 @@ class EvaluationVideos:
     crops: int
     multi_hot: int = 0  # as in `TrainGroups`
     open_video: Callable[..., Any] = open_clip
+    quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -404,13 +475,16 @@ class EvaluationVideos:
         label: Label = () if self.multi_hot else 0
         video, name, failure, views = -1, "", "", None
         if number < len(self.source):
-            record = self.source[number]
-            video, name, label = number, record.id, record.label
+            video = number
             try:
-                with self.open_video(record.video) as opened:
-                    views = self._views(opened)
+                with _reading(self.source, number, self.quarantine) as record:
+                    name, label = record.id, record.label
+                    with self.open_video(record.video) as opened:
+                        views = self._views(opened)
             except DecodeError as error:
-                failure = error.reason
+                name, failure = error.path, error.reason
+                if self.source.labels is not None:  # what is in quarantine is not opened
+                    label = self.source.labels[number]
         item = {
             "video": np.array([video], np.int64),
             "id": np.array([name], np.str_),
@@ -470,68 +544,21 @@ class HostShare:
         return self._items[(self._start_step + step) * self._items_per_batch + self._rows[row]]
 
 
-def _start(items: Items, workers: int) -> Iterator[Arrays]:
-    """Iterates over `items` in order, made by `workers` processes."""
-    if not flags.FLAGS.is_parsed():  # Grain reads absl's flags, which only `main` parses
-        flags.FLAGS.mark_as_parsed()
-    dataset = grain.MapDataset.source(items).to_iter_dataset(
-        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    )
-    if not workers:
-        cv2.setNumThreads(0)
-        return iter(dataset)
-    options = grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
-    dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
-    processes = grain.multiprocessing.MultiprocessingOptions(
-        num_workers=workers, per_worker_buffer_size=1
-    )
-    return iter(dataset.mp_prefetch(processes, worker_init_fn=_start_worker))
-
-
-def _start_worker(index: int, count: int) -> None:
-    """Initializes a worker."""
-    cv2.setNumThreads(0)  # the workers themselves are the parallelism
-    # Workers must not outlive the main process, even if it is killed.
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    watchdog.listen()
-
-
 @contextlib.contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Defers Ctrl-C and SIGTERM, and blocks them for good in processes started meanwhile.
+def _reading(source: Source, number: int, quarantine: Quarantine) -> Iterator[Record]:
+    """A context that reads a video of a source: what hangs or crashes inside is charged to it.
 
-    A job's signals go to all of its processes, but only the main one acts on them: it stops the
-    workers. These inherit the mask, so that no signal can hit them while they still import.
+    Raises DecodeError, which names the id of the video, or its number if not even that can be read.
     """
-    # Python would start the resource tracker with the first worker, and unblock the signals then.
-    # The tracker frees the shared memory of a killed worker; its warning would follow our error.
-    silent = [] if sys.warnoptions else ["ignore::UserWarning:multiprocessing.resource_tracker"]
-    sys.warnoptions.extend(silent)  # the tracker inherits them
-    multiprocessing.resource_tracker.ensure_running()
-    del sys.warnoptions[len(sys.warnoptions) - len(silent) :]
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _worker_death(code: int) -> str:
-    """The error for a worker that ended with an exit code; negative: killed by that signal."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    if -code in (signal.SIGKILL, signal.SIGBUS):
-        how += ", as happens when memory runs out"
-    return (
-        f"config.data.workers: a worker that reads data {how}; lower data.workers or the batch "
-        "size and start the same command again: training goes on from its last checkpoint"
-    )
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)
+    with reading(f"video {number}", quarantine):
+        record = source[number]
+    if record.failure:
+        raise DecodeError(record.id, record.failure)
+    with reading(record.id, quarantine):
+        try:
+            yield record
+        except DecodeError as error:
+            raise DecodeError(record.id, error.reason) from error
 
 
 def _check_multiple(what: str, value: int, unit: int) -> None:

@@ -12,7 +12,8 @@ same bytes as an undisturbed one. DIR then holds
 
 and `.prepare/` while a run is unfinished. Every frame of every video is decoded once. A video that
 fails is listed in quarantine.csv; a training split leaves it out, any other split keeps its bytes,
-because an evaluation must count it as failed.
+because an evaluation must count it as failed. So is one that hangs or crashes its reader, but its
+bytes stay out.
 """
 
 import argparse
@@ -50,6 +51,7 @@ from fluxvit_jax.errors import ArgumentParser, UserError
 
 WORK_FOLDER = ".prepare"
 MEBIBYTE = 2**20
+CLIP_SECONDS = 600.0  # every frame is decoded: at 300 frames a second an hour takes 360
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ def prepare(
     workers: int = 1,
     shard_mb: float = 200,
     names: Sequence[str] | None = None,
+    clip_seconds: float = CLIP_SECONDS,
 ) -> Prepared:
     """Writes one split of a prepared folder; resumes an interrupted run.
 
@@ -80,15 +83,18 @@ def prepare(
       shard_mb: size of a shard in MiB; one video alone may exceed it.
       names: names of the classes (default: of the class folders, those of the other splits, or the
         labels of a list).
+      clip_seconds: time limit for a video, which counts as bad then; 0: none.
 
     Raises:
       UserError: bad annotations; no video is there, or none can be decoded; `out` is no folder,
-        in use, or holds this split of other data; the disk is full; a process died.
+        in use, or holds this split of other data; the disk is full; processes die.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":
         raise UserError(f"split {split!r} must be letters, digits and underscores, and not 'all'")
     if workers < 1 or not 0 < shard_mb < math.inf:
         raise UserError(f"workers ({workers}) and shard_mb ({shard_mb}) must be above 0")
+    if not clip_seconds >= 0:
+        raise UserError(f"clip_seconds ({clip_seconds}) must be 0 or more")
     if "://" in os.fspath(out):
         raise UserError(f"{out}: shards are written to a folder of this machine; copy them then")
     out = Path(os.path.abspath(out))
@@ -116,7 +122,7 @@ def prepare(
             return Prepared(about["videos"], about["quarantined"])
         work = _work_folder(out, split, plan)
         shards = _shards(out, work, split, examples, sizes, int(shard_mb * MEBIBYTE))
-        reports = write_shards(shards, workers)
+        reports = write_shards(shards, workers, clip_seconds)
         _write_quarantine(out, split, reports)
         quarantined = sum(len(report.quarantined) for report in reports)
         if quarantined == len(examples):
@@ -302,6 +308,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shard_mb", type=float, default=200, help="MiB a shard (default: %(default)s)"
     )
     parser.add_argument(
+        "--clip_seconds",
+        type=float,
+        default=CLIP_SECONDS,
+        help="time limit for a video, which counts as bad then; 0: none (default: %(default)g)",
+    )
+    parser.add_argument(
         "--class_names",
         metavar="FILE",
         help="name of a class a line, in the order of the labels, or k400 etc.",
@@ -321,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers=args.workers,
             shard_mb=args.shard_mb,
             names=read_class_names(args.class_names) if args.class_names else None,
+            clip_seconds=args.clip_seconds,
         )
     except UserError as error:
         print(f"prepare: {error}", file=sys.stderr)

@@ -1,33 +1,28 @@
 """Writing the shards of a prepared folder, each by one process on its own."""
 
-import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
 from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.annotations import Example
-from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.decoding import DecodeError, check_regular
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.prepared_format import serialize
+from fluxvit_jax.data.supervised_workers import (
+    Quarantine,
+    SupervisedWorkers,
+    WorkerDeathError,
+    reading,
+)
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from multiprocessing.sharedctypes import Synchronized
 
 MAX_VIDEO_BYTES = 2**31 - 2**20  # a record is a protobuf message, which must stay below 2 GiB
 CHECK_SHORT_SIDE = 16  # pixels: the frames are decoded only to check them, so keep them small
@@ -65,8 +60,11 @@ def read_report(path: Path) -> Report:
 # The parent process
 
 
-def write_shards(shards: list[Shard], workers: int) -> list[Report]:
-    """Writes the shards that are not finished yet; returns the reports of all."""
+def write_shards(shards: list[Shard], workers: int, clip_seconds: float) -> list[Report]:
+    """Writes the shards that are not finished yet; returns the reports of all.
+
+    clip_seconds: time limit for a video, which counts as bad then; 0: none.
+    """
     missing = [shard for shard in shards if not _is_finished(shard)]
     videos = sum(len(shard.examples) for shard in shards)
     to_do = sum(len(shard.examples) for shard in missing)
@@ -75,7 +73,7 @@ def write_shards(shards: list[Shard], workers: int) -> list[Report]:
         total=videos, initial=videos - to_do, unit=" videos", mininterval=interval, smoothing=0.05
     ) as bar:
         if missing:
-            _run_workers(missing, min(workers, len(missing)), bar)
+            _run_workers(missing, min(workers, len(missing)), clip_seconds, bar)
     return [read_report(shard.report) for shard in shards]
 
 
@@ -87,66 +85,51 @@ def _is_finished(shard: Shard) -> bool:
     )
 
 
-def _run_workers(shards: list[Shard], workers: int, bar: tqdm) -> None:
-    context = multiprocessing.get_context("spawn")
-    progress = context.Value("q", 0)
-    # Nothing is ever written into this pipe. Its writing end closes when this process ends, however
-    # that happens, and that ends the workers.
-    theirs, ours = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs, progress))
+def _run_workers(shards: list[Shard], workers: int, clip_seconds: float, bar: tqdm) -> None:
+    quarantine: Quarantine = {}
+    missing = set(range(len(shards)))
+    pool = SupervisedWorkers(
+        _NumberedShards(shards, quarantine), workers, clip_seconds, quarantine, ahead=1
+    )
     try:
-        with _signals_blocked():  # processes start here
-            futures = {pool.submit(write_shard, shard) for shard in shards}
-        running, counted = futures, 0
-        while running:
-            done, running = wait(running, timeout=0.5, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            # Read without its lock, which a killed worker may hold.
-            counted, before = progress.get_obj().value, counted
-            bar.update(counted - before)
-    except BrokenProcessPool:
-        ours.close()  # the other workers block the SIGTERM that Python 3.12 sends them
+        for number in missing:
+            pool.submit(number)
+        first = bar.n
+        while missing:
+            for number, result in pool.finished():
+                if isinstance(result, Exception):
+                    raise result
+                missing.remove(number)
+                pool.went_on()
+            bar.update(min(first + pool.clips_read, bar.total) - bar.n)
+    except WorkerDeathError as error:
         raise UserError(
-            "a worker process died (out of memory, or a crash in the video decoder); finished "
-            "shards are kept, and the same command goes on from there"
+            f"a worker process {error}; finished shards are kept, and the same command goes on "
+            "from there; fewer --workers need less memory"
         ) from None
-    except BaseException:
-        ours.close()
-        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        ours.close()
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C or SIGTERM: their parent stops them."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        pool.close()
 
 
 # The worker processes
 
-_progress: "Synchronized[int] | None" = None  # in a worker: videos done by all workers
+
+@dataclasses.dataclass(frozen=True)
+class _NumberedShards:
+    """Writing of shards by number."""
+
+    shards: list[Shard]
+    quarantine: Quarantine
+
+    def __call__(self, number: int) -> None:
+        write_shard(self.shards[number], self.quarantine)
 
 
-def _start_worker(parent: Connection, progress: "Synchronized[int]") -> None:
-    global _progress
-    _progress = progress
-    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+def write_shard(shard: Shard, quarantine: Quarantine) -> None:
+    """Writes one shard and its report; the shard is finished when the report is there.
 
-
-def _end_with_parent(parent: Connection) -> None:
-    parent.poll(None)  # returns when the writing end is closed
-    os._exit(1)
-
-
-def write_shard(shard: Shard) -> None:
-    """Writes one shard and its report; the shard is finished when the report is there."""
+    quarantine: videos not to read, by id; they count as bad.
+    """
     unfinished = shard.report.with_name(f"{shard.report.stem}.{os.getpid()}.tmp")
     stored: list[tuple[str, int, int]] = []
     quarantined: list[tuple[str, int, str]] = []
@@ -155,15 +138,16 @@ def write_shard(shard: Shard) -> None:
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
         for example in shard.examples:
             label = cast(int, example.label)  # `prepare` reads one label a video
-            video, reason = read_video(example)
+            try:
+                with reading(example.id, quarantine):
+                    video, reason = read_video(example)
+            except DecodeError as error:
+                video, reason = b"", error.reason
             if reason is not None:
                 quarantined.append((example.id, label, reason))
             if reason is None or shard.keep_bad:
                 writer.write(serialize(example, video))
                 stored.append((example.id, label, len(video)))
-            if _progress is not None:
-                with _progress.get_lock():
-                    _progress.value += 1
         writer.close()
         _check_count(unfinished, len(stored))
         size = unfinished.stat().st_size
@@ -181,11 +165,13 @@ def read_video(example: Example) -> tuple[bytes, str | None]:
     """
     try:
         is_local = not storage.is_remote(example.source)
-        if is_local and not os.path.isfile(example.source):  # a pipe, say
-            return b"", "no such file"
+        if is_local:
+            check_regular(example.source, example.id)
         if is_local and os.path.getsize(example.source) > MAX_VIDEO_BYTES:
             return b"", "larger than 2 GiB"
         content = storage.read_bytes(example.source)
+    except DecodeError as error:
+        return b"", error.reason
     except FileNotFoundError:
         return b"", "no such file"
     except OSError as error:

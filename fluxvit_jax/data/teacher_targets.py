@@ -136,7 +136,7 @@ def read_about(folder: epath.Path) -> dict[str, Any] | None:
     path = folder / ABOUT
     try:
         return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

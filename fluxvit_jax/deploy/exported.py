@@ -146,7 +146,7 @@ class ExportedModel:
                 device: {budget: float(one) for budget, one in times.items()}
                 for device, times in found.items()
             }
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, RecursionError, AttributeError, TypeError):
             return {}
 
     def _keep_latency(self, device: str) -> None:
@@ -168,7 +168,7 @@ class ExportedModel:
         try:
             manifest = json.loads(path.read_text())
             version = manifest["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is no manifest of an exported network: {error}") from error
         if version != VERSION:
             raise ValueError(f"{path}: is of version {version}, and this reads version {VERSION}")

@@ -79,20 +79,32 @@ def errors(path: PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk(path: PathLike) -> Iterator[None]:
-    """Turns what a full disk raises inside, wherever it is met, into a UserError that names `path`.
+def write_errors(path: PathLike) -> Iterator[None]:
+    """Turns what a disk that takes no more raises inside into a UserError that names `path`.
 
-    A quota and a limit on the size of files count as well.
+    That is a full disk, wherever it is met, a quota and a limit on the size of files, and below
+    `path` a disk that has become read-only, or a missing permission.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        locked = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+        # A write to an open file names none, and of these only fails on a read-only disk.
+        below = error.filename is None or _is_below(error.filename, path)
+        if not full and not (locked and below):
             raise
+        cure = "make room" if full else "make it writable"
+        reason = os.strerror(error.errno or 0)
         raise UserError(
-            f"{os.fspath(path)}: {os.strerror(error.errno)}; make room and start the same command "
-            "again"
+            f"{os.fspath(path)}: {reason}; {cure} and start the same command again"
         ) from error
+
+
+def _is_below(name: object, folder: PathLike) -> bool:
+    """Whether a file that an error names lies in a folder."""
+    above = os.path.abspath(folder)
+    return isinstance(name, str) and os.path.abspath(name).startswith(os.path.join(above, ""))
 
 
 def check(folder: PathLike) -> None:

@@ -31,7 +31,8 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.class_names import KnownNames, numbered
-from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.data.splits import (
@@ -41,6 +42,8 @@ from fluxvit_jax.data.splits import (
     configured_names,
     open_compared,
 )
+from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.distributed import atomic, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
@@ -48,6 +51,7 @@ from fluxvit_jax.distributed.mesh import (
     compiler_options,
     device_put_global,
     gather,
+    host_count,
     host_index,
     local_row_indices,
     local_rows,
@@ -157,21 +161,35 @@ class NothingReadableError(UserError):
         )
 
 
-def check_readable(source: Source, data: str) -> None:
+def check_readable(source: Source, data: str, clip_seconds: float) -> None:
     """Raises `NothingReadableError` unless some video can be read; the first such ends the check.
 
-    data: name of the videos for the message.
+    data: name of the videos for the message. clip_seconds: time limit for each; 0: none.
     """
-    reasons = []
+    first = ""
     for number in range(len(source)):
-        try:
-            with Video(source[number].video) as video:
-                video.read([0])
+        reason = _why_unreadable(source[number], clip_seconds)
+        if not reason:
             return
-        except DecodeError as error:
-            reasons.append(error.reason)
-    if reasons:
-        raise NothingReadableError(data, len(source), source[0], reasons[0])
+        first = first or reason
+    if first:
+        raise NothingReadableError(data, len(source), source[0], first)
+
+
+def _why_unreadable(record: Record, clip_seconds: float) -> str:
+    """Why the first frame of a video cannot be read; "" if it can."""
+    if record.failure:
+        return record.failure
+
+    def read() -> None:
+        with open_clip(record.video) as video:
+            video.read([0])
+
+    try:
+        within(clip_seconds, record.id, read)
+    except DecodeError as error:
+        return error.reason
+    return ""
 
 
 def describe_failures(failed: int, videos: int, first: str) -> str:
@@ -201,8 +219,10 @@ def evaluate(
     config: ConfigDict,
     source: Source,
     mesh: Mesh | None = None,
-    stop: Callable[[], bool | None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
     settings: Sequence[Setting] = (),
+    quarantine: Quarantine | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation | None:
     """Accuracy of `params` on the videos of `source`.
 
@@ -210,7 +230,10 @@ def evaluate(
         params: the network's parameters, on the devices or as numpy arrays.
         mesh: the devices; all of them by default.
         settings: of different budgets; by default those of `eval.settings`.
-        stop: called after each batch; once it returns True, evaluation ends and returns None.
+        stop: called after each batch, and on a single host while waiting for one; once it returns
+            True, evaluation ends and returns None.
+        quarantine: see `pipeline.evaluation_batches`.
+        after_batch: called after each batch.
 
     Raises:
         UserError: there are no videos, none can be read, or too little shared memory.
@@ -234,10 +257,13 @@ def evaluate(
         [setting.grid for setting in settings],
         batch_size=batch_size,
         rows=local_row_indices(mesh, batch_size).tolist(),
+        quarantine=quarantine,
     )
+    # Hosts call `stop` together, and so wait for their batches first, however long that takes.
+    stop_waiting = stop if host_count() == 1 else (lambda: False)
     videos: list[dict[str, Any]] = []
     with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
-        for batch in batches:
+        for batch in batches.until(stop_waiting):
             found = [
                 own
                 for k, program in enumerate(programs)
@@ -262,8 +288,11 @@ def evaluate(
                 if number >= 0
             ]
             bar.update(min(batch_size, len(source) - bar.n))
+            after_batch()
             if stop():
                 return None
+        if stop_waiting():
+            return None
     # Hosts whose devices share clips have evaluated the same videos.
     by_number = {video["number"]: video for video in gather(videos)}
     videos = [by_number[number] for number in sorted(by_number)]
@@ -497,20 +526,22 @@ def run(config: ConfigDict, workdir: str) -> int:
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
         check_params_divide(config, mesh)
-        check_readable(source, config.data.validation)
+        check_readable(source, config.data.validation, config.data.clip_seconds)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
     settings = _planned(config, loaded.params) if config.eval.plan else settings_of(config)
     say(f"evaluating {loaded.origin} on {len(source)} videos")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
-        evaluation = evaluate(loaded.params, config, source, mesh, watchdog.alive, settings)
+        evaluation = evaluate(
+            loaded.params, config, source, mesh, settings=settings, after_batch=watchdog.alive
+        )
     assert evaluation is not None  # nothing stops it
     if host_index() == 0:
         path = folder / FOLDER / f"{report_name(config, source, settings, loaded)}.json"
         about = {"data": config.data.validation, "plan": config.eval.plan or None}
         about |= {"class_names": list(names or numbered(config.model.classes))}
+        print(evaluation.table())  # before what may fail
         page = write(evaluation, path, {"checkpoint": loaded.origin} | about)
-        print(evaluation.table())
         failures, warning = evaluation.report["failures"], evaluation.report["warning"]
         if failures and not warning:
             print(describe_failures(len(failures), len(source), _first(failures)))

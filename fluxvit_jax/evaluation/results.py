@@ -103,7 +103,7 @@ def read(predictions: storage.PathLike) -> Results:
         labels = np.array([line["label"] for line in lines], np.int64)
         names = report.get("class_names") or _numbered(labels, read)
         ids = [line["id"] for line in lines]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no file of predictions: {error!r}") from error
     if not tops:
         raise UserError(f"{path}: has no prediction")
@@ -138,7 +138,7 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), 1):
         try:
             lines.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: no JSON: {error}") from error
     return lines
 

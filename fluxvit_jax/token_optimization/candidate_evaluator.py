@@ -14,6 +14,7 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Record
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.data.views import Frames, cut_views, read_frames
 from fluxvit_jax.distributed import devices, partition_rules
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of
@@ -51,6 +52,7 @@ class CandidateEvaluator:
     def __init__(self, config: ConfigDict, params: dict, mesh: Mesh | None = None):
         cv2.setNumThreads(0)  # the threads themselves are the parallelism
         self._clips, self._crops, self._seed = config.eval.clips, config.eval.crops, config.seed
+        self._clip_seconds = config.data.clip_seconds
         self._mesh = mesh or make_mesh(config)
         self._model = model_config(config, platform_of(self._mesh))
         self._params = device_put_global(params, partition_rules.shardings(params, self._mesh))
@@ -120,9 +122,15 @@ class CandidateEvaluator:
     def _read(self, record: Record | None, grids: Sequence[Grid]) -> DecodedVideo:
         if record is None:
             return DecodedVideo(record=None)
-        try:
+        if record.failure:
+            return DecodedVideo(record=record, failure=record.failure)
+
+        def read() -> Frames | None:
             with Video(record.video) as video:
-                frames = read_frames(video, grids, self._clips, MAX_DECODED_BYTES)
+                return read_frames(video, grids, self._clips, MAX_DECODED_BYTES)
+
+        try:
+            frames = within(self._clip_seconds, record.id, read)
             return DecodedVideo(record=record, frames=frames)
         except DecodeError as error:
             return DecodedVideo(record=record, failure=error.reason)
@@ -145,8 +153,11 @@ class CandidateEvaluator:
         return np.zeros((self._clips * self._crops, grid.tokens, PATCH_VALUES), np.uint8), failure
 
     def _read_again(self, record: Record, grid: Grid) -> Frames:
-        with Video(record.video) as video:
-            frames = read_frames(video, [grid], self._clips, MAX_DECODED_BYTES, grid.resolution)
+        def read() -> Frames | None:
+            with Video(record.video) as video:
+                return read_frames(video, [grid], self._clips, MAX_DECODED_BYTES, grid.resolution)
+
+        frames = within(self._clip_seconds, record.id, read)
         assert frames is not None  # frames scaled to a short side have no limit
         return frames
 

@@ -380,7 +380,7 @@ def _existing_report(path: str | os.PathLike) -> Path:
 def _read_file(file: Path) -> Report:
     try:
         report = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: cannot be read as a report: {error}; run --mode=search again"
         ) from error

@@ -76,7 +76,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     with raise_on_all_hosts():
         splits, notes = splits_of(config, weights)
         for split in splits:
-            evaluate.check_readable(split.source, split.data)
+            evaluate.check_readable(split.source, split.data, config.data.clip_seconds)
     check_same_videos(**{split.name: split.source for split in splits})
     for note in notes:
         say(f"warning: {note}")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import plan_groups, train_batches, training_source
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.teacher_targets import (
     ABOUT,
     check_plan,
@@ -71,7 +72,7 @@ def run(config: ConfigDict, _: str | None = None) -> int:
     Raises UserError: no teacher, no plan, a folder with the cache of another plan, a full disk.
     """
     _check(config)
-    with storage.full_disk(config.distill.cache):
+    with storage.write_errors(config.distill.cache):
         return _run(config)
 
 
@@ -136,6 +137,7 @@ class _Writer:
     def __init__(self, config: ConfigDict, source: Source, folder: Path, groups: int):
         self._config, self._source, self._folder = config, source, folder
         self._samples = groups * config.data.clips_per_grid
+        self._quarantine: Quarantine = {}  # clips that hung or crashed their reader
         self._fields = target_fields(config)
         batch = config.train.batch_size
         self._steps = max(1, SHARD_BYTES // (record_size(self._fields) * batch))
@@ -178,7 +180,9 @@ class _Writer:
         unfinished = path.with_name(f".{path.name}.unfinished")
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
         try:
-            with train_batches(config, self._source, start_step=first) as batches:
+            with train_batches(
+                config, self._source, start_step=first, quarantine=self._quarantine
+            ) as batches:
                 while left > 0:
                     targets = targets_of(next(batches))
                     for row in range(min(left, config.train.batch_size)):

@@ -14,6 +14,7 @@ from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.patches import unpatchify
 from fluxvit_jax.data.pipeline import EvaluationVideos
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.deploy.page import fade
 from fluxvit_jax.distributed.mesh import (
     compiler_options,
@@ -36,10 +37,13 @@ class KeptPatches:
     """Pictures of `eval.settings` on the same few clips, decoded once and on every host.
 
     Selecting needs the embedding of the patches only, so none of the blocks is run or compiled.
+
+    quarantine: clips that are not to be read, by id.
     """
 
-    def __init__(self, config: ConfigDict, source: Source, mesh: Mesh):
+    def __init__(self, config: ConfigDict, source: Source, mesh: Mesh, quarantine: Quarantine):
         self._source = source
+        self._quarantine = quarantine
         self._multi_hot = multi_hot_classes(config)
         self._mesh = mesh
         self._model = model_config(config, platform_of(mesh))
@@ -72,7 +76,9 @@ class KeptPatches:
     def _patches(self) -> list[np.ndarray]:
         """The clips that can be read, for each setting: uint8 [n, P, 588]."""
         grids = tuple(setting.grid for setting in self._settings)
-        videos = EvaluationVideos(self._source, grids, 1, 1, self._multi_hot)
+        videos = EvaluationVideos(
+            self._source, grids, 1, 1, multi_hot=self._multi_hot, quarantine=self._quarantine
+        )
         numbers = np.unique(np.linspace(0, len(videos) - 1, CLIPS).astype(int))
         items = [videos[int(number)] for number in numbers]
         read = [item for item in items if not item["failure"][0]]

@@ -133,7 +133,7 @@ def open_data(config: ConfigDict) -> RunData:
     validation = None
     if config.data.validation:
         validation = splits.open_validation(config, training)
-        check_readable(validation, config.data.validation)
+        check_readable(validation, config.data.validation, config.data.clip_seconds)
     elif objective.labelled:
         say("no config.data.validation: the model is not evaluated on the way")
     return RunData(training=training, validation=validation, clip_data=clip_data)

@@ -30,6 +30,7 @@ from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import Batches, train_batches
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.hosts import (
@@ -44,6 +45,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
 from fluxvit_jax.grids import capacity
 from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.training.goodput import Goodput
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.nonfinite import NonfiniteSteps
 from fluxvit_jax.training.optimizer import learning_rates
@@ -80,6 +82,7 @@ def train(
             too many steps in a row without a finite loss; more unreadable clips than
             `data.max_bad_fraction`; no validation video that can be read.
     """
+    goodput = Goodput(storage.path_of(workdir))
     setup = set_up(config, workdir, fresh)
     config, workdir, schedule = setup.config, setup.workdir, setup.schedule
     clip_fields = setup.objective.clip_fields(config)
@@ -95,7 +98,7 @@ def train(
         start, state, saved = restore_or_initialize(setup, checkpoints, accept_data_change)
         class_names = setup.identity["class_names"] or saved.get("class_names")
         identity = setup.identity | {"class_names": class_names}
-        validation = Validation(setup, metrics, start)
+        validation = Validation(setup, metrics, watchdog, start)
         if not start:
             check_not_lost(workdir, checkpoints, validation)
         if line := describe_finished(setup, validation, start):
@@ -103,6 +106,7 @@ def train(
             return 0
         announce(setup, state)
         bad_clips = open_logs(setup, identity, metrics, start)
+        goodput.resume(start)
         progress = Progress(
             schedule.total,
             schedule.steps_per_epoch,
@@ -110,20 +114,27 @@ def train(
             start_step=start,
             every=config.log.every_steps,
         )
-        batches = open_batches(setup, start)
+        batches = open_batches(setup, start, bad_clips.quarantine)
+        goodput.enter("compile")
         step_fn = compile_step(setup, state)
-
-        def interrupted() -> bool:
-            watchdog.alive()
-            return preemption.sync()
 
         with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
             if validation.pending:
-                validation.run(start, state, progress, interrupted)
+                goodput.enter("evaluation")
+                validation.run(start, state, progress, preemption.sync, bad_clips.quarantine)
             saved_step = start
             pending: list[Tree] = []  # scalars of the latest steps, still on the devices
             nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
             stop_signal = 0
+
+            def save(step: int, quality: dict[str, float] | None) -> None:
+                nonlocal saved_step
+                goodput.enter("checkpoint")
+                data_state = batches.state() | identity | nonfinite.state()
+                checkpoints.save(step, state, data_state, config, quality)
+                goodput.saved(step)
+                saved_step = step
+
             watchdog.alive()
             for step in range(start + 1, schedule.total + 1):
                 if validation.reason_to_stop() or (
@@ -131,7 +142,18 @@ def train(
                 ):
                     break
                 # Train on the next batch.
-                batch = next(batches)
+                goodput.enter("data_wait")
+                batch = batches.next_unless(preemption.should_stop)
+                if batch is None:  # stopped while waiting, say for a clip that hangs
+                    if saved_step < step - 1:
+                        bad_clips.write()
+                        if pending:
+                            fetch(pending, step - 1, nonfinite)
+                        metrics.save()
+                        bad_clips.save()
+                        save(step - 1, None)
+                    break
+                goodput.enter("step")
                 bad_clips.note(step, batch["failure"])
                 inputs = device_batch(batch, preemption.signal, clip_fields)
                 sharded = shard_batch(inputs, setup.mesh)
@@ -159,8 +181,12 @@ def train(
                         "train",
                         # The schedule goes by the steps that were not skipped.
                         numbers | {"learning_rate": setup.rates[step - 1 - nonfinite.total]},
-                        timings={"clips_per_second": progress.clips_per_second},
+                        timings={
+                            "clips_per_second": progress.clips_per_second,
+                            "goodput": goodput.share,
+                        },
                     )
+                    goodput.write()
                 progress.advance(numbers["loss"] if logs else None)
 
                 # Validate and save.
@@ -169,20 +195,23 @@ def train(
                 quality = failure = None
                 try:
                     if evaluates:
-                        watchdog.pause()  # its first batch has to be compiled
-                        quality = validation.run(step, state, progress, interrupted)
+                        goodput.enter("evaluation")
+                        quality = validation.run(
+                            step, state, progress, preemption.sync, bad_clips.quarantine
+                        )
                 except NothingReadableError as error:
                     failure = error  # raised below, after the steps so far are saved
                 metrics.save()
                 bad_clips.save()
                 # Weights that give no finite loss are not saved on the way.
                 if not nonfinite.in_row or last or preemption.should_stop():
-                    data_state = batches.state() | identity | nonfinite.state()
-                    checkpoints.save(step, state, data_state, config, quality)
-                    saved_step = step
+                    save(step, quality)
                 if failure:
                     raise failure
+        goodput.enter("checkpoint")
         checkpoints.wait()
+        goodput.write()
+        say(goodput.describe())
         if preemption.should_stop():
             say(f"stopped at step {saved_step}; the same command goes on from there")
         else:
@@ -286,12 +315,11 @@ def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> Bad
         metrics.rewind(start)
         if setup.config.log.wandb and host_index() == 0:
             metrics.open()  # what it refuses, it should refuse before the compilation
-        bad_clips = BadClips(setup.workdir, start)
     check_shared(setup.workdir / CONFIG)
-    return bad_clips
+    return BadClips(setup.workdir, start)
 
 
-def open_batches(setup: Setup, start: int) -> Batches:
+def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
     """This host's part of the batches after step `start`."""
     config = setup.config
     all_groups = config.train.batch_size // config.data.clips_per_grid
@@ -301,6 +329,7 @@ def open_batches(setup: Setup, start: int) -> Batches:
         start_step=start,
         groups=local_row_indices(setup.mesh, all_groups).tolist(),
         clip_data=setup.data.clip_data,
+        quarantine=quarantine,
     )
 
 

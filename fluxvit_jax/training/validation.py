@@ -1,13 +1,14 @@
 """Validation on the way of a run: when it is due, what it found, whether to stop early."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 from fluxvit_jax.checkpoints.checkpointer import BEST
 from fluxvit_jax.checkpoints.workdir import metric_history, metrics_at
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.evaluation.evaluate import evaluate
 from fluxvit_jax.training.kept_patches import KeptPatches
 from fluxvit_jax.training.metrics import Metrics, Progress
@@ -27,12 +28,14 @@ class Validation:
         pending: whether the run was interrupted before the validation of its first step was done.
     """
 
-    def __init__(self, setup: Setup, metrics: Metrics, start: int):
+    def __init__(self, setup: Setup, metrics: Metrics, watchdog: Watchdog, start: int):
         config, workdir = setup.config, setup.workdir
         self._setup = setup
         self._metrics = metrics
+        self._watchdog = watchdog
         measure = "map" if config.train.multi_label else "top1"
         self._metric = f"{measure}_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         self._history: list[list[Any]] = compute_on_host0(
             lambda: metric_history(workdir, start, VALIDATION, self._metric)
@@ -50,35 +53,53 @@ class Validation:
         return early_stop(self._history, self._patience, self._metric)
 
     def run(
-        self, step: int, state: Tree, progress: Progress, interrupted: Callable[[], bool]
+        self,
+        step: int,
+        state: Tree,
+        progress: Progress,
+        interrupted: Callable[[], bool],
+        quarantine: Quarantine,
     ) -> dict[str, float] | None:
         """Evaluates the model (its average, if kept); returns the metric that ranks checkpoints.
 
-        None if `interrupted` ended it.
+        None if `interrupted` ended it. quarantine: see `pipeline.evaluation_batches`.
 
         Raises NothingReadableError if no video can be read.
         """
         config, mesh, videos = self._setup.config, self._setup.mesh, self._setup.data.validation
         assert videos is not None
         params = state["ema"] if "ema" in state else state["params"]
+        self._watchdog.pause()  # until the first batch: it has to be compiled
         with progress.paused():
-            evaluation = evaluate(params, config, videos, mesh, interrupted)
+            evaluation = evaluate(
+                params,
+                config,
+                videos,
+                mesh,
+                interrupted,
+                quarantine=quarantine,
+                after_batch=self._watchdog.alive,
+            )
+        self._watchdog.pause()  # the pictures have to be compiled as well
         if evaluation is None:
             return None
         scalars = evaluation.scalars()
         self._metrics.write(step, VALIDATION, scalars)
-        self._metrics.write_pictures(step, VALIDATION, self._kept_patches.pictures(params))
+        failed = {failure["id"]: failure["reason"] for failure in evaluation.report["failures"]}
+        self._metrics.write_pictures(step, VALIDATION, self._kept_patches(failed).pictures(params))
         say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in evaluation.told().items())}")
         if warning := evaluation.report["warning"]:
             say(f"warning: step {step}: {warning}")
         self._history.append([step, scalars[self._metric]])
         return {BEST: scalars[self._metric]}
 
-    @cached_property
-    def _kept_patches(self) -> KeptPatches:
-        videos = self._setup.data.validation
-        assert videos is not None
-        return KeptPatches(self._setup.config, videos, self._setup.mesh)
+    def _kept_patches(self, failed: Quarantine) -> KeptPatches:
+        """Made at the first validation. failed: the reason for each video that failed in it."""
+        if self._pictures is None:
+            videos = self._setup.data.validation
+            assert videos is not None
+            self._pictures = KeptPatches(self._setup.config, videos, self._setup.mesh, failed)
+        return self._pictures
 
 
 def early_stop(validations: Sequence[Sequence[Any]], patience: int, metric: str) -> str:

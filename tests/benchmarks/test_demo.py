@@ -17,7 +17,7 @@ STEPS = 6  # of 16 clips
 def start(out, compiled) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.demo", f"--out={out}", *SHORT],
-        env=tiny.environment(compiled) | {"XLA_FLAGS": ""},  # compiled as a user's
+        env=tiny.environment(compiled),
         cwd=tiny.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -55,7 +55,3 @@ def test_the_demo(compiled, tmp_path):
             assert f"{own['top1']:.1%} ({own['frames']} x {own['resolution']})" in printed, budget
     picture = cv2.imread(str(out / "demo.png"))
     assert picture is not None and min(picture.shape[:2]) > 500
-
-    process = start(out, compiled)
-    again, _ = process.communicate(timeout=600)
-    assert process.returncode == 0 and again.count(f"all {STEPS} steps are done") == 2, again

@@ -200,6 +200,8 @@ def test_no_other_global_is_known(tmp_path, called):
         (b"\x80\x02X\x01\x00\x00\x00a)R.", "calls what is no function"),
         (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage"),
         (b"\x80\x02}(((K\x01ttK\x02u.", "tuple for a key"),
+        # These collide: a dict of them takes quadratic time.
+        (pickle.dumps({k * (2**61 - 1): 0 for k in range(30_000)}, 2), "integer above"),
         (b"\x80\x02K\x01K\x02s.", "cannot be read"),
         (b"\x80\x02].", "holds a list"),
         (b"\x80\x02}.", "there are none"),

@@ -252,6 +252,11 @@ def test_folders_that_cannot_be_read(tmp_path):
     weight_files.write(read_weights(TINY_PTH, CONFIG), tmp_path / "folder")
     (tmp_path / "folder" / "config.json").write_text("{")
     assert "cannot be read as JSON" in refusal(tmp_path / "folder")
+    deep = "[" * 100_000
+    (tmp_path / "folder" / "config.json").write_text(deep)
+    assert "cannot be read as JSON" in refusal(tmp_path / "folder")
+    save(tmp_path / "deep.safetensors", tiny(), fluxvit_jax=deep)
+    assert "the config it carries is damaged" in refusal(tmp_path / "deep.safetensors")
     (tmp_path / "folder" / "config.json").write_text("[]")
     assert "no object" in refusal(tmp_path / "folder")
 

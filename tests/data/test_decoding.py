@@ -13,6 +13,7 @@ import PIL.ImageOps
 import pytest
 from av.bitstream import BitStreamFilterContext
 
+from fluxvit_jax.data import decoding
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.frame_sampling import resized_size
@@ -397,7 +398,7 @@ def test_what_is_no_video(make, tmp_path):
         Video(tmp_path / "missing.mp4")
     with pytest.raises(DecodeError, match="no such file"):
         Video("https://example.com/video.mp4")
-    with pytest.raises(DecodeError, match="no such file"):
+    with pytest.raises(DecodeError, match="is no regular file"):
         Video(tmp_path)
 
 
@@ -519,3 +520,24 @@ def test_damage_spreads_to_what_builds_on_it(make):
             with pytest.raises(DecodeError, match=f"frame {index} is missing or damaged"):
                 video.read([index, 30])
         np.testing.assert_array_equal(video.read([11, 24, 59]), expected[[11, 24, 59]])
+
+
+def test_a_film_of_too_many_frames_is_refused(tmp_path, monkeypatch):
+    path = videos.write_video(tmp_path / "a.mp4", videos.moving_texture(5))
+    monkeypatch.setattr(decoding, "MAX_PACKETS", 5)
+    assert len(Video(path)) == 5
+    monkeypatch.setattr(decoding, "MAX_PACKETS", 4)
+    with pytest.raises(DecodeError, match="more than 4 frames"):
+        Video(path)
+
+
+def test_packets_crafted_to_be_slow():
+    """Key packets shown last, then as many others: once 10^10 comparisons, within the time limit.
+
+    Each of the others can be decoded from the first key packet only.
+    """
+    half = 100_000
+    shown = [0, *range(half, 2 * half), *range(half - 1, 0, -1)]
+    starts = Video._start_packets(shown, set(range(half)))
+    assert starts == {n: n if n < half else 0 for n in range(2 * half)}
+    assert Video._start_packets([2, 0, 1, 3], {0, 1}) == {0: 0, 1: 1, 3: 1}

@@ -1,8 +1,11 @@
+import os
+
 import cv2
 import numpy as np
 import PIL.Image
 import pytest
 
+from fluxvit_jax.data import images
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.images import Image, open_clip
@@ -53,6 +56,24 @@ def test_what_is_no_image_is_an_error(tmp_path):
     ]:
         with pytest.raises(DecodeError, match=reason):
             open_clip(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_size_is_checked_before_decoding(tmp_path, monkeypatch, suffix):
+    path = write(tmp_path / f"a{suffix}")
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60)
+    assert open_clip(path).size == (40, 60)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 60 - 1)
+    monkeypatch.delattr(cv2, "imdecode")
+    with pytest.raises(DecodeError, match="60 x 40 px are more than 2399"):
+        open_clip(path)
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe.mp4"])
+def test_a_pipe_is_no_file(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DecodeError, match=f"{name}: is no regular file"):
+        open_clip(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,10 @@ from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import open_source, read_named
 from fluxvit_jax.data.class_names import KnownNames
 from fluxvit_jax.data.multi_label import label_array
+from fluxvit_jax.data.pipeline import EvaluationVideos
 from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 from tests import tiny
 
 
@@ -100,6 +102,22 @@ def test_other_labels_of_the_same_videos_are_other_data(tmp_path):
     for other in identities[1:]:
         difference = splits.identity_difference(identities[0], other)
         assert difference == "other labels for the same videos"
+
+
+def test_a_clip_in_quarantine_keeps_its_label(tiny_data, tmp_path):
+    """It counts as wrong, of its own classes."""
+    (tmp_path / "list.csv").write_text("1.mp4,0|2\n")
+    for path, several, label in (
+        (tmp_path / "list.csv", True, [[1, 0, 1]]),
+        (tiny_data / "train.csv", False, [1]),
+    ):
+        source = open_source(path, tiny_data, multi_label=several)
+        quarantine = {"1.mp4": "crashed"}
+        videos = EvaluationVideos(
+            source, (Grid.square(2, 28),), 1, 1, multi_hot=3 * several, quarantine=quarantine
+        )
+        item = videos[source.ids.index("1.mp4")]
+        assert item["failure"] == ["crashed"] and item["label"].tolist() == label
 
 
 def test_arrays():

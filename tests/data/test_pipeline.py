@@ -306,24 +306,17 @@ def test_an_unforeseen_error_is_final(folder, workers):
         assert batches.state() == delivered
 
 
-def test_workers_bear_the_signals_of_the_job_but_a_killed_one_is_final(folder):
-    expected = take(train_batches(make_config(), make_source(folder)), 10)
+def test_workers_bear_the_signals_of_the_job_and_one_killed_worker(folder):
+    expected = take(train_batches(make_config(), make_source(folder)), 20)
     with train_batches(make_config(workers=2), make_source(folder)) as batches:
         given = [next(batches)]
         worker = multiprocessing.active_children()[0]
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
         given += itertools.islice(batches, 9)  # more than the workers hold
-        assert_equal(given, expected)
-
         os.kill(worker.pid, signal.SIGKILL)
-        message = "a worker that reads data was killed by SIGKILL, as happens when memory runs out"
-        with pytest.raises(UserError, match=message) as error:
-            list(itertools.islice(batches, 10))
-        assert "\n" not in str(error.value)
-        assert batches.state()["step"] < 20
-        with pytest.raises(RuntimeError, match="failed before"):
-            next(batches)
+        given += itertools.islice(batches, 10)
+        assert_equal(given, expected)
     assert not multiprocessing.active_children()
 
 

@@ -14,11 +14,9 @@ from tests import tiny
 MESHES = {
     "data": (8, 1, 1),
     "fsdp": (1, 8, 1),
-    "data x fsdp": (2, 4, 1),
     "tensor": (1, 1, 2),
     "data x fsdp x tensor": (2, 2, 2),
     "data, four parts": (2, 1, 1),
-    "data, taught": (8, 1, 1),
     "data x fsdp x tensor, taught": (2, 2, 2),
 }
 # What a mesh's step is compared with: one device, in as many parts, by the same objective.

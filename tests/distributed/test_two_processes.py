@@ -180,11 +180,11 @@ from fluxvit_jax.training import train, validation
 from fluxvit_jax.main import main
 
 
-def signalled(*arguments):
+def signalled(*arguments, **options):
     {function} = real
     if parallel.host_index() in {hosts}:
         os.kill(os.getpid(), signal.{name})
-    return real(*arguments)
+    return real(*arguments, **options)
 
 
 real, {function} = {function}, signalled

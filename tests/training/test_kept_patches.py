@@ -15,7 +15,7 @@ def test_kept_patches_are_in_color_and_others_gray(tiny_data, compiled):
     """Four clips of the tinted videos, of which one cannot be read."""
     config = tiny.make_config(tiny_data)
     source = open_source(f"{tiny_data}/validation.csv", tiny_data, tiny.CLASSES)
-    kept = KeptPatches(config, source, make_mesh(config))
+    kept = KeptPatches(config, source, make_mesh(config), {})
     pictures = kept.pictures(random_params(config))
     assert list(pictures) == ["kept_24", "kept_12"]
     for name, frames, share in (("kept_24", 6, 24 / 54), ("kept_12", 4, 12 / 16)):
@@ -30,7 +30,7 @@ def test_a_network_that_selects_nothing_has_no_pictures(tiny_data):
     config = tiny.make_config(tiny_data, eval__settings=((16, 4, 28),))
     config.model.selector.kind = "none"
     source = open_source(f"{tiny_data}/validation.csv", tiny_data, tiny.CLASSES)
-    assert KeptPatches(config, source, make_mesh(config)).pictures(random_params(config)) == {}
+    assert KeptPatches(config, source, make_mesh(config), {}).pictures(random_params(config)) == {}
 
 
 def test_a_run_has_them_at_each_validation(finished):

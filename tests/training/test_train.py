@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -24,7 +26,7 @@ from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import official_names, weight_files
 from fluxvit_jax.convert.adapt import resize_positions
-from fluxvit_jax.data import class_names
+from fluxvit_jax.data import class_names, pipeline
 from fluxvit_jax.deploy.pretrained import from_pretrained
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import make_mesh, shard_batch
@@ -247,10 +249,10 @@ def test_interrupted_while_evaluating(finished, tiny_data, compiled, tmp_path, m
     unfinish(workdir, 18)
     real, evaluated = validation.evaluate, []
 
-    def evaluate(params, *arguments):
+    def evaluate(params, *arguments, **options):
         evaluated.append(jax.tree.map(np.asarray, params))
         os.kill(os.getpid(), signal.SIGINT)
-        return real(params, *arguments)
+        return real(params, *arguments, **options)
 
     config = tiny.make_config(tiny_data)
     with monkeypatch.context() as patch:
@@ -276,9 +278,9 @@ def test_validation_that_cannot_be_read_is_refused_and_costs_no_step(
     config = tiny.make_config(tiny_data, data__validation=str(videos / "validation.csv"))
     real = validation.evaluate
 
-    def evaluate(*arguments):
+    def evaluate(*arguments, **options):
         shutil.move(videos, tmp_path / "away")
-        return real(*arguments)
+        return real(*arguments, **options)
 
     message = f"not one of 13 videos can be read; 16.mp4: .* looked for in {videos},"
     with monkeypatch.context() as patch:
@@ -358,6 +360,45 @@ def test_bad_clips_are_listed_once_and_too_many_stop_the_run(
     config.data.max_bad_fraction = 0.01
     with pytest.raises(UserError, match=r"of 152 training clips .*0.01; they are listed in .*run/"):
         train.train(config, tmp_path / "run")
+
+
+def test_stopped_while_waiting_for_a_batch(finished, tiny_data, compiled, tmp_path, monkeypatch):
+    """All workers are stopped, there is no time limit, and then comes the first signal."""
+    workdir = copy_of(finished.workdir, tmp_path / "run")
+    unfinish(workdir, 18)
+    config = tiny.make_config(tiny_data, data__workers=1, data__clip_seconds=0.0)
+    real = pipeline.Batches.next_unless
+
+    def next_unless(batches, stop):
+        if batches.state()["step"] == 19:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGSTOP)
+            batches._arrived.clear()
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return real(batches, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Batches, "next_unless", next_unless)
+        assert train.train(config, workdir) == 128 + signal.SIGTERM
+    assert saved_steps(workdir)[-1] == 19  # step 19 was done, and would not have been saved
+    assert split_of(workdir, "train") == split_of(finished.workdir, "train")[:19]
+
+
+def test_clips_to_skip_stay_listed_and_damaged_lines_do_not(tmp_path):
+    clips = train.BadClips(tmp_path, 0)
+    clips.quarantine["c: d.mp4"] = "hangs: not read within 60 s"
+    clips.note(3, np.array(["b.mp4: cut off\nc: d.mp4: hangs: not read within 60 s"]))
+    clips.write()
+    clips.close()
+    path = tmp_path / train.BAD_CLIPS
+    with path.open("ab") as file:
+        file.write(b'7\n{"step": 1}\n\xff\n{"step": "1", "id": "e", "reason": "f"}\n{"st')
+    again = train.BadClips(tmp_path, 2)
+    assert again.quarantine == {"c: d.mp4": "hangs: not read within 60 s"}
+    (line,) = tiny.read_lines(path)
+    assert line == {"step": 3, "id": "c: d.mp4", "reason": "hangs: not read within 60 s"} | {
+        "skip": True
+    }
 
 
 def test_bad_clips_are_forgotten_past_the_step_of_resume(tmp_path):

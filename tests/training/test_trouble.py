@@ -161,6 +161,18 @@ def test_predict_to_a_full_disk_is_one_line(finished, tiny_data, small_disk, vid
         predict.run(options)
 
 
+@pytest.mark.parametrize("small_disk", [65536], indirect=True)
+def test_an_evaluation_on_a_read_only_disk_is_printed(finished, tiny_data, compiled, small_disk):
+    """Nothing that was computed is lost."""
+    workdir = shutil.copytree(finished.workdir, small_disk / "run")
+    before = content_of(workdir)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    status, out, err = outcome(tiny.start(tiny_data, workdir, compiled, "--mode=evaluate"))
+    assert status == 2, err
+    assert "run: Read-only file system; make it writable and start the same" in error_line(err)
+    assert "top-1" in out and content_of(workdir) == before
+
+
 # --- A workdir of a later version
 
 

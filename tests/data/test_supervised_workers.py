@@ -1,0 +1,142 @@
+"""Workers that really hang, crash, are stopped and are killed."""
+
+import itertools
+import os
+import signal
+import time
+
+import pytest
+
+from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.pipeline import (
+    Batches,
+    EvaluationVideos,
+    HostShare,
+    TrainGroups,
+    train_batches,
+)
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
+from tests.data.test_pipeline import assert_equal, folder, make_config, make_source, take
+
+__all__ = ["folder"]  # a fixture
+
+KILLED = "was killed by SIGKILL, as happens when memory runs out"
+REASONS = {
+    "1.mp4": "hangs: not read within 1 s",
+    "4.mp4": "crashes its reader, which was killed by SIGSEGV",
+    "6.mp4": "hangs: not read within 1 s",
+    "9.mp4": f"its reader {KILLED}, twice at this clip",
+}
+
+
+def open_fatal(path: str) -> Video:
+    """What decoders, systems and people do to a worker, by the name of the video."""
+    match os.path.basename(path):
+        case "1.mp4":
+            time.sleep(1000)
+        case "4.mp4":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "6.mp4":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "9.mp4":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return Video(path)
+
+
+def open_bad(path: str) -> Video:
+    """The same videos are bad in the ordinary way."""
+    if reason := REASONS.get(os.path.basename(path)):
+        raise DecodeError(path, reason)
+    return Video(path)
+
+
+def open_killing(path: str) -> Video:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def batches_of(items, config, quarantine, start=0):
+    share = HostShare(items, 4, start_step=start)
+    workers, limit = config.data.workers, config.data.clip_seconds
+    return Batches(share, 4, workers, 0, start, clip_seconds=limit, quarantine=quarantine)
+
+
+def groups_of(config, folder, open_video, quarantine=None):
+    return TrainGroups(
+        source=make_source(folder),
+        seed=config.seed,
+        grids=admissible_grids(config),
+        group=4,
+        repeats=1,
+        augment=config.data.augment,
+        open_video=open_video,
+        quarantine={} if quarantine is None else quarantine,
+    )
+
+
+def test_clips_that_hang_or_kill_are_bad_clips(folder, caplog):
+    config = make_config(workers=2, clip_seconds=1.0)
+    expected = take(batches_of(groups_of(config, folder, open_bad), make_config(), {}), 2)
+    assert sum((batch["failure"] != "").sum() for batch in expected) > 5
+    quarantine = {}
+    begin = time.monotonic()
+    batches = batches_of(groups_of(config, folder, open_fatal, quarantine), config, quarantine)
+    assert_equal(take(batches, 2), expected)
+    assert time.monotonic() - begin < 60
+    assert quarantine == REASONS
+    lines = [record.getMessage() for record in caplog.records]
+    for clip, reason in REASONS.items():
+        line = f"{clip}: {reason}; it is skipped from now on, the worker replaced"
+        assert lines.count(line) == 1
+    # A later reader knows them, with or without workers.
+    again = batches_of(groups_of(config, folder, open_fatal, quarantine), make_config(), {})
+    assert_equal(take(again, 2), expected)
+    assert_equal(
+        take(train_batches(config, make_source(folder), quarantine=quarantine), 1), expected[:1]
+    )
+
+
+def test_evaluation_counts_them_as_failed(folder):
+    config = make_config(workers=1, clip_seconds=1.0)
+    quarantine = {clip: reason for clip, reason in REASONS.items() if clip != "4.mp4"}
+    videos = EvaluationVideos(
+        make_source(folder), (Grid(2, 2, 2),), 1, 1, open_fatal, quarantine=quarantine
+    )
+    items = take(batches_of(videos, config, quarantine), None)
+    failures = {
+        str(name): str(failure)
+        for batch in items
+        for name, failure in zip(batch["id"], batch["failure"], strict=True)
+        if failure
+    }
+    assert failures == quarantine == REASONS
+
+
+def test_what_kills_workers_everywhere_ends_the_run(folder):
+    config = make_config(workers=1, clip_seconds=1.0)
+    config.train.batch_size = 4
+    groups = groups_of(config, folder, open_killing)
+    with (
+        batches_of(groups, config, groups.quarantine) as batches,
+        pytest.raises(UserError, match=f"{KILLED}; lower data.workers") as error,
+    ):
+        list(itertools.islice(batches, 10))
+    assert "\n" not in str(error.value)
+
+
+def test_a_wait_can_be_stopped_and_goes_on(folder):
+    config = make_config(workers=1, clip_seconds=0.0)  # no limit
+    source = make_source(folder)
+    begin = time.monotonic()
+    with batches_of(groups_of(config, folder, open_fatal), config, {}) as batches:
+        assert batches.next_unless(lambda: time.monotonic() > begin + 1) is None
+        assert batches.state() == {"step": 0}
+    expected = take(train_batches(make_config(), source), 2)
+    with train_batches(config, source) as batches:
+        first = next(batches)
+        asked = iter([False, True])
+        while (second := batches.next_unless(lambda: next(asked, False))) is None:
+            pass
+        assert_equal([first, second], expected)
