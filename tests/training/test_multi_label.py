@@ -32,6 +32,10 @@ def make_config(data: Path, lists: Path, **changes):
         "model__classes": 0,
         "train__multi_label": True,
         "train__label_smoothing": 0.0,
+        "train__random_erasing": 0.0,
+        "train__cutmix": 0.0,
+        "train__epochs": 3,
+        "eval__every_epochs": 1,
         "optim__learning_rate": 5e-3,
     }
     return tiny.make_config(data, **own | changes)
@@ -58,14 +62,14 @@ def workdir(tiny_data, lists, compiled, tmp_path_factory) -> Path:
 def test_a_run_learns(workdir, tiny_data, lists, capsys):
     lines = split_of(workdir, "train")
     losses = [line["loss"] for line in lines]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
+    assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:3])
     assert {"bce_24", "bce_12", "align_12"} <= lines[0].keys()
     assert not [name for name in lines[0] if name.startswith(("ce_", "top1"))]
     measured = split_of(workdir, "validation")
     assert measured[0].keys() == {
         "step", "split", "map_24", "loss_24", "map_12", "loss_12", "failed",
     }  # fmt: skip
-    assert max(line["map_24"] for line in measured) > 0.8
+    assert max(line["map_24"] for line in measured) > 0.75
     best = max(measured, key=lambda line: (line["map_24"], line["step"]))
     assert best_step(workdir) == best["step"]
 
@@ -78,7 +82,7 @@ def test_a_run_learns(workdir, tiny_data, lists, capsys):
 
 def test_it_resumes_as_if_never_stopped_and_knows_its_labels(workdir, tiny_data, lists, tmp_path):
     resumed = shutil.copytree(workdir, tmp_path / "resumed")
-    unfinish(resumed, 18)
+    unfinish(resumed, 10)
     with pytest.raises(UserError, match=r"train.multi_label: True -> False"):
         single = make_config(tiny_data, lists, model__classes=3, train__multi_label=False)
         train.train(single, resumed)
@@ -93,12 +97,12 @@ def test_it_resumes_as_if_never_stopped_and_knows_its_labels(workdir, tiny_data,
 
 def test_it_stops_early_by_map(workdir, tiny_data, lists, tmp_path, capsys):
     stopped = shutil.copytree(workdir, tmp_path / "stopped")
-    unfinish(stopped, 18)
+    unfinish(stopped, 10)
     lines = tiny.read_lines(stopped / "metrics.jsonl")
     falling = [line | {"map_24": 1 / line["step"]} for line in lines]
     checksums.write_lines(stopped / "metrics.jsonl", falling)
     assert train.train(make_config(tiny_data, lists, train__early_stopping_epochs=1), stopped) == 0
-    line = "stopped early at step 18 of 20, because map_24 has not risen above 0.125 since step 8"
+    line = "stopped early at step 10 of 12, because map_24 has not risen above 0.25 since step 4"
     assert line in capsys.readouterr().err
 
 
