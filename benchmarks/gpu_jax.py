@@ -99,7 +99,7 @@ def inference(config: ConfigDict, case: Case, mesh: Mesh) -> Made:
     given = (params, *shard_batch(start, mesh).values(), np.int32(0))
 
     def program(budget: int, head: int) -> tuple:
-        jitted = predictor(model, Setting(budget, case.grid, head), 0, mesh)
+        jitted = predictor(model, Setting(budget, case.grid, head), 0, mesh, multi_label=False)
         compiled = jitted.lower(*given).compile()
         return compiled, lambda: {"probabilities": compiled(*given)}
 

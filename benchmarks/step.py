@@ -142,7 +142,7 @@ def view_of(
     config: ConfigDict, setting: Setting, params: dict, batch: int, mesh: Mesh
 ) -> Contender:
     model = model_config(config, jax.default_backend())
-    program = predictor(model, setting, 0, mesh)
+    program = predictor(model, setting, 0, mesh, multi_label=False)
     clips = shard_batch(
         {
             "total": np.zeros((batch, config.model.classes), np.float32),

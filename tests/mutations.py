@@ -60,6 +60,7 @@ ADAMW = "training/test_optimizer.py::test_adamw_step_by_step"
 DROP_PATH = "models/test_drop_path.py"
 FREEZING = "training/test_freezing.py"
 BALANCE = "data/test_class_balance.py"
+MULTI_LABEL = "training/test_multi_label.py"
 CHECKPOINTER = "checkpoints/test_checkpointer.py"
 SAMPLING = "data/test_frame_sampling.py"
 VIEWS = "data/test_pipeline.py::test_views_are_those_of_the_plain_way"
@@ -746,14 +747,14 @@ MUTATIONS = {
         Mutation(
             "last-view-only",
             "evaluation/evaluate.py",
-            "return total + jax.nn.softmax(output.logits)",
-            "return 0 * total + 2 * jax.nn.softmax(output.logits)",
+            "return total + probabilities",
+            "return 0 * total + 2 * probabilities",
             (MEAN_OF_VIEWS,),
         ),
         Mutation(
             "logits-not-probabilities",
             "evaluation/evaluate.py",
-            "return total + jax.nn.softmax(output.logits)",
+            "return total + probabilities",
             "return total + output.logits",
             (MEAN_OF_VIEWS,),
         ),
@@ -792,6 +793,34 @@ MUTATIONS = {
             "read = self.labels[self.predicted(self.main) >= 0]\n"
             "        return np.bincount(read, minlength=len(self.class_names))",
             ("evaluation/test_report.py::test_accuracy_by_class_and_budget",),
+        ),
+        Mutation(
+            "equal-scores-one-by-one",
+            "evaluation/average_precision.py",
+            "np.diff(scores[order]) != 0",
+            "np.diff(scores[order]) <= 0",
+            ("evaluation/test_average_precision.py",),
+        ),
+        Mutation(
+            "unread-videos-never-missed",
+            "evaluation/evaluate.py",
+            "average_precision.of_classes(scores, positive, missed)",
+            "average_precision.of_classes(scores, positive, 0 * missed)",
+            (f"{MULTI_LABEL}::test_the_report_has_the_average_precision_of_each_class",),
+        ),
+        Mutation(
+            "several-labels-share-one-softmax",
+            "evaluation/evaluate.py",
+            "(jax.nn.sigmoid if multi_label else jax.nn.softmax)",
+            "jax.nn.softmax",
+            (f"{MULTI_LABEL}::test_the_report_has_the_average_precision_of_each_class",),
+        ),
+        Mutation(
+            "several-labels-forgotten-when-saved",
+            "convert/config_json.py",
+            "multi_label=config.train.multi_label,",
+            "",
+            (f"{MULTI_LABEL}::test_probabilities_are_independent_wherever_the_weights_go",),
         ),
         Mutation(
             "last-window-dropped",

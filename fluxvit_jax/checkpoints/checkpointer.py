@@ -36,7 +36,7 @@ Tree = Any
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
-BEST = "top1"  # the metric that chooses the best step: validation accuracy
+BEST = "top1"  # the metric that chooses the best step: validation accuracy, or mAP in its place
 NO_CHECKPOINT, ALL_DAMAGED = -1, -2  # instead of a step
 
 

@@ -29,6 +29,7 @@ def validate(config: ConfigDict) -> None:
     _check_budgets(config)
     _check_optimizer(config)
     _check_balance(config)
+    _check_multi_label(config)
     _check_evaluation(config)
 
 
@@ -227,6 +228,23 @@ def _check_balance(config: ConfigDict) -> None:
             "config.train.class_weights: data.sampling=balanced shows all classes equally often "
             "already; set one of the two"
         )
+
+
+def _check_multi_label(config: ConfigDict) -> None:
+    if not config.train.multi_label:
+        return
+    values = flatten(config)
+    for name, neutral in (
+        ("train.label_smoothing", 0.0),
+        ("train.class_weights", "none"),
+        ("data.sampling", "uniform"),
+        ("eval.plan", ""),  # a search ranks by top-1
+    ):
+        if values[name] != neutral:
+            raise UserError(
+                f"config.{name}: {values[name]} is for one label a video; with train.multi_label "
+                f"set it to {neutral!r}"
+            )
 
 
 def _check_evaluation(config: ConfigDict) -> None:

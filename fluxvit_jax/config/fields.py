@@ -276,6 +276,11 @@ FIELDS: dict[str, Field] = {
     "train.class_weights": one_of(
         "none", "balanced", help='in the loss; "balanced": rare classes count more, by frequency'
     ),
+    "train.multi_label": Field(
+        False,
+        'several labels a video, in lists as "0|3|7": binary cross entropy of sigmoids, measured '
+        "by mAP",
+    ),
     "train.mixup": Field(0.0, "parameter of mixup's Beta distribution; 0: off", not_negative),
     "train.cutmix": Field(0.0, "parameter of CutMix's Beta distribution; 0: off", not_negative),
     "train.mixup_probability": Field(1.0, "share of groups that are mixed", share),
@@ -453,7 +458,13 @@ RENAMED = {
 }
 REMOVED = ("train.compiled_steps",)
 # Fields that came later. Runs from before did what their defaults say.
-ADDED = ("data.sampling", "data.clip_seconds", "train.class_weights", "train.freeze")
+ADDED = (
+    "data.sampling",
+    "data.clip_seconds",
+    "train.class_weights",
+    "train.freeze",
+    "train.multi_label",
+)
 OLD_OBJECTIVES = {"supervised": "flux_multi", "distillation": "flux_umt"}
 
 

@@ -1,7 +1,8 @@
 """`config.json` and `preprocessor_config.json`: what a folder of weights says of its network.
 
 The names in `config.json` are those of `FluxViTConfig`. Besides there are `head_budgets`, the
-tokens that each head was trained at, and `id2label`, the classes. `preprocessor_config.json` says
+tokens that each head was trained at, `id2label`, the classes, and for several labels a video
+`problem_type`, as Hugging Face calls it. `preprocessor_config.json` says
 how a video becomes patches, and on which grid each budget is best asked. A bare file of weights
 tells its widths, depth and classes; `describe` adds what the released sizes tell, and what is then
 still open must be given.
@@ -32,6 +33,8 @@ BEHAVIOUR = {
     "rounding": "model.selector.rounding",
 }
 NUMBERS = (*SIZES, *POOL, "groups")
+# Values of "problem_type", absent for one label a video.
+MULTI_LABEL, SINGLE_LABEL = "multi_label_classification", "single_label_classification"
 # Written by others into files of this name; of no meaning here.
 FOREIGN = ("architectures", "dtype", "torch_dtype", "transformers_version", "label2id")
 HEAD_BUDGETS = (3072, 2048, 1024)  # of the released weights
@@ -49,6 +52,7 @@ class PretrainedConfig:
     class_names: as many as classes, or none where they are not known.
     assumed_names: the data set that `class_names` are taken of, one of `class_names.DATASETS`,
         where the weights name none and only their form speaks for it; else "".
+    multi_label: whether the probability of a class is the sigmoid of its logit, not the softmax.
     """
 
     model: FluxViTConfig
@@ -56,6 +60,7 @@ class PretrainedConfig:
     settings: tuple[Setting, ...] = ()
     class_names: tuple[str, ...] = ()
     assumed_names: str = dataclasses.field(default="", compare=False)
+    multi_label: bool = False
 
     def asked(self, budgets: Sequence[int] = (), settings: Sequence[Setting] = ()) -> list[Setting]:
         """The grid of each of `budgets`: that of the nearest in `settings`, by default its own.
@@ -100,6 +105,7 @@ def to_json(config: PretrainedConfig) -> dict[str, Any]:
         **own,
         "head_budgets": list(config.head_budgets),
         **({"id2label": labels} if labels else {}),
+        **({"problem_type": MULTI_LABEL} if config.multi_label else {}),
     }
 
 
@@ -128,6 +134,7 @@ def from_run_config(config: ConfigDict, class_names: Sequence[str] = ()) -> Pret
         tuple(config.train.budgets),
         tuple(tuple(setting) for setting in config.eval.settings),
         tuple(class_names),
+        multi_label=config.train.multi_label,
     )
 
 
@@ -156,6 +163,7 @@ def to_run_config(config: PretrainedConfig) -> ConfigDict:
     recipe.model.selector.groups = model.groups
     recipe.model.selector.rounding = model.rounding
     recipe.train.budgets = config.head_budgets
+    recipe.train.multi_label = config.multi_label
     recipe.eval.settings = config.settings
     return recipe
 
@@ -206,6 +214,7 @@ def describe(
         budgets,
         _settings(preprocessor, model, budgets, source),
         _class_names(given.get("id2label", {}), model.classes, source),
+        multi_label=given.get("problem_type") == MULTI_LABEL,
     )
 
 
@@ -248,7 +257,8 @@ def _of_released_size(told: Mapping[str, int], places: int | None) -> dict[str, 
 
 
 def _check(given: Mapping[str, Any], source: str) -> None:
-    known = {"model_type", *NUMBERS, *BEHAVIOUR, "head_budgets", "id2label", *FOREIGN}
+    known = {"model_type", *NUMBERS, *BEHAVIOUR, "head_budgets", "id2label", "problem_type"}
+    known |= {*FOREIGN}
     if unknown := [name for name in given if name not in known]:
         raise UserError(f"{source}: config.json has an unknown field {unknown[0]!r}")
     if given.get("model_type", MODEL_TYPE) != MODEL_TYPE:
@@ -261,6 +271,12 @@ def _check(given: Mapping[str, Any], source: str) -> None:
         if name in given and given[name] not in FIELDS[field].choices:
             choices = ", ".join(FIELDS[field].choices)
             raise UserError(f"{source}: config.json says {name} {given[name]!r}, none of {choices}")
+    problem = given.get("problem_type")
+    if problem not in (None, SINGLE_LABEL, MULTI_LABEL):
+        raise UserError(
+            f"{source}: config.json says problem_type {problem!r}, none of {SINGLE_LABEL}, "
+            f"{MULTI_LABEL}"
+        )
     budgets = given.get("head_budgets", HEAD_BUDGETS)
     right = isinstance(budgets, Sequence) and all(type(b) is int and b > 0 for b in budgets)
     if not right or list(budgets) != sorted(set(budgets), reverse=True) or not budgets:

@@ -43,6 +43,7 @@ def model_card(
             f"| Native grid | {grid} |",
             f"| Heads trained at | {budgets} tokens |",
             f"| Classes | {_classes(config)} |",
+            *(["| Labels of a video | several: sigmoids, not a softmax |"] * config.multi_label),
             *("", "## Budgets", "", "| Tokens | Frames | Resolution |", "|---|---|---|", *settings),
             *("", "## Accuracy", ""),
             *(_accuracy(evaluations) or ["Not measured by this program."]),
@@ -67,8 +68,13 @@ def _classes(config: PretrainedConfig) -> str:
 
 
 def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table of a row for each evaluation and budget; none without evaluations."""
-    head = "| Videos | Views | Tokens | Frames | Resolution | Top-1 | Top-5 |"
+    """A table of a row for each evaluation and budget; none without evaluations.
+
+    All evaluations are of weights with one label a video, or all of weights with several.
+    """
+    several = any("multi_label" in report for report in evaluations)
+    measures = {"map": "mAP"} if several else {"top1": "Top-1", "top5": "Top-5"}
+    heads = ["Videos", "Views", "Tokens", "Frames", "Resolution", *measures.values()]
     rows = []
     for report in evaluations:
         data = os.path.basename(str(report["data"]).rstrip("/"))
@@ -78,6 +84,8 @@ def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
         for tokens, row in report["budgets"].items():
             rows.append(
                 f"| {videos} | {report['views']} | {tokens} | {row['frames']} | "
-                f"{row['resolution']} px | {row['top1']:.2%} | {row['top5']:.2%} |"
+                f"{row['resolution']} px | "
+                + " | ".join(f"{row[measure]:.2%}" for measure in measures)
+                + " |"
             )
-    return [head, "|---" * 7 + "|", *rows] if rows else []
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows] if rows else []

@@ -25,6 +25,9 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 MAX_LABEL = 2**31 - 1  # labels are int32 on the device
+SEPARATOR = "|"  # of several labels of a video
+
+Label = int | tuple[int, ...]  # a tuple, rising, in multi-label lists
 
 # Names of columns are made of these words: path, video_id, ClassIndex.
 _COLUMN_NAME = re.compile(
@@ -46,7 +49,7 @@ class Example(NamedTuple):
     """
 
     id: str  # path relative to the root, "/" between its parts, as `storage.display_name` shows it
-    label: int
+    label: Label
     source: str  # absolute path, or one of a bucket
 
 
@@ -54,7 +57,7 @@ class Record(NamedTuple):
     """One video of a source."""
 
     id: str
-    label: int
+    label: Label
     video: str | bytes  # the path, or the content of the file
     flip: bool = True  # whether training may mirror it
     failure: str = ""  # why the record cannot be read; then id and label are not known either
@@ -93,7 +96,7 @@ class Source(Protocol):
         """The ids of all videos; None where only reading every video would tell."""
 
     @property
-    def labels(self) -> Sequence[int] | None:
+    def labels(self) -> Sequence[Label] | None:
         """The labels of all videos; None where only reading every video would tell."""
 
     def __len__(self) -> int: ...
@@ -107,6 +110,7 @@ def open_source(
     classes: int | None = None,
     labelled: bool = True,
     known: KnownNames | None = None,
+    multi_label: bool = False,
 ) -> "FileSource | PreparedSource":
     """Opens a list, a folder of class folders, or a folder written by `prepare`.
 
@@ -117,20 +121,31 @@ def open_source(
       classes: number of classes, to check the labels against.
       labelled: whether to read labels; otherwise a list needs none, and all are 0.
       known: the order of the classes, where something else gives it; see `read_named`.
+      multi_label: whether videos have several labels; see `read_named`.
 
     Raises:
       UserError: see `read_annotations`; a prepared folder that is damaged, lacks the split
-        or a shard, or has a label out of range; a bucket that cannot be read.
+        or a shard, or has a label out of range; a bucket that cannot be read; with
+        `multi_label`, anything but a list.
     """
     folder, split = split_of(path)
+    if multi_label and os.fspath(path) and not is_list(path):
+        raise UserError(
+            f"{path}: a folder tells one label a video; config.train.multi_label needs a list"
+        )
     if _is_prepared(folder):
         return _open_prepared(folder, split, classes)
-    return FileSource(*read_named(path, root, classes, labelled, known))
+    return FileSource(*read_named(path, root, classes, labelled, known, multi_label))
 
 
 def is_list(path: str | os.PathLike) -> bool:
     """Whether `open_source` reads a path as a list, not as a folder."""
     return not _is_prepared(split_of(path)[0]) and not storage.is_folder(path)
+
+
+def labels_of(label: Label) -> tuple[int, ...]:
+    """All labels of a video."""
+    return label if isinstance(label, tuple) else (label,)
 
 
 def read_annotations(
@@ -149,6 +164,7 @@ def read_named(
     classes: int | None = None,
     labelled: bool = True,
     known: KnownNames | None = None,
+    multi_label: bool = False,
 ) -> tuple[list[Example], tuple[str, ...] | None]:
     """Reads a list of videos or a folder of class folders; also the names of its classes, if any.
 
@@ -157,6 +173,9 @@ def read_named(
     name the columns. Labels are numbers, or, not after blanks, names: then the label is the index
     of the sorted names, as it is of class folders.
 
+    With `multi_label`, a label is any number of these between "|", none for no class; the examples
+    of a list then have tuples.
+
     Args:
       path: the list or folder.
       root: folder that the paths of a list are relative to (default: the folder of the list).
@@ -164,11 +183,13 @@ def read_named(
       labelled: False to read the paths only: other columns are optional and ignored.
       known: the order of the classes. Names are then looked up in it, and some may be missing; a
         folder with others keeps its own order.
+      multi_label: whether the videos of a list have several labels.
 
     Raises:
       UserError: the list, folder or root is missing or empty; with the line number, a wrong number
         of columns, a label that is out of range or neither number nor known name, a path that is
-        a URL or leaves the root, one video with two labels.
+        a URL or leaves the root, one video with two labels in two lines; "|" in a label without
+        `multi_label`, not one label with it.
     """
     if not os.fspath(path):
         raise UserError("no data is given: name a list or a folder of videos")
@@ -176,7 +197,7 @@ def read_named(
     if storage.is_folder(location):
         return _read_folder(location, classes, known)
     base = storage.path_of(root) if root else location.parent
-    return _read_list(location, base, classes, labelled, known)
+    return _read_list(location, base, classes, labelled, known, multi_label)
 
 
 def class_names(path: str | os.PathLike) -> tuple[str, ...]:
@@ -203,7 +224,7 @@ def read_class_names(path: str | os.PathLike) -> tuple[str, ...]:
     return names
 
 
-def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
+def fingerprint(rows: Iterable[tuple[str, Label, int]]) -> str:
     """Hex sha256 over rows of (id, label, bytes of the video file), in order."""
     content = hashlib.sha256()
     for name, label, size in rows:
@@ -211,7 +232,7 @@ def fingerprint(rows: Iterable[tuple[str, int, int]]) -> str:
     return content.hexdigest()
 
 
-def identity(ids: Iterable[str], labels: Iterable[int]) -> dict[str, int | str]:
+def identity(ids: Iterable[str], labels: Iterable[Label]) -> dict[str, int | str]:
     """`Source.identity` of ids and labels in order."""
     ids = list(ids)
     return {"videos": len(ids), "ids": digest(ids), "labels": digest(map(str, labels))}
@@ -251,10 +272,11 @@ class FileSource:
     @property
     def classes(self) -> int:
         """As many as there are names, or as the largest label tells."""
-        return len(self.class_names or ()) or 1 + max(example.label for example in self.examples)
+        largest = (max(labels_of(own.label), default=-1) for own in self.examples)
+        return len(self.class_names or ()) or 1 + max(largest)
 
     @property
-    def labels(self) -> list[int]:
+    def labels(self) -> list[Label]:
         return [example.label for example in self.examples]
 
     def __len__(self) -> int:
@@ -332,7 +354,7 @@ class Subset:
         return None if ids is None else [ids[number] for number in self.numbers]
 
     @property
-    def labels(self) -> list[int] | None:
+    def labels(self) -> list[Label] | None:
         labels = self.source.labels
         return None if labels is None else [labels[number] for number in self.numbers]
 
@@ -420,6 +442,7 @@ def _read_list(
     classes: int | None,
     labelled: bool,
     known: KnownNames | None,
+    multi_label: bool,
 ) -> tuple[list[Example], tuple[str, ...] | None]:
     lines = text_of(path, errors="surrogateescape").split("\n")
     if not storage.is_folder(root):
@@ -430,25 +453,40 @@ def _read_list(
         (number, _columns(path, number, line, delimiter, labelled)) for number, line in numbered
     ]
     # In a list of names all that tells a header is that there is no such file.
-    named = labelled and delimiter is not None and not any(_is_number(row[1]) for _, row in rows)
+    named = (
+        labelled
+        and delimiter is not None
+        and not any(_is_number(text) for _, row in rows for text in _labels(row[1], multi_label))
+    )
     if rows and _is_header(rows[0][1], root, labelled and not named):
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
+    if labelled and not multi_label:
+        _check_one_label(path, rows, known)
+    if labelled and multi_label and not any(label for _, (_, label) in rows):
+        raise UserError(f"{path}: no video has a label; write one a line: path,label")
     names = None
     if named:
-        known = known or _listed_names(path, rows, classes)
+        if not known:
+            texts = (text for _, row in rows for text in _labels(row[1], multi_label))
+            known = _listed_names(path, texts, classes)
         names, label_of = known.names, functools.partial(_named_label, path, known)
     else:
         label_of = functools.partial(_label, path, classes)
+
+    def labels_in(number: int, cell: str) -> Label:
+        found = [label_of(number, text) for text in _labels(cell, multi_label)]
+        return tuple(sorted(set(found))) if multi_label else found[0]
+
     absolute = _absolute(root)
     examples = []
-    first_lines: dict[str, tuple[int, int]] = {}  # source -> line number, label
+    first_lines: dict[str, tuple[int, Label]] = {}  # source -> line number, label
     for number, (text, label) in rows:
         name = _inside(path, number, text, absolute)
         source = os.path.join(absolute, name)
         example = Example(
-            storage.display_name(name), label_of(number, label) if labelled else 0, source
+            storage.display_name(name), labels_in(number, label) if labelled else 0, source
         )
         if example.id != name and not os.path.exists(source):
             raise UserError(
@@ -457,21 +495,44 @@ def _read_list(
             )
         before, first = first_lines.setdefault(source, (number, example.label))
         if first != example.label:
-            labels = [repr(names[i]) if names else i for i in (example.label, first)]
+            labels = [_spelled(label, names) for label in (example.label, first)]
+            hint = "; write all labels of a video in one line, with | between them"
             raise UserError(
                 f"{path}, line {number}: {example.id} has label {labels[0]}, but {labels[1]} in "
-                f"line {before}"
+                f"line {before}{hint if multi_label else ''}"
             )
         examples.append(example)
     return examples, names
 
 
-def _listed_names(
-    path: epath.Path, rows: Sequence[tuple[int, Sequence[str]]], classes: int | None
-) -> KnownNames:
+def _labels(cell: str, multi_label: bool) -> list[str]:
+    """The labels in a cell of a list."""
+    if not multi_label:
+        return [cell]
+    return [text.strip() for text in cell.split(SEPARATOR)] if cell else []
+
+
+def _check_one_label(
+    path: epath.Path, rows: Sequence[tuple[int, Sequence[str]]], known: KnownNames | None
+) -> None:
+    """Raises UserError for a label that is several. A name with a "|" in it may be known."""
+    for number, (_, label) in rows:
+        if SEPARATOR in label and not (known and label in known):
+            raise UserError(
+                f"{path}, line {number}: {label!r} is several labels, which only "
+                "--config.train.multi_label=True reads"
+            )
+
+
+def _spelled(label: Label, names: Sequence[str] | None) -> str:
+    """The labels of a video as an error shows them."""
+    return SEPARATOR.join(repr(names[i]) if names else str(i) for i in labels_of(label)) or "none"
+
+
+def _listed_names(path: epath.Path, labels: Iterable[str], classes: int | None) -> KnownNames:
     """The sorted names of a list, each as it is spelled first."""
     spelled: dict[str, str] = {}
-    for _, (_, name) in rows:
+    for name in labels:
         spelled.setdefault(normalized(name), name)
     if classes is not None and len(spelled) != classes:
         # The label is an index into the sorted names: one more or less would shift them.
@@ -517,7 +578,8 @@ def _is_pair(delimiter: str, line: str) -> bool:
 
 
 def _precedes_label(delimiter: str | None, line: str) -> bool:
-    return re.search(rf'{delimiter or "[ ]"}\s*"?-?[0-9]+"?\s*$', line) is not None
+    label = rf"-?[0-9]+(\{SEPARATOR}-?[0-9]+)*"  # one or several
+    return re.search(rf'{delimiter or "[ ]"}\s*"?{label}"?\s*$', line) is not None
 
 
 def _ends_path(delimiter: str | None, line: str) -> bool:

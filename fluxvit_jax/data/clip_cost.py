@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.annotations import Example, FileSource, Source
+from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.pipeline import TrainGroups, training_source
 from fluxvit_jax.distributed.storage import file_sizes
 from fluxvit_jax.errors import UserError
@@ -70,6 +71,7 @@ def _seconds_a_clip(config: ConfigDict, source: Source) -> float:
         group=config.data.clips_per_grid,
         repeats=config.data.repeated_aug,
         augment=config.data.augment,
+        multi_hot=multi_hot_classes(config),
     )
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)  # as in the processes that read the data

@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
-from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
+from fluxvit_jax.data.annotations import Label, Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
 from fluxvit_jax.data.decoding import DecodeError, Video
@@ -34,6 +34,7 @@ from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.grid_sampling import grid_of_group
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.mixture import Mixture, open_mixture
+from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
 from fluxvit_jax.data.splits import configured_names
@@ -95,7 +96,11 @@ def training_source(config: ConfigDict, labelled: bool = True) -> Source:
     if not labelled:
         return open_mixture(data.train, data.root)
     listed = open_source(
-        data.train, data.root, config.model.classes, known=configured_names(config)
+        data.train,
+        data.root,
+        config.model.classes,
+        known=configured_names(config),
+        multi_label=config.train.multi_label,
     )
     return training_part(listed, data.holdout_fraction)
 
@@ -114,7 +119,7 @@ def train_batches(
     A batch is a dict of the b clips of `groups`:
       patches: uint8 [b, P, 588], zero-padded; P fits every admissible grid.
       grid: int32 [b, 3], frames, rows and columns; equal within each `data.clips_per_grid` clips.
-      label: int32 [b].
+      label: int32 [b]; with `train.multi_label` multi-hot uint8 [b, classes].
       index: int64 [b], the global number of the sample.
       failure: str [b]; if the clip replaces one that could not be read, a line "id: reason" for
         each video that failed, on all repeats of the video; else "".
@@ -154,6 +159,7 @@ def train_batches(
         period=plan_groups(config, source),
         clip_data=clip_data,
         balanced=config.data.sampling == "balanced",
+        multi_hot=multi_hot_classes(config),
         quarantine=quarantine,
     )
     _check_multiple(
@@ -187,7 +193,7 @@ def evaluation_batches(
     A batch is a dict of the b videos of `rows`, with V = clips * crops views of each, clip by clip:
       video: int64 [b], number in the source; -1 for padding.
       id: str [b], its id in the source.
-      label: int32 [b].
+      label: int32 [b]; with `train.multi_label` multi-hot uint8 [b, classes].
       failure: str [b], why the video could not be read (its patches are zeros then); else "".
       patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, where P is its tokens.
 
@@ -206,6 +212,7 @@ def evaluation_batches(
         grids=tuple(grids),
         clips=config.eval.clips,
         crops=config.eval.crops,
+        multi_hot=multi_hot_classes(config),
         quarantine=quarantine,
     )
     share = HostShare(videos, batch_size or config.eval.batch_size, rows)
@@ -363,6 +370,7 @@ class TrainGroups:
     period: int = 0  # number of groups after which they repeat; 0: never
     clip_data: ClipData | None = None
     balanced: bool = False  # whether all classes are drawn equally often
+    multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
     open_video: Callable[..., Any] = open_clip
     quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
@@ -388,7 +396,7 @@ class TrainGroups:
         grid = grid_of_group(self.grids, self.seed, number)
         samples = np.arange(number * self.group, (number + 1) * self.group)
         patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
-        labels: list[int] = []
+        labels: list[Label] = []
         failures: list[str] = []
         for first in range(0, self.group, self.repeats):
             rows = slice(first, first + self.repeats)
@@ -400,7 +408,7 @@ class TrainGroups:
         return {
             "patches": patches,
             "grid": np.tile(np.array(grid, np.int32), (self.group, 1)),
-            "label": np.array(labels, np.int32),
+            "label": label_array(labels, self.multi_hot),
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
@@ -408,7 +416,7 @@ class TrainGroups:
 
     def _read_or_replace(
         self, samples: np.ndarray, grid: Grid
-    ) -> tuple[list[np.ndarray], int, str]:
+    ) -> tuple[list[np.ndarray], Label, str]:
         """Clips of a video's samples, its label, and a line for each video that failed before."""
         failures: list[str] = []
         for video in self._candidates(int(samples[0]) // self.repeats):
@@ -456,6 +464,7 @@ class EvaluationVideos:
     grids: tuple[Grid, ...]
     clips: int
     crops: int
+    multi_hot: int = 0  # as in `TrainGroups`
     open_video: Callable[..., Any] = open_clip
     quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
@@ -463,7 +472,8 @@ class EvaluationVideos:
         return len(self.source)
 
     def __getitem__(self, number: int) -> Arrays:
-        video, name, label, failure, views = -1, "", 0, "", None
+        label: Label = () if self.multi_hot else 0
+        video, name, failure, views = -1, "", "", None
         if number < len(self.source):
             video = number
             try:
@@ -473,10 +483,12 @@ class EvaluationVideos:
                         views = self._views(opened)
             except DecodeError as error:
                 name, failure = error.path, error.reason
+                if self.source.labels is not None:  # what is in quarantine is not opened
+                    label = self.source.labels[number]
         item = {
             "video": np.array([video], np.int64),
             "id": np.array([name], np.str_),
-            "label": np.array([label], np.int32),
+            "label": label_array([label], self.multi_hot),
             "failure": np.array([failure], np.str_),
         }
         if views is None:

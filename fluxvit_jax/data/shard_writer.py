@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import cast
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
@@ -136,16 +137,17 @@ def write_shard(shard: Shard, quarantine: Quarantine) -> None:
         # Groups of one record: records are read at random.
         writer = ArrayRecordWriter(str(unfinished), "group_size:1,uncompressed")
         for example in shard.examples:
+            label = cast(int, example.label)  # `prepare` reads one label a video
             try:
                 with reading(example.id, quarantine):
                     video, reason = read_video(example)
             except DecodeError as error:
                 video, reason = b"", error.reason
             if reason is not None:
-                quarantined.append((example.id, example.label, reason))
+                quarantined.append((example.id, label, reason))
             if reason is None or shard.keep_bad:
                 writer.write(serialize(example, video))
-                stored.append((example.id, example.label, len(video)))
+                stored.append((example.id, label, len(video)))
         writer.close()
         _check_count(unfinished, len(stored))
         size = unfinished.stat().st_size

@@ -75,7 +75,8 @@ def count_classes(config: ConfigDict) -> ConfigDict:
     if config.data.class_names:
         classes = len(read_class_names(config.data.class_names))
     elif config.data.train:
-        classes = open_source(config.data.train, config.data.root).classes
+        multi_label = config.train.multi_label
+        classes = open_source(config.data.train, config.data.root, multi_label=multi_label).classes
     else:
         raise UserError(
             "no data to count the classes of: add --config.data.train=LIST, or say how many with "
@@ -95,7 +96,13 @@ def open_compared(
 
     Raises UserError: as `open_source`; a list has names, and the classes have none.
     """
-    source = open_source(path, config.data.root, config.model.classes, known=known)
+    source = open_source(
+        path,
+        config.data.root,
+        config.model.classes,
+        known=known,
+        multi_label=config.train.multi_label,
+    )
     if known is None and source.class_names and is_list(path):
         raise UserError(
             f"config.{field}={path}: its labels are names, but {reference} has numbers only; say "

@@ -25,7 +25,7 @@ from fluxvit_jax.data.annotations import read_class_names, videos_below
 from fluxvit_jax.data.clips import Clip, read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.page import Shown, write_film, write_page
-from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained, likeliest
+from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained
 from fluxvit_jax.deploy.windows import read_windows, seconds_of, windows_of
 from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.errors import UserError
@@ -59,7 +59,7 @@ def predict(
         the time is 0.
     """
     out = model(clip.frames, budget, head)
-    (found,) = likeliest(out.logits, class_names, top)
+    (found,) = model.likeliest(out, class_names, top)
     times = [_seconds(model, clip, budget, head) for _ in range(timed)]
     seconds = statistics.median(times) if times else 0.0
     return Shown(budget, clip.frames, np.asarray(out.kept[0]), clip.times, found, out.head, seconds)

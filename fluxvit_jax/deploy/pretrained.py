@@ -210,7 +210,7 @@ class PretrainedModel:
         if isinstance(video, Sequence) and not isinstance(video, str):
             return [self._predict_one(one, tokens, top, head) for one in video]
         if not isinstance(video, str | os.PathLike) and np.ndim(video) == 5:
-            return likeliest(self(video, tokens, head).logits, self.labels, top)
+            return self.likeliest(self(video, tokens, head), self.labels, top)
         return self._predict_one(video, tokens, top, head)
 
     def _predict_one(
@@ -223,8 +223,26 @@ class PretrainedModel:
                     video = read_clip(opened, *grid).frames
             except decoding.DecodeError as error:
                 raise UserError(str(error)) from error
-        (found,) = likeliest(self(video, tokens, head).logits, self.labels, top)
+        (found,) = self.likeliest(self(video, tokens, head), self.labels, top)
         return found
+
+    def likeliest(self, output: Output, names: Sequence[str], top: int) -> list[list[Prediction]]:
+        """The `top` likeliest classes of each clip, likeliest first.
+
+        Their probabilities are the softmax of the logits, or with `config.multi_label` the sigmoid
+        of each.
+        """
+        logits = np.asarray(output.logits, np.float64)
+        if self.config.multi_label:
+            probabilities = np.exp(-np.logaddexp(0, -logits))
+        else:
+            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+            probabilities = odds / odds.sum(axis=1, keepdims=True)
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
+        return [
+            [Prediction(names[c], float(row[c])) for c in own]
+            for row, own in zip(probabilities, order, strict=True)
+        ]
 
     def select(
         self,
@@ -298,16 +316,6 @@ class PretrainedModel:
         if rounding is not None:
             model = replace(model, rounding=rounding)
         return *_compiled(self.params, patches, model, grid, budget, head), head
-
-
-def likeliest(logits: jax.Array, names: Sequence[str], top: int) -> list[list[Prediction]]:
-    """The `top` likeliest classes of each row of logits [B, classes], likeliest first."""
-    found = []
-    for row in np.asarray(logits, np.float64):
-        odds = np.exp(row - row.max())
-        order = np.argsort(-row, kind="stable")[:top]
-        found.append([Prediction(names[c], float(odds[c] / odds.sum())) for c in order])
-    return found
 
 
 def as_patches(video: np.ndarray | jax.Array, normalized: bool = False) -> tuple[np.ndarray, Grid]:

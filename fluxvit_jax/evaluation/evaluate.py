@@ -4,7 +4,7 @@ Every video counts once, for any batch size and number of devices or hosts. Its 
 clips x spatial crops) go through the network one view of a batch at a time, so that
 `eval.batch_size` clips are on the devices at once. Probabilities are averaged over the views. A
 video that cannot be read is listed with its reason and counts as wrong; if no video can be read,
-evaluation fails.
+evaluation fails. With `train.multi_label` the probabilities are sigmoids, and the measure is mAP.
 """
 
 import functools
@@ -26,13 +26,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fluxvit_jax.checkpoints import checkpointer
-from fluxvit_jax.config.fields import flatten
+from fluxvit_jax.config.fields import ADDED, FIELDS, flatten
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.class_names import KnownNames, numbered
 from fluxvit_jax.data.decoding import DecodeError
 from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.data.splits import (
     check_same_videos,
@@ -64,6 +65,7 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import average_precision
 from fluxvit_jax.evaluation.results import SUFFIX
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.models import fluxvit
@@ -94,9 +96,12 @@ class Evaluation(NamedTuple):
     report: {"dataset", "views", "budgets", "failures", "warning"}, as in a workdir's
         `evaluation/*.json`; "top1" and "top5" are shares of all videos, including failed ones;
         "loss" is the mean cross-entropy of those that were read;
-        "warning" is None unless more videos failed than `data.max_bad_fraction`.
+        "warning" is None unless more videos failed than `data.max_bad_fraction`. With several
+        labels a video there is "multi_label": true, and in place of "top1" and "top5" are "map" and
+        "ap", of each class or None; "videos_of_class" counts them.
     predictions: one dict per video, {"id", "label", "predictions": {budget: [[class, probability],
-        ...]}}, likeliest first; {"id", "label", "failure"} for a video that could not be read.
+        ...]}}, likeliest first; {"id", "label", "failure"} for a video that could not be read; with
+        several labels a video, "labels": [...] in place of "label".
     classes: number of classes. Among few of them a top-5 says nothing: people are not told it.
     """
 
@@ -104,9 +109,17 @@ class Evaluation(NamedTuple):
     predictions: list[dict[str, Any]]
     classes: int
 
+    @property
+    def multi_label(self) -> bool:
+        return self.report.get("multi_label", False)
+
     def scalars(self) -> dict[str, float]:
-        """{"top1_1024": .., "top5_1024": .., "loss_1024": .., ..., "failed": ..}: the metrics."""
-        budgets, kinds = self.report["budgets"].items(), ("top1", "top5", "loss")
+        """{"top1_1024": .., "top5_1024": .., "loss_1024": .., ..., "failed": ..}: the metrics.
+
+        With several labels a video "map_1024" is in place of "top1_1024" and "top5_1024".
+        """
+        kinds = ("map", "loss") if self.multi_label else ("top1", "top5", "loss")
+        budgets = self.report["budgets"].items()
         scalars = {f"{kind}_{budget}": row[kind] for budget, row in budgets for kind in kinds}
         return scalars | {"failed": len(self.report["failures"])}
 
@@ -117,12 +130,17 @@ class Evaluation(NamedTuple):
 
     def table(self) -> str:
         """A table with one line per budget."""
-        few = self.classes <= TOP
-        lines = [f"budget  frames  resolution  tokens  head   top-1{'' if few else '   top-5'}"]
+        measures = {"top1": "top-1", "top5": "top-5"}
+        if self.multi_label:
+            measures = {"map": "mAP"}
+        elif self.classes <= TOP:
+            del measures["top5"]
+        heads = "".join(f"  {name:>6}" for name in measures.values())
+        lines = [f"budget  frames  resolution  tokens  head{heads}"]
         for budget, row in self.report["budgets"].items():
             lines.append(
                 f"{budget:>6}  {row['frames']:>6}  {row['resolution']:>7} px  {row['tokens']:>6}  "
-                f"{row['head']:>4}  {row['top1']:>6.2%}" + ("" if few else f"  {row['top5']:>6.2%}")
+                f"{row['head']:>4}" + "".join(f"  {row[measure]:>6.2%}" for measure in measures)
             )
         return "\n".join(lines)
 
@@ -227,7 +245,11 @@ def evaluate(
     params = device_put_global(params, partition_rules.shardings(params, mesh))
     settings = settings or settings_of(config)
     model = model_config(config, platform_of(mesh))
-    programs = [predictor(model, setting, config.seed, mesh) for setting in settings]
+    multi_label = config.train.multi_label
+    programs = [
+        predictor(model, setting, config.seed, mesh, multi_label=multi_label)
+        for setting in settings
+    ]
     batch_size = round_up_to_shards(config.eval.batch_size, mesh)
     batches = evaluation_batches(
         config,
@@ -250,15 +272,17 @@ def evaluate(
                 )
             ]
             likeliest = [_likeliest(own) for own in found]
-            losses = [_cross_entropy(own, batch["label"]) for own in found]
+            loss_of = _binary_cross_entropy if multi_label else _cross_entropy
+            losses = [loss_of(own, batch["label"]) for own in found]
             videos += [
                 {
                     "number": int(number),
                     "id": str(batch["id"][row]),
-                    "label": int(batch["label"][row]),
+                    "label": _label(batch["label"][row]),
                     "failure": str(batch["failure"][row]),
                     "top": [top[row] for top in likeliest],
                     "loss": [loss[row] for loss in losses],
+                    "probabilities": [own[row].tolist() for own in found] if multi_label else [],
                 }
                 for row, number in enumerate(batch["video"])
                 if number >= 0
@@ -281,12 +305,16 @@ def evaluate(
 
 
 @functools.lru_cache(MAX_PROGRAMS)
-def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> Wrapped:
+def predictor(
+    model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh, *, multi_label: bool
+) -> Wrapped:
     """The jitted program of a setting, which adds a view's probabilities to a running total.
 
     `add_view(params, total [b, classes], patches uint8 [b, P, 588], video int32 [b], view int32)`,
     with the arrays of a batch split over the devices. Random selectors depend on seed, video and
     view only.
+
+    multi_label: whether the probabilities of the classes are independent.
     """
     graph = fluxvit.graphdef(model)
 
@@ -300,7 +328,8 @@ def predictor(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> 
             view_key = jax.random.fold_in(jax.random.key(seed), view)
             keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
         output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
-        return total + jax.nn.softmax(output.logits)
+        probabilities = (jax.nn.sigmoid if multi_label else jax.nn.softmax)(output.logits)
+        return total + probabilities
 
     by_clip = batch_sharding(mesh)
     return jax.jit(
@@ -360,6 +389,19 @@ def _cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]
     return [float(loss) for loss in -np.log(np.maximum(own, np.finfo(np.float32).tiny))]
 
 
+def _binary_cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """The loss of each row of [b, classes], averaged over the classes, of multi-hot labels."""
+    probabilities = probabilities.astype(np.float64)
+    own = np.where(labels, probabilities, 1 - probabilities)
+    losses = -np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean(axis=1)
+    return [float(loss) for loss in losses]
+
+
+def _label(label: np.ndarray) -> int | list[int]:
+    """The label of a video, or the classes of a multi-hot one."""
+    return np.flatnonzero(label).tolist() if label.ndim else int(label)
+
+
 def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
     """The `TOP` classes of each row, (class, probability), likeliest first."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
@@ -395,21 +437,22 @@ def _report(
     failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
     model, budgets = model_config(config), {}
     for k, (budget, grid, head) in enumerate(settings):
-        classes = [[c for c, _ in video["top"][k]] for video in read]
-        labels = [video["label"] for video in read]
-        pairs = list(zip(labels, classes, strict=True))
+        measure = _mean_average_precision if config.train.multi_label else _top_accuracies
         budgets[str(budget)] = {
             "frames": grid.frames,
             "resolution": grid.rows * PATCH,
             "tokens": tokens_kept(model, grid, budget),
             "head": head,
-            "top1": sum(label == top[0] for label, top in pairs) / len(videos),
-            "top5": sum(label in top for label, top in pairs) / len(videos),
+            **measure(config.model.classes, videos, k),
             "loss": sum(video["loss"][k] for video in read) / len(read),
             "decoded": len(read),
             "failed": len(videos) - len(read),
         }
-    return {
+    several = {}
+    if config.train.multi_label:
+        counts = _multi_hot(videos, config.model.classes).sum(axis=0).tolist()
+        several = {"multi_label": True, "videos_of_class": counts}
+    return several | {
         "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
         "views": f"{config.eval.clips}x{config.eval.crops}",
         "budgets": budgets,
@@ -418,13 +461,39 @@ def _report(
     }
 
 
+def _top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
+    """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
+    read = [video for video in videos if not video["failure"]]
+    pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]
+    return {
+        "top1": sum(label == top[0] for label, top in pairs) / len(videos),
+        "top5": sum(label in top for label, top in pairs) / len(videos),
+    }
+
+
+def _mean_average_precision(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
+    """mAP and the average precision of each class; a video that could not be read is not found."""
+    read = [video for video in videos if not video["failure"]]
+    positive = _multi_hot(read, classes)
+    missed = _multi_hot(videos, classes).sum(axis=0) - positive.sum(axis=0)
+    scores = np.array([video["probabilities"][k] for video in read])
+    precisions = average_precision.of_classes(scores, positive, missed)
+    return {"map": average_precision.mean(precisions), "ap": precisions}
+
+
+def _multi_hot(videos: Sequence[dict], classes: int) -> np.ndarray:
+    """Which classes each video has: bool [n, classes]."""
+    return label_array([tuple(video["label"]) for video in videos], classes).astype(bool)
+
+
 def _first(failures: Sequence[dict[str, str]]) -> str:
     return f"{failures[0]['id']}: {failures[0]['reason']}" if failures else ""
 
 
 def _predictions(settings: Sequence[Setting], videos: Sequence[dict]) -> list[dict[str, Any]]:
     def row(video: dict) -> dict[str, Any]:
-        about = {"id": video["id"], "label": video["label"]}
+        key = "labels" if isinstance(video["label"], list) else "label"
+        about = {"id": video["id"], key: video["label"]}
         if video["failure"]:
             return about | {"failure": video["failure"]}
         tops = zip(settings, video["top"], strict=True)
@@ -572,6 +641,10 @@ def load_weights(config: ConfigDict, workdir: epath.Path) -> Weights:
         return Weights(params, str(step.relative_to(step.parents[1])), trained, class_names)
     path = config.train.init_from
     loaded = init_from.load(path, model_config(config))
+    if loaded.multi_label and not config.train.multi_label:
+        raise UserError(
+            f"{path}: was trained with several labels a video; add --config.train.multi_label=True"
+        )
     expected = abstract_params(with_classes(config, loaded.params))
     checkpointer.check_fit(loaded.params, expected, path)
     stated = config.data.class_names  # goes before names that are only assumed
@@ -623,8 +696,9 @@ def check_class_names(
 
 
 def _check_same_network(trained: dict, config: ConfigDict, step: Any) -> None:
-    """Raises UserError if a field differs that changes the network but no tensor's shape."""
-    for name in ("model.variant", "model.gelu", "model.cls", "train.budgets"):
-        before, now = (json.dumps(flatten(side).get(name)) for side in (trained, config))
+    """Raises UserError if a field differs that changes the answers but no tensor's shape."""
+    sides = {name: FIELDS[name].default for name in ADDED} | flatten(trained), flatten(config)
+    for name in ("model.variant", "model.gelu", "model.cls", "train.budgets", "train.multi_label"):
+        before, now = (json.dumps(side.get(name)) for side in sides)
         if before != now:
             raise UserError(f"{step} was trained with config.{name}={before}, not {now}")

@@ -6,9 +6,7 @@ for an evaluation that was made before:
     python -m fluxvit_jax.evaluation.report runs/mine/evaluation/NAME.predictions.jsonl
 """
 
-import csv
 import html
-import io
 import sys
 from collections.abc import Sequence
 
@@ -19,15 +17,16 @@ from matplotlib.ticker import MaxNLocator
 
 from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import confusion_chart
+from fluxvit_jax.evaluation import confusion_chart, precision_page
+from fluxvit_jax.evaluation.page_parts import CSS, budget_text, csv_text, failures, tokens_text
 from fluxvit_jax.evaluation.results import (
     SUFFIX,
     Results,
     confidently_wrong,
     confused_pairs,
     read,
+    read_report,
 )
-from fluxvit_jax.reports import style
 from fluxvit_jax.reports.charts import Colors, Size, add_axes, card, new_figure, picture
 from fluxvit_jax.reports.charts import style as style_axes
 from fluxvit_jax.reports.confidence_intervals import share_interval
@@ -59,34 +58,21 @@ right. All numbers are in <code>{file}</code>."""
 WRONG_LEGEND = """Wrong at {budget} with the highest probability of the predicted class: often these
 are wrong labels. The probability is the mean over the video's views."""
 
-CSS = (
-    style.colors(style.LIGHT, style.DARK)
-    + style.BASE
-    + style.ELEMENTS
-    + """
-.whisker { color: var(--accent); background: var(--line); border-radius: 1rem; }
-.whisker { height: 0.375rem; min-width: 5rem; }
-.rows td:last-child, .rows th:last-child { padding-right: 0; }
-.rows td, .rows th { padding-top: 0.4rem; padding-bottom: 0.4rem; }
-.all td, .all thead th { text-align: left; }
-@media (max-width: 48rem) {
-  .rows { font-size: 0.8125rem; }
-  .rows td, .rows th { padding-right: 0.5rem; }
-}
-"""
-)
-
 
 def write(predictions: storage.PathLike) -> epath.Path:
     """Writes the files beside `NAME.predictions.jsonl`; returns the path of the page.
 
-    `NAME.html`, `NAME.classes.csv`, `NAME.confusion.csv` and `NAME.confusion.png`.
+    `NAME.html`, `NAME.classes.csv`, `NAME.confusion.csv` and `NAME.confusion.png`; of several
+    labels a video only the first two, with other contents, from `NAME.json`.
 
     Raises UserError if the predictions cannot be read, OSError if a file cannot be written.
     """
-    results = read(predictions)
     path = storage.path_of(predictions)
     name = path.name.removesuffix(SUFFIX)
+    report = read_report(path)
+    if report.get("multi_label"):
+        return precision_page.write(path.with_name(name), report)
+    results = read(predictions)
     confusion = results.confusion(results.main)
     page = path.with_name(f"{name}.html")
     atomic.write(path.with_name(f"{name}.classes.csv"), _classes_csv(results))
@@ -115,20 +101,14 @@ def _classes_csv(results: Results) -> str:
             known = [own[i] / videos[i], *share_interval(own[i], videos[i])] if videos[i] else []
             shares += [f"{share:.6f}" for share in known] or [""] * len(keys)
         rows.append([i, cell(name), videos[i], *shares])
-    return _csv(header, rows)
+    return csv_text(header, rows)
 
 
 def _confusion_csv(results: Results, confusion: np.ndarray) -> str:
     """A row per class, a column per predicted class, and one of videos that could not be read."""
     names = [cell(name) for name in results.class_names]
     rows = [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
-    return _csv(["true class", *names, "could not be read"], rows)
-
-
-def _csv(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    content = io.StringIO(newline="")
-    csv.writer(content, lineterminator="\n").writerows([header, *rows])
-    return content.getvalue()
+    return csv_text(["true class", *names, "could not be read"], rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,7 +123,7 @@ def _page(results: Results, confusion: np.ndarray, name: str) -> str:
         _confusion(results, confusion, name),
         _classes(results, confusion),
         _mistakes(results),
-        _failures(results),
+        failures(results.report),
     )
     title = f"Evaluation of {report.get('checkpoint', name)}"
     return document(title, CSS, notes(remarks) + _facts(results, name), "".join(sections))
@@ -167,9 +147,7 @@ def _budgets(results: Results) -> str:
     has_top5 = len(results.class_names) > TOP
     settings, rows = results.report.get("budgets", {}), []
     for budget in results.tops:
-        setting = settings.get(budget)
-        grid = f"{setting['frames']} frames of {setting['resolution']} px" if setting else ""
-        tokens = f'<span class="value">{_tokens(budget)}</span>{small(grid)}'
+        tokens = budget_text(budget, settings.get(budget))
         columns = [_accuracy(results.right(budget))]
         if has_top5:
             columns.append(_accuracy(results.right(budget, TOP)))
@@ -228,7 +206,9 @@ def _budgets_chart(results: Results) -> str:
         axes.set_axisbelow(True)
         return figure
 
-    points = (f"{_tokens(b)}: {percent(own / n)}" for b, own in zip(budgets, right, strict=True))
+    points = (
+        f"{tokens_text(b)}: {percent(own / n)}" for b, own in zip(budgets, right, strict=True)
+    )
     return card("Top-1 against tokens", picture("; ".join(points), draw))
 
 
@@ -246,7 +226,7 @@ def _confusion(results: Results, confusion: np.ndarray, name: str) -> str:
     pairs = table("rows", ("Class", "Taken for", "Videos"), rows) if rows else "<p>None.</p>"
     cards = [matrix, f'<div class="card"><h3>Most frequent confusions</h3>\n{pairs}</div>\n']
     file = html.escape(f"{name}.confusion.csv")
-    legend = CONFUSION_LEGEND.format(budget=_tokens(results.main), file=file)
+    legend = CONFUSION_LEGEND.format(budget=tokens_text(results.main), file=file)
     return section("Which classes are confused", legend, side_by_side(cards))
 
 
@@ -287,11 +267,11 @@ def _classes(results: Results, confusion: np.ndarray) -> str:
             )
             for i in order
         ]
-        all_heads = ("Class", "Videos", *map(_tokens, results.tops))
+        all_heads = ("Class", "Videos", *map(tokens_text, results.tops))
         title = f"All {len(order):,} classes at each budget"
         content += folded(title, table("all", all_heads, rows))
     title = "Classes" if len(order) <= SHOWN else f"The {SHOWN} least accurate classes"
-    return section(title, CLASSES_LEGEND.format(budget=_tokens(main)), content)
+    return section(title, CLASSES_LEGEND.format(budget=tokens_text(main)), content)
 
 
 def _mistakes(results: Results) -> str:
@@ -312,19 +292,8 @@ def _mistakes(results: Results) -> str:
         )
     heads = ("Video", "True class", "Predicted class")
     content = table("rows", heads, rows) if rows else "<p>No video is wrong.</p>"
-    legend = WRONG_LEGEND.format(budget=_tokens(main))
+    legend = WRONG_LEGEND.format(budget=tokens_text(main))
     return section("Most confidently wrong", legend, f'<div class="card">{content}</div>\n')
-
-
-def _failures(results: Results) -> str:
-    failures = results.report.get("failures", [])
-    rows = [row(html.escape(one["id"]), (html.escape(one["reason"]),)) for one in failures]
-    title = f"{count(len(rows), 'video')} could not be read"
-    return folded(title, table("all", ("Video", "Reason"), rows)) if rows else ""
-
-
-def _tokens(budget: str) -> str:
-    return count(int(budget), "token")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -88,12 +88,13 @@ def read(predictions: storage.PathLike) -> Results:
     Raises UserError if the file cannot be read, or is none of predictions.
     """
     path = storage.path_of(predictions)
-    if not path.name.endswith(SUFFIX):
-        raise UserError(f"{path}: is no file of predictions, NAME{SUFFIX}")
-    lines = _lines(path)
-    beside = path.with_name(path.name.removesuffix(SUFFIX) + ".json")
+    report, lines = read_report(path), _lines(path)
+    if any("labels" in line for line in lines):
+        raise UserError(
+            f"{path}: has several labels a video, whose measures are in the report that is missing "
+            "beside it: evaluate again"
+        )
     try:
-        report = json.loads(beside.read_text()) if beside.exists() else {}
         read = [line["predictions"] for line in lines if "predictions" in line]
         tops = {
             budget: [line.get("predictions", {}).get(budget, []) for line in lines]
@@ -107,6 +108,24 @@ def read(predictions: storage.PathLike) -> Results:
     if not tops:
         raise UserError(f"{path}: has no prediction")
     return Results(report=report, class_names=tuple(names), ids=ids, labels=labels, tops=tops)
+
+
+def read_report(predictions: epath.Path) -> dict[str, Any]:
+    """The report `NAME.json` beside `NAME.predictions.jsonl`, empty if it is missing.
+
+    Raises UserError if it cannot be read, or `predictions` has another name.
+    """
+    if not predictions.name.endswith(SUFFIX):
+        raise UserError(f"{predictions}: is no file of predictions, NAME{SUFFIX}")
+    path = predictions.with_name(predictions.name.removesuffix(SUFFIX) + ".json")
+    try:
+        with storage.errors(path):
+            report = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no report of an evaluation: {error!r}") from error
+    if not isinstance(report, dict):
+        raise UserError(f"{path}: is no report of an evaluation")
+    return report
 
 
 def _lines(path: epath.Path) -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ class Objective:
             If so, a step calls it once with all clips and XLA partitions it. Otherwise the loss is
             a mean over clips, and a step may call it for each part of a batch and average.
         freezes: whether `train.freeze` can freeze a part of the network.
+        takes_multi_label: whether it can train on multi-hot labels (`train.multi_label`).
         partition_rules: sharding of the parameters that the objective adds and of frozen ones; see
             `partition_rules.RULES`. They take precedence over the network's rules.
     """
@@ -48,6 +49,7 @@ class Objective:
     labelled: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
+    takes_multi_label: ClassVar[bool] = False
     partition_rules: ClassVar[Rules] = ()
 
     @classmethod
@@ -64,9 +66,9 @@ class Objective:
         params: the network's, from `fluxvit.prepare_params`, and those of `init_params`; frozen:
         those of `load_frozen`, and the part of the network that `train.freeze` freezes, which
         `fluxvit.with_frozen` puts together with `params`; batch: patches uint8 [B, P, 588], grid
-        int32 [B, 3], label int32 [B], key [B], one PRNG key per clip, and the arrays of
-        `clip_fields`. All randomness of a clip derives from its key, so results do not depend on
-        sharding or accumulation.
+        int32 [B, 3], label int32 [B], or with `train.multi_label` multi-hot uint8 [B, classes], key
+        [B], one PRNG key per clip, and the arrays of `clip_fields`. All randomness of a clip
+        derives from its key, so results do not depend on sharding or accumulation.
         """
         raise NotImplementedError
 
@@ -160,6 +162,11 @@ def check_objective(config: ConfigDict, training: bool = False) -> None:
         raise UserError(
             f"config.train.freeze: objective {config.train.objective} trains the whole network; "
             'set it to "none"'
+        )
+    if config.train.multi_label and not objective.takes_multi_label:
+        raise UserError(
+            f"config.train.multi_label: objective {config.train.objective} learns from no more "
+            "than one label a video; set it to False"
         )
     for name in ("data.sampling", "train.class_weights"):
         section, field = name.split(".")

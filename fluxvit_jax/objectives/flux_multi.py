@@ -24,7 +24,8 @@ from fluxvit_jax.objectives.base import Objective, multi_budget_value_and_grad, 
 class FluxMulti(Objective):
     """The official Flux-Multi loss: each clip at every budget, with one head per budget.
 
-    The sum over the budgets of the cross entropy, plus `align` times the smooth L1 distance
+    The sum over the budgets of the cross entropy (with `multi_label` the binary one of each class's
+    sigmoid, averaged over the classes), plus `align` times the smooth L1 distance
     (averaged over batch and width) between each smaller budget's projected clip vector and the
     largest budget's clip vector, both of unit length, without gradient to the latter.
 
@@ -33,6 +34,7 @@ class FluxMulti(Objective):
     """
 
     freezes: ClassVar[bool] = True
+    takes_multi_label: ClassVar[bool] = True
 
     graph: nnx.GraphDef
     limits: GridLimits
@@ -50,6 +52,7 @@ class FluxMulti(Objective):
     rounding: str = "exact"
     selector: str = "group_dynamic"
     class_weights: tuple[float, ...] = ()
+    multi_label: bool = False
 
     @classmethod
     def from_config(cls, config: ConfigDict, limits: GridLimits, platform: str) -> "FluxMulti":
@@ -73,6 +76,7 @@ class FluxMulti(Objective):
             drop_path=config.model.drop_path > 0 and not whole,
             rounding=config.model.selector.rounding,
             selector=config.model.selector.kind,
+            multi_label=train.multi_label,
         )
 
     def weighted(self, class_weights: Sequence[float]) -> "FluxMulti":
@@ -113,9 +117,12 @@ class FluxMulti(Objective):
         )
 
     def _augmented(self, batch: dict, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalized, erased and mixed patches [B, P, 588] and soft targets [B, classes]."""
+        """Normalized, erased and mixed patches [B, P, 588] and float32 targets [B, classes]."""
         patches = fluxvit.normalize(batch["patches"], jnp.dtype(self.dtype))
-        targets = mixing.smooth_one_hot(batch["label"], self.classes, self.label_smoothing)
+        if self.multi_label:
+            targets = batch["label"].astype(jnp.float32)
+        else:
+            targets = mixing.smooth_one_hot(batch["label"], self.classes, self.label_smoothing)
         if self.erase:
             patches = mixing.erase(patches, batch["grid"], self.erase, _fold_in(keys, 0))
         if self.mixup or self.cutmix:
@@ -172,14 +179,18 @@ class FluxMulti(Objective):
         model: fluxvit.FluxViT = fluxvit.from_params(self.graph, params)
         pooled = model.pool_tokens(model.encode(patches, position, kept, keys), kept, head)
         logits = model.classify(pooled, head)
-        terms = {
-            "ce": cross_entropy(logits, targets, self.class_weights),
-            "top1": jnp.mean(jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)),
-        }
+        if self.multi_label:
+            terms = {"bce": binary_cross_entropy(logits, targets)}
+        else:
+            terms = {
+                "ce": cross_entropy(logits, targets, self.class_weights),
+                "top1": jnp.mean(jnp.argmax(logits, axis=-1) == jnp.argmax(targets, axis=-1)),
+            }
+        loss = terms["bce" if self.multi_label else "ce"]
         if anchor is not None and self.align:
             distance = smooth_l1(model.project(pooled, head - 1), anchor)
             terms["align"] = self.align * distance
-        return terms["ce"] + terms.get("align", 0.0), (terms, pooled)
+        return loss + terms.get("align", 0.0), (terms, pooled)
 
 
 def _fold_in(keys: jax.Array, number: int) -> jax.Array:
@@ -199,6 +210,16 @@ def cross_entropy(
     if class_weights:
         targets = targets * jnp.asarray(class_weights, jnp.float32)
     return -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "B classes"], targets: Float[Array, "B classes"]
+) -> Float[Array, ""]:
+    """The binary cross entropy of each class's sigmoid, averaged over classes and clips.
+
+    targets: 0 to 1.
+    """
+    return jnp.mean(jax.nn.softplus(logits) - targets * logits)
 
 
 def smooth_l1(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, ""]:

@@ -71,7 +71,9 @@ class Target:
         config, mesh = self.config, self.mesh
         with self._announced(evaluation_name(setting)):
             model = model_config(config, platform_of(mesh))
-            program = cast(Wrapped, predictor(model, setting, config.seed, mesh))
+            several = config.train.multi_label
+            made = predictor(model, setting, config.seed, mesh, multi_label=several)
+            program = cast(Wrapped, made)
             view = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
             lowered = program.lower(self.params, *self.evaluation_arrays(setting), view)
             return compile_for(lowered, self.where, self.devices)

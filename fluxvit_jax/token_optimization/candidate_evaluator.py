@@ -71,7 +71,9 @@ class CandidateEvaluator:
         if candidate not in self._programs:
             setting = Setting(candidate.budget, candidate.grid, candidate.head)
             network = candidate.network(self._model)
-            self._programs[candidate] = evaluate.predictor(network, setting, self._seed, self._mesh)
+            self._programs[candidate] = evaluate.predictor(
+                network, setting, self._seed, self._mesh, multi_label=False
+            )
         return self._programs[candidate]
 
     def keep_programs(self, candidates: Sequence[Candidate]) -> None:

@@ -65,6 +65,11 @@ def run(config: ConfigDict, workdir: str) -> int:
     Raises UserError: no data, none that can be read, no checkpoint, no candidates, or results of
     something else in the folder.
     """
+    if config.train.multi_label:
+        raise UserError(
+            "config.train.multi_label: a search ranks by top-1, which takes one label a video; "
+            "choose eval.settings by --mode=evaluate instead"
+        )
     path = storage.path_of(workdir)
     weights = evaluate.load_weights(config, path)
     config = evaluate.with_classes(config, weights.params)

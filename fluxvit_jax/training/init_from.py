@@ -38,12 +38,14 @@ class LoadedWeights(NamedTuple):
     params: nested dict of float32 numpy arrays; grid: the native grid of their position table;
     class_names: of their classifier; empty if unknown.
     names_assumed: whether only the form of the weights speaks for these names.
+    multi_label: whether they say to be trained with `train.multi_label`.
     """
 
     params: Tree
     grid: Grid
     class_names: tuple[str, ...]
     names_assumed: bool = False
+    multi_label: bool = False
 
 
 def load(path: str, config: FluxViTConfig) -> LoadedWeights:
@@ -65,7 +67,11 @@ def load(path: str, config: FluxViTConfig) -> LoadedWeights:
     grid = Grid(model.frames, model.rows, model.columns)
     known = weights.config
     return LoadedWeights(
-        weights.params(np.float32), grid, known.class_names, bool(known.assumed_names)
+        weights.params(np.float32),
+        grid,
+        known.class_names,
+        bool(known.assumed_names),
+        known.multi_label,
     )
 
 

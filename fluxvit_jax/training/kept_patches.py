@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.patches import unpatchify
 from fluxvit_jax.data.pipeline import EvaluationVideos
 from fluxvit_jax.data.supervised_workers import Quarantine
@@ -43,6 +44,7 @@ class KeptPatches:
     def __init__(self, config: ConfigDict, source: Source, mesh: Mesh, quarantine: Quarantine):
         self._source = source
         self._quarantine = quarantine
+        self._multi_hot = multi_hot_classes(config)
         self._mesh = mesh
         self._model = model_config(config, platform_of(mesh))
         self._settings = settings_of(config) if self._model.selector != "none" else []
@@ -75,7 +77,7 @@ class KeptPatches:
         """The clips that can be read, for each setting: uint8 [n, P, 588]."""
         grids = tuple(setting.grid for setting in self._settings)
         videos = EvaluationVideos(
-            self._source, grids, clips=1, crops=1, quarantine=self._quarantine
+            self._source, grids, 1, 1, multi_hot=self._multi_hot, quarantine=self._quarantine
         )
         numbers = np.unique(np.linspace(0, len(videos) - 1, CLIPS).astype(int))
         items = [videos[int(number)] for number in numbers]

@@ -468,20 +468,22 @@ def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
     lines = []
     step = best_step(workdir)
     if step is not None and (numbers := metrics_at(workdir, step, VALIDATION)):
+        measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
         shares = [
-            f"{value:.2%} at {name.removeprefix('top1_')} tokens"
+            f"{value:.2%} at {name.removeprefix(measure)} tokens"
             for name, value in numbers.items()
-            if name.startswith("top1_")
+            if name.startswith(measure)
         ]
-        lines = [f"best checkpoint: step {step}, top-1 {', '.join(shares)}"]
+        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
     searchable = config.data.holdout_fraction or config.search.split
     split = "" if searchable else " --config.search.split=LIST"
+    search = [f"  {command} --mode=search --workdir={workdir}{split}"]
     return "\n".join(
         [
             *lines,
             "next:",
             f"  {command} --mode=evaluate --workdir={workdir}",
-            f"  {command} --mode=search --workdir={workdir}{split}",
+            *(search if not config.train.multi_label else ()),
             f"  {command} --mode=predict --workdir={workdir} --video=VIDEO",
         ]
     )

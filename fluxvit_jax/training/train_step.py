@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from numpy.typing import DTypeLike
 
 from fluxvit_jax.config.network import freezing, model_config
+from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
     compiler_options,
@@ -166,11 +167,11 @@ def device_batch(
 
 def abstract_batch(config: ConfigDict, grids: tuple[Grid, ...], mesh: Mesh) -> Tree:
     """Shapes and shardings of a global batch as `device_batch` makes it."""
-    B, P = config.train.batch_size, capacity(grids)
+    B, P, classes = config.train.batch_size, capacity(grids), multi_hot_classes(config)
     shapes: dict[str, tuple[tuple[int, ...], DTypeLike]] = {
         "patches": ((B, P, PATCH_VALUES), np.uint8),
         "grid": ((B, 3), np.int32),
-        "label": ((B,), np.int32),
+        "label": ((B, classes), np.uint8) if classes else ((B,), np.int32),
         "bad": ((B,), np.bool_),
         "stop": ((B,), np.int32),
     }

@@ -33,7 +33,8 @@ class Validation:
         self._setup = setup
         self._metrics = metrics
         self._watchdog = watchdog
-        self._metric = f"top1_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        measure = "map" if config.train.multi_label else "top1"
+        self._metric = f"{measure}_{config.eval.settings[0][0]}"  # it ranks checkpoints
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         self._history: list[list[Any]] = compute_on_host0(

@@ -178,7 +178,8 @@ def test_one_compiled_program_a_setting(evaluation, tiny_data):
     config = tiny.make_config(tiny_data)
     mesh = make_mesh(config)
     for setting in evaluate.settings_of(config):
-        program = evaluate.predictor(model_config(config, "cpu"), setting, config.seed, mesh)
+        model = model_config(config, "cpu")
+        program = evaluate.predictor(model, setting, config.seed, mesh, multi_label=False)
         before = program._cache_size()
         run(tiny_data, 4)
         run(tiny_data, 4)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fluxvit_jax.config.grids import admissible_grids
@@ -13,7 +14,12 @@ from fluxvit_jax.convert import official_names
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.blocks import l2_normalize
 from fluxvit_jax.models.token_selection import GridLimits
-from fluxvit_jax.objectives.flux_multi import FluxMulti, cross_entropy, smooth_l1
+from fluxvit_jax.objectives.flux_multi import (
+    FluxMulti,
+    binary_cross_entropy,
+    cross_entropy,
+    smooth_l1,
+)
 from fluxvit_jax.training.train_step import make_objective
 from tests import tiny
 from tests.models import golden
@@ -103,6 +109,39 @@ def test_class_weights():
     params = fluxvit.prepare_params(golden.tiny_params(), golden.TINY)
     _, metrics = jax.jit(objective.value_and_grad)(params, {}, batch)
     np.testing.assert_allclose(metrics["loss"], 2 * case["ce"][0], rtol=1e-5)
+
+
+def test_binary_cross_entropy():
+    """Against optax and by hand, with mixed targets and logits that saturate."""
+    assert binary_cross_entropy(jnp.zeros((3, 5)), jnp.ones((3, 5))) == pytest.approx(np.log(2))
+    rng = np.random.default_rng(0)
+    logits, targets = rng.normal(0, 3, (6, 4)), rng.uniform(size=(6, 4))
+    logits[0, :2], targets[0, :2] = (200, -200), (0, 0)
+    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    value, gradient = jax.value_and_grad(binary_cross_entropy)(logits, targets)
+    expected = optax.sigmoid_binary_cross_entropy(logits, targets).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    by_hand = (jax.nn.sigmoid(logits) - targets) / logits.size
+    np.testing.assert_allclose(gradient, by_hand, rtol=1e-5, atol=1e-9)
+
+
+def test_several_labels_are_mixed():
+    """Each clip's targets with those of its mirror, at a share that the pair has in common."""
+    config = tiny.make_config(
+        "", train__multi_label=True, train__label_smoothing=0.0, train__random_erasing=0.0,
+        train__cutmix=0.0, train__mixup_probability=1.0,
+    )  # fmt: skip
+    objective = make_objective(config, admissible_grids(config), "cpu")
+    labels = np.array([[1, 1, 0, 0], [0, 1, 0, 1]], np.uint8)
+    batch = {
+        "patches": jnp.zeros((2, 189, fluxvit.PATCH_VALUES), jnp.uint8),
+        "grid": jnp.tile(jnp.int32([21, 3, 3]), (2, 1)),
+        "label": jnp.asarray(labels),
+    }
+    _, targets = objective._augmented(batch, jax.random.split(jax.random.key(1), 2))
+    share = float(targets[0, 0])
+    assert 0.001 < share < 0.999
+    np.testing.assert_allclose(targets, share * labels + (1 - share) * labels[::-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("scan", [True, False])
