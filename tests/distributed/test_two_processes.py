@@ -91,7 +91,8 @@ def test_hosts_change_nothing(pair, tiny_data, compiled, tmp_path):
 
 def test_only_the_first_host_writes(pair):
     assert {path.name for path in pair.iterdir()} == {
-        *("checkpoints", "config.json", "metrics.jsonl", "bad_clips.jsonl", "tensorboard")
+        *("checkpoints", "config.json", "metrics.jsonl", "bad_clips.jsonl", "tensorboard"),
+        "goodput.json",
     }
     assert len(list((pair / "tensorboard").iterdir())) == 1
     first, second = ((pair.parent / "logs" / f"{host}.err").read_text() for host in (0, 1))
