@@ -102,7 +102,7 @@ def test_evaluation_counts_them_as_failed(folder):
     config = make_config(workers=1, clip_seconds=1.0)
     quarantine = {clip: reason for clip, reason in REASONS.items() if clip != "4.mp4"}
     videos = EvaluationVideos(
-        make_source(folder), (Grid(2, 2, 2),), 1, 1, open_fatal, quarantine=quarantine
+        make_source(folder), (Grid(2, 2, 2),), 1, 1, open_video=open_fatal, quarantine=quarantine
     )
     items = take(batches_of(videos, config, quarantine), None)
     failures = {
