@@ -444,7 +444,7 @@ MUTATIONS = {
         Mutation(
             "clips-to-skip-forgotten",
             "checkpoints/workdir.py",
-            'if line["skip"] or line["step"] <= step]',
+            'if line.get("skip") is True or line["step"] <= step]',
             'if line["step"] <= step]',
             ("training/test_train.py::test_clips_to_skip_stay_listed_and_damaged_lines_do_not",),
         ),
@@ -736,7 +736,7 @@ MUTATIONS = {
             '"top5": sum(label in top for label, top in pairs) / len(read)',
             (EVALUATED,),
         ),
-        Mutation("top-4-for-top-5", "evaluation/evaluate.py", "TOP = 5", "TOP = 4", (TOP_FIVE,)),
+        Mutation("top-4-for-top-5", "evaluation/results.py", "TOP = 5", "TOP = 4", (TOP_FIVE,)),
         Mutation(
             "views-summed",
             "evaluation/evaluate.py",
@@ -982,8 +982,8 @@ MUTATIONS = {
         Mutation(
             "evaluation-owed-is-forgotten",
             "training/validation.py",
-            "        self.pending = self.due(start) and compute_on_host0(",
-            "        self.pending = False and compute_on_host0(",
+            "        self.pending = self.due(start) and start not in dict(found)",
+            "        self.pending = False",
             (RESUMED,),
         ),
         Mutation(

@@ -29,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fluxvit_jax.config import versions
 from fluxvit_jax.convert.official_names import describe_faults
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import broadcast_from_host0, check_shared, compute_on_host0
 from fluxvit_jax.errors import UserError
 
@@ -406,7 +407,7 @@ def find_fault(step: epath.Path) -> str | None:
     if not (step / CHECKSUMS).exists():
         return f"it has no {CHECKSUMS}"
     try:
-        files = json.loads((step / CHECKSUMS).read_text())
+        files = storage.parse_json((step / CHECKSUMS).read_text())
         for name, expected in files.items():
             path = step / name
             if not path.exists():

@@ -3,7 +3,6 @@
 Those on a hub or a web server are downloaded first.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,8 +73,8 @@ def _evaluations(step: epath.Path) -> tuple[dict[str, Any], ...]:
     with storage.errors(folder):
         for path in sorted(folder.glob("*.json")) if folder.exists() else []:
             try:
-                report = json.loads(path.read_text())
-            except (OSError, ValueError, RecursionError):
+                report = storage.parse_json(path.read_text())
+            except (OSError, ValueError):
                 continue  # the card lacks it
             if report.get("checkpoint") == os.fspath(step.relative_to(workdir)):
                 found.append(report)

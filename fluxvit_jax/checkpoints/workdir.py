@@ -56,8 +56,8 @@ def read_config(workdir: epath.Path) -> dict[str, Any] | None:
             if not path.exists():
                 return None
             text = path.read_text()
-        content = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
+        content = storage.parse_json(text)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     return versions.unstamp(content, path)
 
@@ -117,21 +117,10 @@ def last_logged_step(workdir: epath.Path) -> int:
     return max((line["step"] for line in checksums.read_lines(workdir / METRICS)), default=0)
 
 
-def metrics_at(workdir: epath.Path, step: int, split: str) -> dict[str, Any] | None:
-    """The line of `metrics.jsonl` of a split at a step; None if there is none."""
+def metrics_by_step(workdir: epath.Path, split: str) -> list[tuple[int, dict[str, Any]]]:
+    """(step, line) of `metrics.jsonl` for each line of a split."""
     lines = checksums.read_lines(workdir / METRICS)
-    found = (line for line in lines if line["step"] == step and line["split"] == split)
-    return next(found, None)
-
-
-def metric_history(workdir: epath.Path, step: int, split: str, name: str) -> list[list[Any]]:
-    """[step, value] of a metric of a split, up to `step`, by `metrics.jsonl`."""
-    lines = checksums.read_lines(workdir / METRICS)
-    return [
-        [line["step"], line[name]]
-        for line in lines
-        if line["split"] == split and line["step"] <= step and name in line
-    ]
+    return [(line["step"], line) for line in lines if line["split"] == split]
 
 
 class BadClips:
@@ -152,19 +141,19 @@ class BadClips:
         self._file: atomic.LineFile | None = None
         known = compute_on_host0(lambda: self._read(step))
         self._known = {line["id"] for line in known}
-        self.quarantine = {line["id"]: line["reason"] for line in known if line["skip"]}
+        self.quarantine = {line["id"]: line["reason"] for line in known if line.get("skip") is True}
 
     def _read(self, step: int) -> list[dict[str, Any]]:
         """The lines that stay; damaged ones are dropped."""
         lines = [
-            line | {"skip": line.get("skip") is True}
+            line
             for line in checksums.read_lines(self._path)
             if isinstance(line.get("step"), int)
             and all(isinstance(line.get(name), str) for name in ("id", "reason"))
         ]
-        kept = [line for line in lines if line["skip"] or line["step"] <= step]
+        kept = [line for line in lines if line.get("skip") is True or line["step"] <= step]
         if self._path.exists():
-            checksums.write_lines(self._path, map(_without_false, kept))
+            checksums.write_lines(self._path, kept)
         return kept
 
     def note(self, step: int, failures: np.ndarray) -> None:
@@ -173,8 +162,8 @@ class BadClips:
             skipped = next((id for id in self.quarantine if line.startswith(f"{id}: ")), None)
             name = skipped or line.partition(": ")[0]
             reason = line.removeprefix(f"{name}: ")
-            skip = skipped is not None
-            self._new.append({"step": step, "id": name, "reason": reason, "skip": skip})
+            skip = {"skip": True} if skipped else {}
+            self._new.append({"step": step, "id": name, "reason": reason, **skip})
 
     def write(self) -> None:
         """Appends the new lines to the file; all hosts call it."""
@@ -183,7 +172,7 @@ class BadClips:
             if host_index() == 0 and line["id"] not in self._known:
                 self._known.add(line["id"])
                 self._file = self._file or atomic.LineFile(self._path)
-                self._file.add(checksums.to_line(_without_false(line)))
+                self._file.add(checksums.to_line(line))
 
     def save(self) -> None:
         if self._file is not None:
@@ -192,8 +181,3 @@ class BadClips:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _without_false(line: dict[str, Any]) -> dict[str, Any]:
-    """A line of the file: only the few videos to skip say whether they are."""
-    return {name: value for name, value in line.items() if value is not False}

@@ -128,7 +128,7 @@ class WorkdirLock:
         """The lease in the folder; None without one. A damaged one is an empty lease."""
         try:
             with storage.errors(self._path):
-                lease = json.loads(self._path.read_text())
+                lease = storage.parse_json(self._path.read_text())
         except FileNotFoundError:
             return None
         except ValueError:

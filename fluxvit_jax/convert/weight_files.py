@@ -113,8 +113,8 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     Raises UserError if there is no such file or it holds something else.
     """
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        values = storage.parse_json(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: is JSON, but no object")
@@ -136,9 +136,9 @@ def _find_file(source: Path) -> FoundWeights:
         raise UserError(f"{source}: there are no weights: no such file or folder")
     tensors, texts = _reader(source)(source)
     try:
-        embedded = json.loads(texts.get(EMBEDDED, "{}"))
+        embedded = storage.parse_json(texts.get(EMBEDDED, "{}"))
         config, preprocessor = embedded.get("config", {}), embedded.get("preprocessor", {})
-    except (ValueError, RecursionError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{source}: the config it carries is damaged: {error}") from error
     return FoundWeights(tensors, config, preprocessor)
 

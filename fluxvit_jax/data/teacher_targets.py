@@ -10,7 +10,6 @@ and serves only runs of that plan.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from functools import cached_property
@@ -135,8 +134,8 @@ def read_about(folder: epath.Path) -> dict[str, Any] | None:
     """The content of `cache.json`; None if there is none. Raises UserError if it is damaged."""
     path = folder / ABOUT
     try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError, RecursionError) as error:
+        return storage.parse_json(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fluxvit_jax.data.frame_sampling import resized_size, test_crops, test_frames
 from fluxvit_jax.data.patches import patchify
-from fluxvit_jax.distributed import atomic, checksums
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.token_optimization import planner
@@ -141,12 +141,12 @@ class ExportedModel:
     def _read_latency(self) -> dict[str, dict[str, float]]:
         """What servers have measured before; nothing where the file is missing or damaged."""
         try:
-            found = json.loads((self._folder / LATENCY).read_text())
+            found = storage.parse_json((self._folder / LATENCY).read_text())
             return {
                 device: {budget: float(one) for budget, one in times.items()}
                 for device, times in found.items()
             }
-        except (OSError, ValueError, RecursionError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError):
             return {}
 
     def _keep_latency(self, device: str) -> None:
@@ -166,9 +166,9 @@ class ExportedModel:
     def _read_manifest(self) -> dict[str, Any]:
         path = self._folder / MANIFEST
         try:
-            manifest = json.loads(path.read_text())
+            manifest = storage.parse_json(path.read_text())
             version = manifest["version"]
-        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: is no manifest of an exported network: {error}") from error
         if version != VERSION:
             raise ValueError(f"{path}: is of version {version}, and this reads version {VERSION}")

@@ -59,7 +59,7 @@ def write_lines(path: "epath.Path", objects: Iterable[Mapping[str, Any]]) -> Non
 def _parse(text: str) -> dict[str, Any]:
     """The JSON object of a text; an empty one if it is none."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
+        values = storage.parse_json(text)
+    except ValueError:
         return {}
     return values if isinstance(values, dict) else {}

@@ -13,6 +13,7 @@ import errno
 import functools
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import posixpath
@@ -138,6 +139,14 @@ def read_bytes(path: PathLike) -> bytes:
     with errors(path):
         system, name = _system(path)
         return system.cat_file(name)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError if it is none, or nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def folders_in(folder: PathLike) -> list[str]:

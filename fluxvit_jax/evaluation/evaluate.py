@@ -66,7 +66,7 @@ from fluxvit_jax.distributed.mesh import (
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import average_precision
-from fluxvit_jax.evaluation.results import SUFFIX
+from fluxvit_jax.evaluation.results import SUFFIX, TOP
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig
@@ -76,7 +76,6 @@ from fluxvit_jax.training import init_from
 from fluxvit_jax.training.train_state import abstract_params, check_params_divide
 
 FOLDER = "evaluation"
-TOP = 5  # classes that a prediction names
 DIGITS = 6  # of the stored probabilities
 NAME_LENGTH = 40  # letters of the data's name in the name of a report
 MAX_PROGRAMS = 2048  # compiled programs kept; a search with the default lattice has 540 candidates

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxvit_jax.reports import style
-from fluxvit_jax.reports.elements import folded, row, small, table
+from fluxvit_jax.reports.elements import fact, folded, row, small, table
 from fluxvit_jax.reports.wording import count
+
+SHOWN = 20  # rows of a table that are not folded
 
 CSS = (
     style.colors(style.LIGHT, style.DARK)
@@ -42,6 +44,12 @@ def budget_text(budget: str, setting: Mapping[str, Any] | None) -> str:
     """A budget with the grid of its setting, if that is known."""
     grid = f"{setting['frames']} frames of {setting['resolution']} px" if setting else ""
     return f'<span class="value">{tokens_text(budget)}</span>{small(grid)}'
+
+
+def data_fact(data: str, videos: int, failed: int) -> str:
+    """The videos of an evaluation, and how many of them could not be read."""
+    read = f"{failed:,} could not be read" if failed else "all could be read"
+    return fact(data, f"{count(videos, 'video')}, {read}")
 
 
 def failures(report: Mapping[str, Any]) -> str:

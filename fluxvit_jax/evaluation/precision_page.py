@@ -8,7 +8,15 @@ from etils import epath
 
 from fluxvit_jax.distributed import atomic
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.page_parts import CSS, budget_text, csv_text, failures, tokens_text
+from fluxvit_jax.evaluation.page_parts import (
+    CSS,
+    SHOWN,
+    budget_text,
+    csv_text,
+    data_fact,
+    failures,
+    tokens_text,
+)
 from fluxvit_jax.reports.elements import (
     document,
     fact,
@@ -21,9 +29,7 @@ from fluxvit_jax.reports.elements import (
     table,
 )
 from fluxvit_jax.reports.spreadsheet import cell
-from fluxvit_jax.reports.wording import count, percent
-
-SHOWN = 20  # rows of the table of classes that are not folded
+from fluxvit_jax.reports.wording import percent
 
 BUDGETS_LEGEND = """Mean over the classes that have videos of the average precision (mAP), as
 scikit-learn defines it. Videos that could not be read count as not found."""
@@ -66,13 +72,9 @@ def _classes(report: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _page(report: dict[str, Any]) -> str:
-    failed, videos = len(report["failures"]), report["dataset"]["videos"]
+    videos, failed = report["dataset"]["videos"], len(report["failures"])
     known = {
-        "Data": fact(
-            report["data"],
-            f"{count(videos, 'video')}, "
-            + (f"{failed:,} could not be read" if failed else "all could be read"),
-        ),
+        "Data": data_fact(report["data"], videos, failed),
         "Classes": fact(f"{len(report['class_names']):,}", "a video may have several, or none"),
         "Views, clips x crops": fact(report["views"]),
     }

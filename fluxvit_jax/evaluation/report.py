@@ -18,9 +18,18 @@ from matplotlib.ticker import MaxNLocator
 from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import confusion_chart, precision_page
-from fluxvit_jax.evaluation.page_parts import CSS, budget_text, csv_text, failures, tokens_text
+from fluxvit_jax.evaluation.page_parts import (
+    CSS,
+    SHOWN,
+    budget_text,
+    csv_text,
+    data_fact,
+    failures,
+    tokens_text,
+)
 from fluxvit_jax.evaluation.results import (
     SUFFIX,
+    TOP,
     Results,
     confidently_wrong,
     confused_pairs,
@@ -44,9 +53,6 @@ from fluxvit_jax.reports.elements import (
 )
 from fluxvit_jax.reports.spreadsheet import cell
 from fluxvit_jax.reports.wording import count, interval, percent
-
-TOP = 5  # classes that a prediction names
-SHOWN = 20  # rows of the tables of classes, pairs and mistakes that are not folded
 
 BUDGETS_LEGEND = """Share of the videos whose class is the likeliest one (top-1), with its 95 %
 interval (Wilson). Videos that could not be read count as wrong."""
@@ -131,9 +137,8 @@ def _page(results: Results, confusion: np.ndarray, name: str) -> str:
 
 def _facts(results: Results, name: str) -> str:
     report, failed = results.report, len(results.ids) - sum(map(bool, results.tops[results.main]))
-    failures = f"{failed:,} could not be read" if failed else "all could be read"
     known = {
-        "Data": fact(report.get("data", name), f"{count(len(results.ids), 'video')}, {failures}"),
+        "Data": data_fact(report.get("data", name), len(results.ids), failed),
         "Classes": fact(f"{len(results.class_names):,}"),
     }
     if "views" in report:

@@ -1,6 +1,5 @@
 """Results of an evaluation, counted from its files: by budget, by class, and by pair of classes."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 SUFFIX = ".predictions.jsonl"
+TOP = 5  # classes that a prediction names
 UNREAD = -1  # in place of the class predicted for a video that could not be read
 
 
@@ -103,7 +103,7 @@ def read(predictions: storage.PathLike) -> Results:
         labels = np.array([line["label"] for line in lines], np.int64)
         names = report.get("class_names") or _numbered(labels, read)
         ids = [line["id"] for line in lines]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is no file of predictions: {error!r}") from error
     if not tops:
         raise UserError(f"{path}: has no prediction")
@@ -120,7 +120,7 @@ def read_report(predictions: epath.Path) -> dict[str, Any]:
     path = predictions.with_name(predictions.name.removesuffix(SUFFIX) + ".json")
     try:
         with storage.errors(path):
-            report = json.loads(path.read_text()) if path.exists() else {}
+            report = storage.parse_json(path.read_text()) if path.exists() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is no report of an evaluation: {error!r}") from error
     if not isinstance(report, dict):
@@ -137,8 +137,8 @@ def _lines(path: epath.Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
+            lines.append(storage.parse_json(line))
+        except ValueError as error:
             raise UserError(f"{path}, line {number}: no JSON: {error}") from error
     return lines
 

@@ -124,14 +124,8 @@ class CandidateEvaluator:
             return DecodedVideo(record=None)
         if record.failure:
             return DecodedVideo(record=record, failure=record.failure)
-
-        def read() -> Frames | None:
-            with Video(record.video) as video:
-                return read_frames(video, grids, self._clips, MAX_DECODED_BYTES)
-
         try:
-            frames = within(self._clip_seconds, record.id, read)
-            return DecodedVideo(record=record, frames=frames)
+            return DecodedVideo(record=record, frames=self._frames(record, grids))
         except DecodeError as error:
             return DecodedVideo(record=record, failure=error.reason)
 
@@ -146,20 +140,23 @@ class CandidateEvaluator:
         failure = video.failure
         if video.record and not failure:
             try:
-                frames = video.frames or self._read_again(video.record, grid)
+                frames = video.frames or self._frames(video.record, [grid], grid.resolution)
+                assert frames is not None  # frames scaled to a short side have no limit
                 return cut_views(frames, grid, self._clips, self._crops), ""
             except DecodeError as error:
                 failure = error.reason
         return np.zeros((self._clips * self._crops, grid.tokens, PATCH_VALUES), np.uint8), failure
 
-    def _read_again(self, record: Record, grid: Grid) -> Frames:
+    def _frames(
+        self, record: Record, grids: Sequence[Grid], short_side: int | None = None
+    ) -> Frames | None:
+        """`read_frames` of a video within the time limit. Raises DecodeError."""
+
         def read() -> Frames | None:
             with Video(record.video) as video:
-                return read_frames(video, [grid], self._clips, MAX_DECODED_BYTES, grid.resolution)
+                return read_frames(video, grids, self._clips, MAX_DECODED_BYTES, short_side)
 
-        frames = within(self._clip_seconds, record.id, read)
-        assert frames is not None  # frames scaled to a short side have no limit
-        return frames
+        return within(self._clip_seconds, record.id, read)
 
 
 def _outcome(record: Record | None, failure: str, top: Sequence[tuple[int, float]]) -> str:

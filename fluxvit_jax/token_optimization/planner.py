@@ -8,7 +8,6 @@ and NumPy, since a server imports it as well, so JAX and what uses it are import
 """
 
 import hashlib
-import json
 import math
 import os
 import sys
@@ -379,8 +378,8 @@ def _existing_report(path: str | os.PathLike) -> Path:
 
 def _read_file(file: Path) -> Report:
     try:
-        report = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        report = storage.parse_json(file.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{file}: cannot be read as a report: {error}; run --mode=search again"
         ) from error

@@ -24,7 +24,7 @@ Seconds = dict[str, float]
 class Goodput:
     """Clock of a run: `enter` says what the time is spent on from now on. Host 0 writes the file.
 
-    A start that is killed is known up to its last `write`.
+    A start that is killed is known up to its last `write`, which `flush` leaves out in a bucket.
     """
 
     def __init__(self, workdir: epath.Path):
@@ -52,7 +52,7 @@ class Goodput:
 
     def saved(self, step: int) -> None:
         """Notes that a checkpoint keeps all that was done until now."""
-        self.enter(self._on)
+        self.enter(self._on)  # up to now
         self._saves[str(step)] = dict(self._spent)
         while len(self._saves) > KEPT_SAVES:
             del self._saves[next(iter(self._saves))]
@@ -64,6 +64,11 @@ class Goodput:
         if host_index() == 0:
             content = {"seconds": self._spent, "at_checkpoints": self._saves}
             atomic.write(self._path, json.dumps(content, indent=1) + "\n")
+
+    def flush(self) -> None:
+        """`write`, but for a bucket: an upload is too dear for the training loop."""
+        if not storage.is_remote(self._path):
+            self.write()
 
     @property
     def share(self) -> float:
@@ -83,7 +88,7 @@ class Goodput:
         """What the file holds; nothing if it is not there or damaged."""
         try:
             with storage.errors(self._path):
-                content = json.loads(self._path.read_text())
+                content = storage.parse_json(self._path.read_text())
             saves = {step: _seconds(own) for step, own in content["at_checkpoints"].items()}
             return _seconds(content["seconds"]), saves
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -20,7 +20,7 @@ from fluxvit_jax.checkpoints.workdir import (
     CONFIG,
     BadClips,
     last_logged_step,
-    metrics_at,
+    metrics_by_step,
     read_config,
     set_run_aside,
     write_class_names,
@@ -186,7 +186,7 @@ def train(
                             "goodput": goodput.share,
                         },
                     )
-                    goodput.write()
+                    goodput.flush()
                 progress.advance(numbers["loss"] if logs else None)
 
                 # Validate and save.
@@ -467,7 +467,7 @@ def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
         return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
     lines = []
     step = best_step(workdir)
-    if step is not None and (numbers := metrics_at(workdir, step, VALIDATION)):
+    if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
         measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
         shares = [
             f"{value:.2%} at {name.removeprefix(measure)} tokens"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fluxvit_jax.checkpoints.checkpointer import BEST
-from fluxvit_jax.checkpoints.workdir import metric_history, metrics_at
+from fluxvit_jax.checkpoints.workdir import metrics_by_step
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import say
@@ -37,12 +37,13 @@ class Validation:
         self._metric = f"{measure}_{config.eval.settings[0][0]}"  # it ranks checkpoints
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
-        self._history: list[list[Any]] = compute_on_host0(
-            lambda: metric_history(workdir, start, VALIDATION, self._metric)
-        )
-        self.pending = self.due(start) and compute_on_host0(
-            lambda: metrics_at(workdir, start, VALIDATION) is None
-        )
+        found = compute_on_host0(lambda: metrics_by_step(workdir, VALIDATION))
+        self._history: list[list[Any]] = [
+            [step, line[self._metric]]
+            for step, line in found
+            if step <= start and self._metric in line
+        ]
+        self.pending = self.due(start) and start not in dict(found)
 
     def due(self, step: int) -> bool:
         """Whether the model is evaluated after this step."""

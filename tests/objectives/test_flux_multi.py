@@ -160,17 +160,22 @@ def test_what_the_passes_read(scan):
         np.testing.assert_allclose(own, other, rtol=2**-8)
 
 
-def test_an_exact_budget_needs_one_sort():
-    """Three budgets of one selection are what three selections give."""
-    video = golden.arrays("loss_case")["c1.x"]
-    patches, grid = golden.batch(video)
-    objective = FluxMulti(
+def three_budgets(kind: type[FluxMulti], grid) -> FluxMulti:
+    """The objective for the clips of one grid of `golden.batch`."""
+    return kind(
         graph=fluxvit.graphdef(golden.TINY),
         limits=golden.limits_of(tuple(grid[0].tolist())),
         budgets=(24, 17, 8),
         classes=10,
         group=3,
     )
+
+
+def test_an_exact_budget_needs_one_sort():
+    """Three budgets of one selection are what three selections give."""
+    video = golden.arrays("loss_case")["c1.x"]
+    patches, grid = golden.batch(video)
+    objective = three_budgets(FluxMulti, grid)
     model = golden.tiny_model(rounding="exact")
     shared = objective._selections(golden.tiny_params(), patches, grid, None)
     for budget, kept in zip(objective.budgets, shared, strict=True):
@@ -183,13 +188,7 @@ def test_the_order_of_the_budgets_does_not_matter():
     """Their gradients, added in turn, are those of the sum of all losses, smallest budget first."""
     video = golden.arrays("loss_case")["c1.x"]
     patches, grid = golden.batch(video)
-    objective = Prepared(
-        graph=fluxvit.graphdef(golden.TINY),
-        limits=golden.limits_of(tuple(grid[0].tolist())),
-        budgets=(24, 17, 8),
-        classes=10,
-        group=3,
-    )
+    objective = three_budgets(Prepared, grid)
     targets = jax.nn.one_hot(jnp.arange(len(video)), 10)
     keys = jax.random.split(jax.random.key(0), len(video))
     batch = {"patches": patches, "grid": grid, "targets": targets, "key": keys}
