@@ -1,6 +1,7 @@
 """Self-attention kernels for each kind of device; all compute the same function.
 
-    xla      `jax.nn.dot_product_attention`, anywhere; the only one with a bias
+    xla      `jax.nn.dot_product_attention`, anywhere
+    chunked  our own in plain JAX, for CPUs, `chunked_attention`
     pallas   our own kernels for TPU, `pallas_attention`
     splash   JAX's kernels for TPU
     cudnn    flash attention on NVIDIA GPUs, for 16-bit numbers
@@ -23,12 +24,19 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from fluxvit_jax.models import norms, padded_sequence, pallas_attention, sharding_constraints
+from fluxvit_jax.models import (
+    chunked_attention,
+    norms,
+    padded_sequence,
+    pallas_attention,
+    sharding_constraints,
+)
 from fluxvit_jax.models.arrays import Array, Size
 
-Kernel = Literal["xla", "pallas", "splash", "cudnn"]
+Kernel = Literal["xla", "chunked", "pallas", "splash", "cudnn"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
 
+MASKED = -1e30  # bias of a masked key
 INTERPRET_SPLASH = False  # for tests on CPU; unlike ours, JAX's kernels cannot tell the platform
 
 PLATFORM = {"pallas": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu", "cuda")}
@@ -90,7 +98,7 @@ def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
     """
     small = jnp.dtype(dtype).itemsize == 2 and head_size % 8 == 0 and head_size <= CUDNN_HEAD_LIMIT
     if kind == "auto":
-        fits = {"tpu": "pallas", "gpu": "cudnn" if small else "xla"}
+        fits = {"cpu": "chunked", "tpu": "pallas", "gpu": "cudnn" if small else "xla"}
         return fits.get("gpu" if platform == "cuda" else platform, "xla")
     if kind not in KERNELS:
         raise ValueError(f"attention {kind!r} is none of auto, {', '.join(KERNELS)}")
@@ -131,10 +139,51 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
         )
+    if kernel == "chunked" and k.shape[1] > chunked_attention.FEWEST:
+        return _chunked(q, k, v, _masked(bias, lengths, k.shape[1]))
     mask = None
     if lengths is not None:
         mask = (jnp.arange(k.shape[1])[None] < lengths[:, None])[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, bias, mask)
+
+
+def _masked(
+    bias: Float[Array, "B 1 1 N"] | None, lengths: Int[Array, " B"] | None, N: int
+) -> Float[Array, "B 1 1 N"] | None:
+    """A bias that also keeps queries from attending to keys past the length."""
+    if lengths is None:
+        return bias
+    real = (jnp.arange(N) < lengths[:, None])[:, None, None]
+    return jnp.where(real, 0.0 if bias is None else bias, MASKED)
+
+
+@jax.custom_vjp
+def _chunked(
+    q: Float[Array, "B N heads D"],
+    k: Float[Array, "B N heads D"],
+    v: Float[Array, "B N heads D"],
+    bias: Float[Array, "B 1 1 N"] | None,
+) -> Float[Array, "B N heads D"]:
+    return _chunked_forward(q, k, v, bias)[0]
+
+
+def _chunked_forward(*inputs: jax.Array | None) -> tuple[jax.Array, tuple]:
+    inputs = chunked_attention.Inputs(*map(_swap, inputs[:3]), inputs[3])
+    attended, log_sums = _per_shard(chunked_attention.forward, inputs)
+    return _swap(attended), (inputs, attended, log_sums)
+
+
+def _chunked_backward(residuals: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    dq, dk, dv, dbias = _per_shard(chunked_attention.backward, *residuals, _swap(gradient))
+    dbias = None if dbias is None else jnp.sum(dbias, axis=1, keepdims=True)
+    return *map(_swap, (dq, dk, dv)), dbias
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _swap(x: jax.Array) -> jax.Array:
+    return x.swapaxes(1, 2)
 
 
 @jax.custom_vjp
