@@ -129,21 +129,26 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, dict
             for tokens, name in contenders[turn:] + contenders[:turn]:
                 rounds[tokens, name].append(processes[name].submit(call, tokens).result())
             if number == 0:
-                check({contender: calls[0].answer for contender, calls in rounds.items()}, options)
+                check(
+                    {contender: calls[0].answer for contender, calls in rounds.items()},
+                    options.dtype,
+                )
     return {
         tokens: {name: summary(rounds[tokens, name], rounds[tokens, PYTORCH]) for name in processes}
         for tokens in programs
     }
 
 
-def check(answers: dict[tuple[str, str], dict[str, np.ndarray]], options: argparse.Namespace) -> None:
+def check(
+    answers: dict[tuple[str, str], dict[str, np.ndarray]], options: argparse.Namespace
+) -> None:
     """Prints how far ours are from PyTorch's. Raises RuntimeError if that is not rounding."""
     for (tokens, name), answer in answers.items():
         apart = gpu.difference(answer, answers[tokens, PYTORCH])
         said = ", ".join(f"{what} {distance:.1e}" for what, distance in apart.items())
         print(f"{tokens} tokens: {name} differs from {PYTORCH} by {said}", flush=True)
-        if not max(apart.values()) < gpu.TOLERANCE[options.dtype]:
-            raise RuntimeError(f"that is more than the {gpu.TOLERANCE[options.dtype]} of rounding")
+        if not max(apart.values()) < gpu.TOLERANCE[dtype]:
+            raise RuntimeError(f"that is more than the {gpu.TOLERANCE[dtype]} of rounding")
 
 
 def call(program: str) -> Called:
@@ -172,9 +177,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for tokens, contenders in results.items():
         for name, own in contenders.items():
             cpu, wall, faster, peak = own.values()
-            lines.append(
-                f"{tokens:>8} {name:10} {cpu:8.0f} {wall:8.0f} {faster:6.2f}x {peak:6.2f}"
-            )
+            lines.append(f"{tokens:>8} {name:10} {cpu:8.0f} {wall:8.0f} {faster:6.2f}x {peak:6.2f}")
     return "\n".join(lines)
 
 

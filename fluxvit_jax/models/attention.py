@@ -1,7 +1,7 @@
 """Self-attention kernels for each kind of device; all compute the same function.
 
     xla      `jax.nn.dot_product_attention`, anywhere
-    chunked  our own in plain JAX, for CPUs, `chunked_attention`
+    chunked  ours in plain JAX, anywhere, made for CPUs, `chunked_attention`
     pallas   our own kernels for TPU, `pallas_attention`
     splash   JAX's kernels for TPU
     cudnn    flash attention on NVIDIA GPUs, for 16-bit numbers
@@ -36,7 +36,7 @@ from fluxvit_jax.models.arrays import Array, Size
 Kernel = Literal["xla", "chunked", "pallas", "splash", "cudnn"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
 
-MASKED = -1e30  # bias of a masked key
+MASKED = -1e30  # bias of a masked key, finite so that differences are not NaN
 INTERPRET_SPLASH = False  # for tests on CPU; unlike ours, JAX's kernels cannot tell the platform
 
 PLATFORM = {"pallas": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu", "cuda")}
@@ -88,6 +88,11 @@ def qkv_layout(kernel: str) -> QKVLayout:
     return BHDN if kernel in ("pallas", "splash") else BNHD
 
 
+def with_bias(kernel: str) -> str:
+    """The kernel itself if it takes a bias, or else "xla"."""
+    return kernel if kernel in ("xla", "chunked") else "xla"
+
+
 def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
     """The kernel for a platform, which may differ from the one that this process runs on.
 
@@ -125,7 +130,7 @@ def attend(
 
     qkv: [3, B, ...] in the layout `qkv_layout(kernel)`; q_scale, k_scale: float32 [C], scales of
     the norms. lengths: int32 [B], tokens at the front of each clip that are attended to; None: all.
-    bias: added to the logits, float32 [B, 1, 1, N]; xla only.
+    bias: added to the logits, float32 [B, 1, 1, N], for kernels of `with_bias`.
     Returns the attention output in the layout of v.
     """
     if kernel == "pallas":
@@ -150,7 +155,7 @@ def attend(
 def _masked(
     bias: Float[Array, "B 1 1 N"] | None, lengths: Int[Array, " B"] | None, N: int
 ) -> Float[Array, "B 1 1 N"] | None:
-    """A bias that also keeps queries from attending to keys past the length."""
+    """A bias that also masks the keys past each clip's length."""
     if lengths is None:
         return bias
     real = (jnp.arange(N) < lengths[:, None])[:, None, None]
@@ -159,31 +164,28 @@ def _masked(
 
 @jax.custom_vjp
 def _chunked(
-    q: Float[Array, "B N heads D"],
-    k: Float[Array, "B N heads D"],
-    v: Float[Array, "B N heads D"],
-    bias: Float[Array, "B 1 1 N"] | None,
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
 ) -> Float[Array, "B N heads D"]:
+    """Attention in chunks of queries. q, k and v: [B, N, heads, D], q and k normalized."""
     return _chunked_forward(q, k, v, bias)[0]
 
 
-def _chunked_forward(*inputs: jax.Array | None) -> tuple[jax.Array, tuple]:
-    inputs = chunked_attention.Inputs(*map(_swap, inputs[:3]), inputs[3])
+def _chunked_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    inputs = chunked_attention.Inputs(q, k, v, bias)
     attended, log_sums = _per_shard(chunked_attention.forward, inputs)
-    return _swap(attended), (inputs, attended, log_sums)
+    return attended.swapaxes(1, 2), (inputs, attended, log_sums)
 
 
 def _chunked_backward(residuals: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    dq, dk, dv, dbias = _per_shard(chunked_attention.backward, *residuals, _swap(gradient))
+    *dqkv, dbias = _per_shard(chunked_attention.backward, *residuals, gradient.swapaxes(1, 2))
     dbias = None if dbias is None else jnp.sum(dbias, axis=1, keepdims=True)
-    return *map(_swap, (dq, dk, dv)), dbias
+    return *(x.swapaxes(1, 2) for x in dqkv), dbias
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _swap(x: jax.Array) -> jax.Array:
-    return x.swapaxes(1, 2)
 
 
 @jax.custom_vjp
@@ -223,10 +225,10 @@ _pallas.defvjp(_pallas_forward, _pallas_backward)
 
 
 def _per_shard(kernel: Callable, inputs: tuple, *others: jax.Array | None) -> Any:
-    """The outputs of a Pallas kernel that runs on each device's clips and heads under shard_map.
+    """The outputs of a kernel that runs on each device's clips and heads under shard_map.
 
-    Arrays are [..., B, heads, D, N], with size 1 on axes along which they do not vary, or lengths,
-    [B]. Outputs are [B, heads, ., N], sharded as the first of the inputs.
+    Arrays are [..., B, heads, ., .], with size 1 on axes along which they do not vary, or lengths,
+    [B]. Outputs are [B, heads, ., .], sharded as the first of the inputs.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = sharding_constraints.open_axes(mesh)
@@ -241,7 +243,7 @@ def _per_shard(kernel: Callable, inputs: tuple, *others: jax.Array | None) -> An
         by_head = None if heads == 1 else sharding_constraints.head_axis(mesh, heads)
         return PartitionSpec(*[None] * (x.ndim - 4), by_clip, by_head, None, None)
 
-    # XLA cannot partition a Pallas kernel: it would gather all inputs.
+    # XLA cannot partition a Pallas kernel or a loop over heads: it would gather all inputs.
     in_specs = jax.tree.map(spec, (inputs, *others))
     out_specs = PartitionSpec(*spec(jax.tree.leaves(inputs)[0])[-4:])
     return jax.shard_map(

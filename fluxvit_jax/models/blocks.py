@@ -201,7 +201,7 @@ class Attention(nnx.Module):
         return jnp.einsum(layout.output, attended, kernel) + bias
 
     def _kernel(self, size: Array | None) -> str:
-        return self.kernel if size is None else "xla"  # the only kernel with a bias
+        return self.kernel if size is None else attention.with_bias(self.kernel)
 
     def _layout(self, size: Array | None) -> QKVLayout:
         return attention.qkv_layout(self._kernel(size))

@@ -5,6 +5,7 @@ them several times. A chunk's scores stay in the cache. None are saved: the back
 them again, from the log-sum-exp of each query.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -34,10 +35,9 @@ def forward(
 ) -> tuple[Float[Array, "B heads N D"], Float[Array, "B heads chunks rows"]]:
     """Softmax attention, [B, heads, N, D], and the log-sum-exp that `backward` needs.
 
-    The latter is the natural logarithm of the sum of each query's exponentials, float32
+    The latter is the logarithm of the sum of each query's exponentials, float32
     [B, heads, chunks, rows]; rows past the last query mean nothing.
     """
-    B, heads, N, D = inputs.q.shape
 
     def attend_head(head: tuple) -> tuple[jax.Array, jax.Array]:
         chunks, k, v, bias = head
@@ -53,8 +53,8 @@ def forward(
 
     q, k, v, bias = _by_head(inputs)
     attended, log_sums = jax.lax.map(attend_head, (_chunks(q), k, v, bias))
-    log_sums = log_sums.reshape(B, heads, *log_sums.shape[1:])
-    return _joined(attended, inputs.q.shape).astype(inputs.v.dtype), log_sums
+    attended = _joined(attended, inputs.q.shape).astype(inputs.v.dtype)
+    return attended, log_sums.reshape(*inputs.q.shape[:2], *log_sums.shape[1:])
 
 
 def backward(
@@ -67,33 +67,38 @@ def backward(
 
     attended, log_sums: outputs of `forward`; gradient: of `attended`.
     """
-    shape = inputs.q.shape
 
-    def head_gradients(head: tuple) -> Inputs:
+    def head_gradients(head: tuple) -> tuple:
         chunks, k, v, bias = head
 
         def add_chunk(sums: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
             q, log_sums, gradient, inner = chunk
             weights = jnp.exp(_logits(q, k, bias) - log_sums[:, None])
             dlogits = weights * (gradient @ v.T - inner[:, None])
-            # Sums are [D, N]: products with the long axis last are faster.
+            # As [D, N], not [N, D]: products whose last axis is the long one are faster.
             dk, dv = q.T @ dlogits, gradient.T @ weights
             dbias = None if bias is None else jnp.sum(dlogits, axis=0)
             return jax.tree.map(jnp.add, sums, (dk, dv, dbias)), dlogits @ k
 
         zeros = jax.tree.map(jnp.zeros_like, (k.T, v.T, bias))
         (dk, dv, dbias), dq = jax.lax.scan(add_chunk, zeros, chunks)
-        return Inputs(dq, dk.T, dv.T, dbias)
+        return dq, dk.T, dv.T, dbias
 
+    shape, dtype = inputs.q.shape, inputs.q.dtype
     q, k, v, bias = _by_head(inputs)
     gradient = _flat(gradient)
+    # What the gradient of softmax subtracts, the sum of weights * dweights, for each query.
     inner = jnp.sum(gradient * _flat(attended), axis=2)
-    chunks = _chunks(q), log_sums.reshape(-1, *log_sums.shape[2:]), _chunks(gradient), _chunks(inner)
+    log_sums = log_sums.reshape(-1, *log_sums.shape[2:])
+    chunks = _chunks(q), log_sums, _chunks(gradient), _chunks(inner)
     dq, dk, dv, dbias = jax.lax.map(head_gradients, (chunks, k, v, bias))
     dq = _joined(dq, shape) * shape[3] ** -0.5
-    dtype = inputs.q.dtype
-    dq, dk, dv = (x.reshape(shape).astype(dtype) for x in (dq, dk, dv))
-    return Inputs(dq, dk, dv, None if bias is None else dbias.reshape(*shape[:2], 1, -1))
+    return Inputs(
+        dq.astype(dtype),
+        dk.reshape(shape).astype(dtype),
+        dv.reshape(shape).astype(dtype),
+        None if bias is None else dbias.reshape(*shape[:2], 1, -1),
+    )
 
 
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -103,9 +108,9 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def _by_head(inputs: Inputs) -> Inputs:
-    """float32 arrays with clips and heads as one axis, q scaled: [B * heads, N, D]; bias: [., N].
+    """float32 arrays with clips and heads on one axis, q scaled: [B * heads, N, D]; bias: [., N].
 
-    XLA's matrix products for CPUs are no faster in bfloat16.
+    Of 16-bit numbers too: XLA's products for CPUs take float32.
     """
     B, heads, N, D = inputs.q.shape
     bias = inputs.bias
@@ -120,15 +125,18 @@ def _flat(x: jax.Array) -> jax.Array:
 
 
 def _chunks(x: jax.Array) -> jax.Array:
-    """Chunks of nearly CHUNK tokens, padded with zeros: [., N, ...] -> [., chunks, rows, ...]."""
+    """Chunks of about CHUNK rows, padded with zeros: [., N, ...] -> [., chunks, rows, ...].
+
+    Of equal size: 1025 tokens are 4 chunks of 257, with 3 rows of padding.
+    """
     N = x.shape[1]
     chunks = max(1, round(N / CHUNK))
-    rows = -(-N // chunks)
+    rows = math.ceil(N / chunks)
     padding = [(0, 0), (0, chunks * rows - N)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, padding).reshape(x.shape[0], chunks, rows, *x.shape[2:])
+    return jnp.pad(x, padding).reshape(-1, chunks, rows, *x.shape[2:])
 
 
-def _joined(x: jax.Array, shape: tuple) -> jax.Array:
-    """The inverse: [B * heads, chunks, rows, D] -> [B, heads, N, D], `shape`."""
+def _joined(chunks: jax.Array, shape: tuple) -> jax.Array:
+    """The inverse, also of `_flat`: [B * heads, chunks, rows, D] -> `shape`, [B, heads, N, D]."""
     B, heads, N, D = shape
-    return x.reshape(B, heads, -1, D)[:, :, :N]
+    return chunks.reshape(B, heads, -1, D)[:, :, :N]
