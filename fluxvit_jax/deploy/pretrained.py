@@ -377,15 +377,18 @@ def forward(
     # Selectors that draw their scores draw the same ones in every call.
     key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
 
-    def run(kernel: str) -> Callable[[dict, jax.Array], ModelOutput]:
-        graph = fluxvit.graphdef(replace(model, attention=kernel))
+    def run(**changes: Any) -> Callable[[dict, jax.Array], ModelOutput]:
+        graph = fluxvit.graphdef(replace(model, **changes))
         return lambda params, patches: fluxvit.from_params(graph, params).on_grid(
             patches, grid, budget, head, key
         )
 
     # The platform is known when this is lowered; an exported program is for several.
     answer = jax.lax.platform_dependent(
-        params, patches.astype(model.dtype), cpu=run("chunked"), default=run("xla")
+        params,
+        patches.astype(model.dtype),
+        cpu=run(attention="chunked", float32_products=True),
+        default=run(),
     )
     return answer, token_selection.mask(answer.kept, grid.tokens)
 

@@ -295,10 +295,18 @@ def test_the_network_is_the_same(cls, changes):
     close_gradients(ours_gradients, gradients, "float32")
 
 
-def test_the_network_in_bfloat16():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "pallas", "remat": "names"},
+        {"attention": "chunked", "float32_products": True},
+    ],
+    ids=str,
+)
+def test_the_network_in_bfloat16(changes):
     """About as far from float32 as the plain kernel is."""
     exact, _ = answer()
-    ours, _ = answer(attention="pallas", remat="names", dtype="bfloat16")
+    ours, _ = answer(dtype="bfloat16", **changes)
     plain, _ = answer(dtype="bfloat16")
     ours, plain = (np.abs(scores[0] - exact[0]).max() for scores in (ours, plain))
     assert ours < 2 * plain + 1e-3
