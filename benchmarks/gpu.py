@@ -24,7 +24,8 @@ compiled program takes, of PyTorch `max_memory_allocated`.
 Each of the two has a process of its own, which waits while the other one runs; so neither takes
 the other's memory, and JAX allocates as it needs (XLA_PYTHON_CLIENT_PREALLOCATE=false). PyTorch's
 compiler needs a C compiler; TORCHINDUCTOR_MAX_AUTOTUNE=1 has it try more kernels. Without a GPU
-both run on the CPU, in float32: small sizes try this program itself, and mean nothing else.
+both run on the CPU, in float32: small sizes try this program itself, and mean nothing else
+(`benchmarks.cpu` compares CPUs).
 
 The network of torch_fluxvit.py trains as it is. `gpu_torch` adds two things, both in its favour:
 the blocks' input is rounded to bfloat16, as ours is, where autocast would leave the residual stream

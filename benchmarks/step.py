@@ -178,7 +178,7 @@ def make_config(
 
 
 def dtype() -> str:
-    """CPUs compute in float32, what they have instructions for."""
+    """CPUs compute in float32, what all of them have instructions for."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 

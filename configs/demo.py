@@ -74,7 +74,7 @@ def base_config(seed: int) -> ConfigDict:
     config.seed = seed
 
     config.model.drop_path = 0.0
-    config.model.dtype = "float32"  # CPUs are no faster in bfloat16
+    config.model.dtype = "float32"  # not all CPUs are faster in bfloat16
     config.model.scan = False
 
     config.data.train = "demo/clips/train.csv"
