@@ -76,6 +76,7 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
     from fluxvit_jax.config.loading import flag_argument
     from fluxvit_jax.data import places
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
     from fluxvit_jax.distributed.mesh import say
     from fluxvit_jax.distributed.storage import write_errors
@@ -85,6 +86,7 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
     workdir = options.workdir or places.workdir_of(recipe)
     hosts = joined(options.coordinator, options.hosts, options.host)
     with hosts, write_errors(workdir):
+        keep_programs(options.compile_cache)
         check_same({"mode": options.mode, "workdir": workdir, "config": config.to_dict()})
         if options.workdir is None and options.mode != "cache":
             say(f"workdir: {workdir}; --workdir=DIR names another")
@@ -103,12 +105,14 @@ def _run_weights(options: "flags.FlagValues") -> int:
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
     from fluxvit_jax.deploy import export, predict
     from fluxvit_jax.distributed import storage
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
 
     if storage.is_remote(options.out or ""):
         raise UserError(f"--out={options.out}: must be a folder of this machine")
     here = "" if storage.is_remote(options.workdir or "") else options.workdir or ""
     out = options.out or os.path.join(here, options.mode)
     tokens = tuple(map(int, options.tokens))
+    keep_programs(options.compile_cache)
     if options.mode == "export":
         with storage.write_errors(out):
             return export.run(
