@@ -32,7 +32,7 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
-    _avoid_libtpu()
+    avoid_libtpu()
 
     from absl import app, flags
 
@@ -145,7 +145,7 @@ def _show(text: str) -> None:
     print(text)
 
 
-def _avoid_libtpu() -> None:
+def avoid_libtpu() -> None:
     """Leaves CPUs to JAX where libtpu is installed, as for pre-flights, but no accelerator is.
 
     It would look for a TPU for seconds, and print errors that are none.
