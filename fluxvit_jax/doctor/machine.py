@@ -1,5 +1,6 @@
 """Checks of the machine: versions, devices, attention kernels and shared memory."""
 
+import contextlib
 import glob
 import importlib.util
 import os
@@ -99,22 +100,19 @@ def attention(_: Place) -> str:
 
     platform = jax.devices()[0].platform
     dtype = "float32" if platform == "cpu" else "bfloat16"
-    told, wrong = [], []
+    off: dict[str, float] = {}
     for kernel in KERNELS:
-        try:
+        with contextlib.suppress(ValueError):  # for another platform
             choose(kernel, platform, dtype, CHANNELS)
-        except ValueError:
-            continue  # for another platform
-        off = _difference(kernel, dtype)
-        told.append(f"{kernel} {off:.0e}")
-        if not off < TOLERANCE[jax.numpy.dtype(dtype).itemsize]:
-            wrong.append(kernel)
-    detail = f"{dtype}, output and gradients off by, of their largest number: {', '.join(told)}"
+            off[kernel] = _difference(kernel, dtype)
+    numbers = ", ".join(f"{kernel} {by:.0e}" for kernel, by in off.items())
+    detail = f"{dtype}, output and gradients off by, of their largest number: {numbers}"
+    limit = TOLERANCE[jax.numpy.dtype(dtype).itemsize]
+    wrong = [kernel for kernel, by in off.items() if not by < limit]
+    right = [kernel for kernel in off if kernel not in wrong]
     if wrong:
-        others = [kernel for kernel in KERNELS if kernel not in wrong]
-        raise FailedError(
-            f"{', '.join(wrong)} is wrong; {detail}", f"--config.model.attention={others[0]}"
-        )
+        cure = f"--config.model.attention={right[0]}" if right else "another jax, or driver"
+        raise FailedError(f"{', '.join(wrong)} is wrong; {detail}", cure)
     return detail
 
 

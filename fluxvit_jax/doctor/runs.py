@@ -19,6 +19,7 @@ from fluxvit_jax.doctor.outcome import FailedError, Place
 
 STEPS = 16
 KILLED_AFTER = 4  # steps that have a checkpoint
+ELSEWHERE = "see docs/faq.md for this line, or name another --workdir"
 SLOW = "see what else the machine and the storage are doing"
 
 
@@ -107,9 +108,8 @@ def _train_and_kill(place: Place, workdir: epath.Path) -> int:
 
 def _raise(status: int, log: str) -> None:
     """Raises FailedError with the last line of a run that ended with a status."""
-    line = (log.strip().splitlines() or ["nothing"])[-1].removeprefix("error: ")
-    detail, _, cure = line.partition("; ")
-    raise FailedError(f"training ends with status {status}: {detail}", cure or "see docs/faq.md")
+    line = (log.strip().splitlines() or ["nothing was said"])[-1].removeprefix("error: ")
+    raise FailedError(f"training ends with status {status}: {line}", ELSEWHERE)
 
 
 def _newest(workdir: epath.Path) -> int:

@@ -1,12 +1,11 @@
 """Checks of the storage that a workdir is on: room, clock, lock and whole writes."""
 
-import itertools
 import multiprocessing
 import shutil
 import statistics
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 from etils import epath
 
@@ -18,7 +17,8 @@ from fluxvit_jax.errors import UserError
 
 LEAST_FREE_GB = 5  # of a few checkpoints of S, half a gigabyte each
 CLOCK_SECONDS = 10.0
-WRITES = 20
+WRITE_SECONDS = 1.0
+DURABLE_WRITES = 20
 KILOBYTES = 256
 
 
@@ -81,45 +81,37 @@ def writes(place: Place) -> str:
     path = _made(place) / "written"
     contents = [bytes([letter]) * (KILOBYTES << 10) for letter in b"ab"]
     atomic.write(path, contents[0])
-    over = threading.Event()
-    errors: list[Exception] = []
-    writer = threading.Thread(target=_write_until, args=(over, path, contents, errors))
-    writer.start()
-    try:
-        found = [storage.read_bytes(path) for _ in range(WRITES)]
-    finally:
-        over.set()
-        writer.join()
-    if errors:
-        raise errors[0]
-    if torn := sum(content not in contents for content in found):
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(_write_for_a_while, path, contents)
+        reads = torn = 0
+        while not writing.done():
+            torn += storage.read_bytes(path) not in contents
+            reads += 1
+        number = writing.result()
+    if torn:
         raise FailedError(
-            f"{torn} of {WRITES} reads found half a file",
+            f"{torn} of {reads} reads found half a file",
             "use storage that renames at once; network file systems may have an option for it",
         )
+    told = f"{reads} reads during {number} writes, all whole"
     if storage.is_remote(path):
-        return f"{WRITES} reads during writes, all whole"
-    return (
-        f"{WRITES} reads during writes, all whole; {_durable_milliseconds(path):.1f} ms to be safe"
-    )
+        return told
+    return f"{told}; {_durable_milliseconds(path):.1f} ms until one is on the disk"
 
 
-def _write_until(
-    over: threading.Event, path: epath.Path, contents: list[bytes], errors: list[Exception]
-) -> None:
-    try:
-        for content in itertools.cycle(contents):
-            if over.is_set():
-                return
-            atomic.write(path, content)
-    except Exception as error:
-        errors.append(error)
+def _write_for_a_while(path: epath.Path, contents: Sequence[bytes]) -> int:
+    """Writes the contents in turn for `WRITE_SECONDS`; returns how often."""
+    end, number = time.monotonic() + WRITE_SECONDS, 0
+    while time.monotonic() < end:
+        atomic.write(path, contents[number % len(contents)])
+        number += 1
+    return number
 
 
 def _durable_milliseconds(path: epath.Path) -> float:
     """The median time until a small file is on the disk."""
     times = []
-    for number in range(WRITES):
+    for number in range(DURABLE_WRITES):
         begin = time.perf_counter()
         durable_files.write(path, str(number))
         times.append(time.perf_counter() - begin)
