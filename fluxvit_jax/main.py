@@ -4,7 +4,8 @@
 `--config.a.b=VALUE` sets a field of the config. `--mode=MODE --help` tells what concerns a mode,
 `--config=RECIPE --help` the values of a recipe. A recipe is Python code that is executed: use only
 recipes that you trust. Exit status: 0; 1 for a pre-flight that does not fit; 2 for bad input, with
-the reason on stderr; 75 when the program hung; 130 or 143 when Ctrl-C or SIGTERM ended it.
+the reason on stderr; 75 when the program hung or another host died, and the same command goes on;
+130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
 import glob

@@ -1,6 +1,7 @@
 """The outcome of a check, and how a check tells it: by what it returns or raises."""
 
 import importlib
+import traceback
 from typing import NamedTuple
 
 from fluxvit_jax.errors import UserError
@@ -64,5 +65,7 @@ def outcome_of(check: str, place: Place) -> Outcome:
         return Outcome(FAILED, f"{where}{error.strerror or error}", cure)
     except Exception as error:
         text = (str(error).splitlines() or [""])[0][:200]
-        cure = f"not foreseen; --only={name} shows where"
-        return Outcome(FAILED, f"{type(error).__name__}: {text}", cure)
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{at.filename}, line {at.lineno}"
+        cure = "this was not foreseen: report it with the whole table"
+        return Outcome(FAILED, f"{type(error).__name__}: {text} ({where})", cure)
