@@ -28,7 +28,8 @@ from fluxvit_jax.main import avoid_libtpu
 
 SECONDS = 300  # for everything
 CHECK_SECONDS = 120  # for one check in a process of its own
-WIDTH = 100
+# Of what stands beside names and results; paths stay whole.
+_WRAPPER = textwrap.TextWrapper(80, break_long_words=False, break_on_hyphens=False)
 
 
 class Check(NamedTuple):
@@ -144,9 +145,9 @@ def _run(checks: Sequence[Check], place: Place) -> dict[str, Outcome]:
 def _table(outcomes: dict[str, Outcome], place: Place, seconds: float) -> str:
     lines = []
     for name, outcome in outcomes.items():
-        about = textwrap.wrap(outcome.detail, WIDTH - 20)
+        about = _WRAPPER.wrap(outcome.detail)
         if outcome.cure:
-            about += textwrap.wrap(f"-> {outcome.cure}", WIDTH - 20)
+            about += _WRAPPER.wrap(f"-> {outcome.cure}")
         titles = [f"{name:<10} {outcome.result:<8}", *[" " * 19] * (len(about) - 1)]
         lines += [f"{title} {line}" for title, line in zip(titles, about, strict=True)]
     failed = [name for name, outcome in outcomes.items() if outcome.result == FAILED]
