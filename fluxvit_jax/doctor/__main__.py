@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             begin = time.monotonic()
             outcomes = _run(checks, place)
             print(_table(outcomes, place, time.monotonic() - begin))
-    except UserError as error:
+    except (UserError, OSError) as error:  # such as no room for temporary files
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -104,12 +104,10 @@ def _chosen(only: str) -> list[Check]:
 
 @contextlib.contextmanager
 def _place(workdir: str) -> Iterator[Place]:
-    """Folders for the checks, removed at the end, as is the workdir if it was not there."""
+    """Folders for the checks, removed at the end, as is a workdir that was not there before."""
     parent = storage.path_of(workdir)
-    try:
-        is_new = not storage.is_remote(parent) and not parent.exists()
-    except OSError:
-        is_new = False
+    above = [] if storage.is_remote(parent) else [parent, *parent.parents]
+    new = [path for path in above if not os.path.exists(path)]
     folder = parent / f"doctor-{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory(prefix="fluxvit-doctor-") as scratch:
         try:
@@ -118,9 +116,9 @@ def _place(workdir: str) -> Iterator[Place]:
             with contextlib.suppress(OSError, UserError):
                 if folder.exists():
                     folder.rmtree()
-            if is_new:
-                with contextlib.suppress(OSError):
-                    os.rmdir(parent)
+            with contextlib.suppress(OSError):
+                for path in new:
+                    os.rmdir(path)
 
 
 def _run(checks: Sequence[Check], place: Place) -> dict[str, Outcome]:
@@ -145,7 +143,7 @@ def _run(checks: Sequence[Check], place: Place) -> dict[str, Outcome]:
 def _table(outcomes: dict[str, Outcome], place: Place, seconds: float) -> str:
     lines = []
     for name, outcome in outcomes.items():
-        about = _WRAPPER.wrap(outcome.detail)
+        about = _WRAPPER.wrap(outcome.detail) or [""]
         if outcome.cure:
             about += _WRAPPER.wrap(f"-> {outcome.cure}")
         titles = [f"{name:<10} {outcome.result:<8}", *[" " * 19] * (len(about) - 1)]
@@ -153,7 +151,7 @@ def _table(outcomes: dict[str, Outcome], place: Place, seconds: float) -> str:
     failed = [name for name, outcome in outcomes.items() if outcome.result == FAILED]
     holds = sum(outcome.result == OK for outcome in outcomes.values())
     summary = f"{len(failed)} FAILED: {', '.join(failed)}" if failed else f"all {holds} hold"
-    where = os.path.dirname(place.folder)
+    where = os.path.dirname(place.folder) or "."
     return "\n".join([*lines, f"{summary}; {seconds:.0f} s, workdir {where}"])
 
 

@@ -27,7 +27,7 @@ def place(tmp_path) -> Place:
 def test_all_but_whole_runs(compiled, tmp_path, capsys):
     """As users run it, in processes; nothing stays behind."""
     names = [check.name for check in doctor.CHECKS if check.name not in doctor.RUNS]
-    status = doctor.main([f"--workdir={tmp_path}/new", f"--only={','.join(names)}"])
+    status = doctor.main([f"--workdir={tmp_path}/new/runs", f"--only={','.join(names)}"])
     told = capsys.readouterr()
     rows = [line.split(maxsplit=1) for line in told.out.splitlines() if line[0] != " "]
     results = {name: rest.split(" ")[0] for name, rest in rows[:-1]}

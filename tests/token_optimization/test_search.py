@@ -331,11 +331,13 @@ def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, co
 
 # Chunk by chunk: the second one has a video that is never read.
 HANGING = """
+import time
+
 from fluxvit_jax.token_optimization import frame_reader
 
 def read_for_ever(video, *rest):
-    while video.name.endswith("/4.mp4"):
-        pass
+    if video.name.endswith("/4.mp4"):
+        time.sleep(60)
     return read(video, *rest)
 
 read, frame_reader.read_frames = frame_reader.read_frames, read_for_ever
