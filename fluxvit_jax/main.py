@@ -4,7 +4,8 @@
 `--config.a.b=VALUE` sets a field of the config. `--mode=MODE --help` tells what concerns a mode,
 `--config=RECIPE --help` the values of a recipe. A recipe is Python code that is executed: use only
 recipes that you trust. Exit status: 0; 1 for a pre-flight that does not fit; 2 for bad input, with
-the reason on stderr; 75 when the program hung; 130 or 143 when Ctrl-C or SIGTERM ended it.
+the reason on stderr; 75 when the program hung or another host died, and the same command goes on;
+130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
 import glob
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
-    _avoid_libtpu()
+    avoid_libtpu()
 
     from absl import app, flags
 
@@ -149,7 +150,7 @@ def _show(text: str) -> None:
     print(text)
 
 
-def _avoid_libtpu() -> None:
+def avoid_libtpu() -> None:
     """Leaves CPUs to JAX where libtpu is installed, as for pre-flights, but no accelerator is.
 
     It would look for a TPU for seconds, and print errors that are none.

@@ -249,7 +249,7 @@ def test_no_noise_of_a_libtpu_without_a_tpu(monkeypatch, libtpu, devices, platfo
     monkeypatch.setattr(main.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
     monkeypatch.setenv("JAX_PLATFORMS", "")  # so that it is as it was afterwards
     monkeypatch.delenv("JAX_PLATFORMS")
-    main._avoid_libtpu()
+    main.avoid_libtpu()
     assert os.environ.get("JAX_PLATFORMS") == platforms
 
 
