@@ -79,8 +79,10 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
     from fluxvit_jax.data import places
     from fluxvit_jax.distributed.compilation_cache import keep_programs
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
+    from fluxvit_jax.distributed.kernel_check import check_kernels
     from fluxvit_jax.distributed.mesh import say
     from fluxvit_jax.distributed.storage import write_errors
+    from fluxvit_jax.objectives.base import objective_class
     from fluxvit_jax.training.completeness import check_complete
 
     recipe = flag_argument(argv, "config") or ""
@@ -94,6 +96,8 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
         if options.mode == "train":
             with raise_on_all_hosts():
                 check_complete(config, recipe, workdir, argv)
+        check_kernels(config, objective_class(config).head_sizes(config))
+        if options.mode == "train":
             return mode.train(config, workdir, options.accept_data_change, options.fresh)
         return mode.run(config, workdir)
 
