@@ -59,7 +59,9 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(chunked_attention, "forward", fail)
     kernel_check.prove_kernels(make_config(), {64}, "cpu")
     assert "chunked fails (INTERNAL: Mosaic failed to compile) on" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"chunked fails .*; --config\.model\.attention=auto leaves"):
+    with pytest.raises(
+        UserError, match=r"chunked fails .*; --config\.model\.attention=auto leaves"
+    ):
         kernel_check.prove_kernels(make_config(model__attention="chunked"), {64}, "cpu")
 
 
