@@ -15,7 +15,7 @@ class Case(NamedTuple):
     """What both have to do.
 
     dtype: of the computation, "" for what suits the device; compiler: a backend of torch.compile;
-    weights: a folder, written by ours and read by PyTorch.
+    weights: a folder, written by ours and read by PyTorch; attention: our kernel.
     """
 
     task: str
@@ -26,6 +26,7 @@ class Case(NamedTuple):
     dtype: str
     compiler: str
     weights: str
+    attention: str = "auto"
 
 
 class Side(NamedTuple):
@@ -52,6 +53,7 @@ def make_config(case: Case, dtype: str) -> ConfigDict:
     frames, resolution = case.grid.frames, case.grid.resolution
     config = default_config(case.variant)
     config.model.dtype = dtype
+    config.model.attention = case.attention
     config.model.drop_path = 0.0
     config.model.scan = False  # the quicker steps
     config.data.grids.frames = str(frames)

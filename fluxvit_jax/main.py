@@ -77,21 +77,27 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
     from fluxvit_jax.config.loading import flag_argument
     from fluxvit_jax.data import places
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
+    from fluxvit_jax.distributed.kernel_check import check_kernels
     from fluxvit_jax.distributed.mesh import say
     from fluxvit_jax.distributed.storage import write_errors
+    from fluxvit_jax.objectives.base import objective_class
     from fluxvit_jax.training.completeness import check_complete
 
     recipe = flag_argument(argv, "config") or ""
     workdir = options.workdir or places.workdir_of(recipe)
     hosts = joined(options.coordinator, options.hosts, options.host)
     with hosts, write_errors(workdir):
+        keep_programs(options.compile_cache)
         check_same({"mode": options.mode, "workdir": workdir, "config": config.to_dict()})
         if options.workdir is None and options.mode != "cache":
             say(f"workdir: {workdir}; --workdir=DIR names another")
         if options.mode == "train":
             with raise_on_all_hosts():
                 check_complete(config, recipe, workdir, argv)
+        check_kernels(config, objective_class(config).head_sizes(config))
+        if options.mode == "train":
             return mode.train(config, workdir, options.accept_data_change, options.fresh)
         return mode.run(config, workdir)
 
@@ -104,12 +110,14 @@ def _run_weights(options: "flags.FlagValues") -> int:
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
     from fluxvit_jax.deploy import export, predict
     from fluxvit_jax.distributed import storage
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
 
     if storage.is_remote(options.out or ""):
         raise UserError(f"--out={options.out}: must be a folder of this machine")
     here = "" if storage.is_remote(options.workdir or "") else options.workdir or ""
     out = options.out or os.path.join(here, options.mode)
     tokens = tuple(map(int, options.tokens))
+    keep_programs(options.compile_cache)
     if options.mode == "export":
         with storage.write_errors(out):
             return export.run(

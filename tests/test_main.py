@@ -44,7 +44,7 @@ def error_line(err: str) -> str:
     [
         (["--config.train.epoch=3"], r"config.train.epoch: no such field; did you mean .*epochs"),
         (["--config.train.epochs=many"], r"config.train.epochs: 'many' is not a whole number"),
-        (["--config.train.budgets=(500,)"], r"no grid can fill 500 tokens, .* has 189"),
+        (["--config.train.budgets=(500,)"], r"no grid can fill 500 tokens, .* has 99"),
         (["--config.data.train=/nowhere.csv"], r"/nowhere.csv: no such file"),
         (["--mode=dance"], r"mode.*train|evaluate"),
         (["--workdir="], r"no folder for the run given"),

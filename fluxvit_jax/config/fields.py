@@ -198,6 +198,7 @@ FIELDS: dict[str, Field] = {
     "model.attention": one_of(
         "auto",
         "xla",
+        "chunked",
         "pallas",
         "splash",
         "cudnn",

@@ -15,8 +15,8 @@ def model_config(config: ConfigDict, platform: str = "") -> FluxViTConfig:
 
     It has the official three pooling heads and classifiers for any number of trained budgets.
 
-    platform: "cpu", "gpu" or "tpu", which selects the attention kernel; without it, the kernel that
-        works everywhere.
+    platform: "cpu", "gpu" or "tpu", which selects the attention kernel and the kind of products;
+        without it, those that work everywhere.
 
     Raises UserError if the platform has no such kernel.
     """
@@ -47,6 +47,7 @@ def model_config(config: ConfigDict, platform: str = "") -> FluxViTConfig:
         scan=model.scan,
         remat=model.remat,
         attention=kernel,
+        float32_products=platform == "cpu",
     )
 
 

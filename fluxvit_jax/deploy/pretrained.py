@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -372,12 +372,24 @@ def forward(
 
     patches: [B, P, 588], uint8 or normalised.
     """
-    network = fluxvit.from_params(fluxvit.graphdef(model), params)
     if patches.dtype == jnp.uint8:
         patches = fluxvit.normalize(patches)
     # Selectors that draw their scores draw the same ones in every call.
     key = jax.random.key(0) if model.selector in NOISY_SELECTORS else None
-    answer = network.on_grid(patches.astype(model.dtype), grid, budget, head, key)
+
+    def run(**changes: Any) -> Callable[[dict, jax.Array], ModelOutput]:
+        graph = fluxvit.graphdef(replace(model, **changes))
+        return lambda params, patches: fluxvit.from_params(graph, params).on_grid(
+            patches, grid, budget, head, key
+        )
+
+    # The platform is known when this is lowered; an exported program is for several.
+    answer = jax.lax.platform_dependent(
+        params,
+        patches.astype(model.dtype),
+        cpu=run(attention="chunked", float32_products=True),
+        default=run(),
+    )
     return answer, token_selection.mask(answer.kept, grid.tokens)
 
 

@@ -1,6 +1,7 @@
 """Self-attention kernels for each kind of device; all compute the same function.
 
-    xla      `jax.nn.dot_product_attention`, anywhere; the only one with a bias
+    xla      `jax.nn.dot_product_attention`, anywhere
+    chunked  ours in plain JAX, anywhere, made for CPUs, `chunked_attention`
     pallas   our own kernels for TPU, `pallas_attention`
     splash   JAX's kernels for TPU
     cudnn    flash attention on NVIDIA GPUs, for 16-bit numbers
@@ -23,14 +24,24 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from fluxvit_jax.models import norms, padded_sequence, pallas_attention, sharding_constraints
+from fluxvit_jax.models import (
+    chunked_attention,
+    norms,
+    padded_sequence,
+    pallas_attention,
+    sharding_constraints,
+)
 from fluxvit_jax.models.arrays import Array, Size
 
-Kernel = Literal["xla", "pallas", "splash", "cudnn"]
+Kernel = Literal["xla", "chunked", "pallas", "splash", "cudnn"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
 
+MASKED = -1e30  # bias of a masked key, finite so that differences are not NaN
 INTERPRET_SPLASH = False  # for tests on CPU; unlike ours, JAX's kernels cannot tell the platform
 
+BEST = {"cpu": ("chunked",), "tpu": ("pallas", "splash"), "gpu": ("cudnn",)}  # then "xla"
+# Kernels, with sizes of heads, that compute wrong here: see `distributed.kernel_check`.
+REFUSED: set[tuple[str, int]] = set()
 PLATFORM = {"pallas": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 CUDNN_HEAD_LIMIT = 128  # before Hopper; from then on 256
 
@@ -80,6 +91,11 @@ def qkv_layout(kernel: str) -> QKVLayout:
     return BHDN if kernel in ("pallas", "splash") else BNHD
 
 
+def with_bias(kernel: str) -> str:
+    """The kernel itself if it takes a bias, or else "xla"."""
+    return kernel if kernel in ("xla", "chunked") else "xla"
+
+
 def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
     """The kernel for a platform, which may differ from the one that this process runs on.
 
@@ -90,8 +106,10 @@ def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
     """
     small = jnp.dtype(dtype).itemsize == 2 and head_size % 8 == 0 and head_size <= CUDNN_HEAD_LIMIT
     if kind == "auto":
-        fits = {"tpu": "pallas", "gpu": "cudnn" if small else "xla"}
-        return fits.get("gpu" if platform == "cuda" else platform, "xla")
+        for kernel in BEST.get("gpu" if platform == "cuda" else platform, ()):
+            if (kernel != "cudnn" or small) and (kernel, head_size) not in REFUSED:
+                return kernel
+        return "xla"
     if kind not in KERNELS:
         raise ValueError(f"attention {kind!r} is none of auto, {', '.join(KERNELS)}")
     if platform not in PLATFORM.get(kind, (platform,)):
@@ -117,7 +135,7 @@ def attend(
 
     qkv: [3, B, ...] in the layout `qkv_layout(kernel)`; q_scale, k_scale: float32 [C], scales of
     the norms. lengths: int32 [B], tokens at the front of each clip that are attended to; None: all.
-    bias: added to the logits, float32 [B, 1, 1, N]; xla only.
+    bias: added to the logits, float32 [B, 1, 1, N], for kernels of `with_bias`.
     Returns the attention output in the layout of v.
     """
     if kernel == "pallas":
@@ -131,10 +149,48 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
         )
+    if kernel == "chunked" and k.shape[1] > chunked_attention.FEWEST:
+        return _chunked(q, k, v, _masked(bias, lengths, k.shape[1]))
     mask = None
     if lengths is not None:
         mask = (jnp.arange(k.shape[1])[None] < lengths[:, None])[:, None, None]
     return jax.nn.dot_product_attention(q, k, v, bias, mask)
+
+
+def _masked(
+    bias: Float[Array, "B 1 1 N"] | None, lengths: Int[Array, " B"] | None, N: int
+) -> Float[Array, "B 1 1 N"] | None:
+    """A bias that also masks the keys past each clip's length."""
+    if lengths is None:
+        return bias
+    real = (jnp.arange(N) < lengths[:, None])[:, None, None]
+    return jnp.where(real, 0.0 if bias is None else bias, MASKED)
+
+
+@jax.custom_vjp
+def _chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> Float[Array, "B N heads D"]:
+    """Attention in chunks of queries. q, k and v: [B, N, heads, D], q and k normalized."""
+    return _chunked_forward(q, k, v, bias)[0]
+
+
+def _chunked_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> tuple[jax.Array, tuple]:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    inputs = chunked_attention.Inputs(q, k, v, bias)
+    attended, log_sums = _per_shard(chunked_attention.forward, inputs)
+    return attended.swapaxes(1, 2), (inputs, attended, log_sums)
+
+
+def _chunked_backward(residuals: tuple, gradient: jax.Array) -> tuple[jax.Array | None, ...]:
+    *dqkv, dbias = _per_shard(chunked_attention.backward, *residuals, gradient.swapaxes(1, 2))
+    dbias = None if dbias is None else jnp.sum(dbias, axis=1, keepdims=True)
+    return *(x.swapaxes(1, 2) for x in dqkv), dbias
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
 @jax.custom_vjp
@@ -174,10 +230,10 @@ _pallas.defvjp(_pallas_forward, _pallas_backward)
 
 
 def _per_shard(kernel: Callable, inputs: tuple, *others: jax.Array | None) -> Any:
-    """The outputs of a Pallas kernel that runs on each device's clips and heads under shard_map.
+    """The outputs of a kernel that runs on each device's clips and heads under shard_map.
 
-    Arrays are [..., B, heads, D, N], with size 1 on axes along which they do not vary, or lengths,
-    [B]. Outputs are [B, heads, ., N], sharded as the first of the inputs.
+    Arrays are [..., B, heads, ., .], with size 1 on axes along which they do not vary, or lengths,
+    [B]. Outputs are [B, heads, ., .], sharded as the first of the inputs.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = sharding_constraints.open_axes(mesh)
@@ -192,7 +248,7 @@ def _per_shard(kernel: Callable, inputs: tuple, *others: jax.Array | None) -> An
         by_head = None if heads == 1 else sharding_constraints.head_axis(mesh, heads)
         return PartitionSpec(*[None] * (x.ndim - 4), by_clip, by_head, None, None)
 
-    # XLA cannot partition a Pallas kernel: it would gather all inputs.
+    # XLA cannot partition a Pallas kernel or a loop over heads: it would gather all inputs.
     in_specs = jax.tree.map(spec, (inputs, *others))
     out_specs = PartitionSpec(*spec(jax.tree.leaves(inputs)[0])[-4:])
     return jax.shard_map(

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Key
 
-from fluxvit_jax.models import attention, norms, sharding_constraints
+from fluxvit_jax.models import attention, norms, products, sharding_constraints
 from fluxvit_jax.models.arrays import Array
 from fluxvit_jax.models.attention import BNHD, QKVLayout
 
@@ -25,6 +25,7 @@ LAYER_NORM_EPSILON = 1e-5
 KERNEL_STD = 0.02
 
 Module = TypeVar("Module", bound=nnx.Module)
+Einsum = Callable[[str, jax.Array, jax.Array], jax.Array]
 
 kernel_init = nnx.initializers.normal(KERNEL_STD)
 
@@ -81,15 +82,16 @@ def fold_layer_scale(
 class FusedQKV(nnx.Module):
     """Queries, keys and values of all heads in one product, without bias."""
 
-    def __init__(self, width: int, heads: int, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, dtype: DTypeLike, einsum: Einsum, rngs: nnx.Rngs):
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, 3, heads, width // heads)))
         self.dtype = dtype
+        self.einsum = einsum
 
     def __call__(
         self, x: Float[Array, "B N C"], layout: QKVLayout = BNHD
     ) -> Float[Array, "3 B _ _ _"]:
         """x: [B, N, C] -> [3, B, N, heads, D], or in another layout."""
-        return jnp.einsum(
+        return self.einsum(
             layout.projection, x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         )
 
@@ -121,7 +123,8 @@ class BlockConfig:
 
     hidden: width inside the MLP; kernel: of attention, one of `attention.KERNELS`; exact: GELU by
     erf, not its tanh approximation; layer_scale: initial LayerScale; lpe: whether v has the local
-    position term; recompute: see `Block`.
+    position term; recompute: see `Block`; float32_products: products give float32 and round it,
+    see `products`.
     """
 
     width: int
@@ -133,6 +136,12 @@ class BlockConfig:
     dtype: DTypeLike = jnp.float32
     lpe: bool = True
     recompute: bool = False
+    float32_products: bool = False
+
+    @property
+    def einsum(self) -> Einsum:
+        """The einsum of activations and weights."""
+        return products.einsum if self.float32_products else jnp.einsum
 
 
 class Attention(nnx.Module):
@@ -144,13 +153,14 @@ class Attention(nnx.Module):
 
     def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
         width, dtype = config.width, config.dtype
-        self.qkv = FusedQKV(width, config.heads, dtype, rngs)
+        self.qkv = FusedQKV(width, config.heads, dtype, config.einsum, rngs)
         self.q_norm = HeadsNorm(width)
         self.k_norm = HeadsNorm(width)
         self.lpe = HeadsAffine(width) if config.lpe else None
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
         self.heads = config.heads
         self.kernel = config.kernel
+        self.einsum = config.einsum
 
     def __call__(
         self,
@@ -198,10 +208,10 @@ class Attention(nnx.Module):
         kernel = rearrange(kernel, "(h d) c -> h d c", h=self.heads)
         if self.lpe is not None:
             attended += self.lpe(v, layout)
-        return jnp.einsum(layout.output, attended, kernel) + bias
+        return self.einsum(layout.output, attended, kernel) + bias
 
     def _kernel(self, size: Array | None) -> str:
-        return self.kernel if size is None else "xla"  # the only kernel with a bias
+        return self.kernel if size is None else attention.with_bias(self.kernel)
 
     def _layout(self, size: Array | None) -> QKVLayout:
         return attention.qkv_layout(self._kernel(size))
@@ -219,20 +229,27 @@ def size_bias(size: Float[Array, "B N"] | None) -> Float[Array, "B 1 1 N"] | Non
 class MLP(nnx.Module):
     """Two linear layers with GELU between; `exact` chooses erf over the tanh approximation."""
 
-    def __init__(self, width: int, hidden: int, exact: bool, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
-        self.exact = exact
+    def __init__(self, config: BlockConfig, rngs: nnx.Rngs):
+        self.fc1 = Linear(config.width, config.hidden, dtype=config.dtype, rngs=rngs)
+        self.fc2 = Linear(config.hidden, config.width, dtype=config.dtype, rngs=rngs)
+        self.exact = config.exact
+        self.einsum = config.einsum
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        return self.output(self.fc1(x), None)
+        return self.output(self.input(x), None)
+
+    def input(self, x: Float[Array, "B N C"]) -> Float[Array, "B N hidden"]:
+        """`fc1`: [B, N, C] -> [B, N, hidden]."""
+        kernel, bias = fold_layer_scale(self.fc1, None)
+        return self.einsum("bnc,cd->bnd", x.astype(kernel.dtype), kernel) + bias
 
     def output(
         self, hidden: Float[Array, "B N hidden"], gamma: Float[Array, " C"] | None
     ) -> Float[Array, "B N C"]:
         """GELU and `fc2` of the output of `fc1`: [B, N, hidden] -> [B, N, C], times `gamma`."""
         kernel, bias = fold_layer_scale(self.fc2, gamma)
-        return jax.nn.gelu(hidden, approximate=not self.exact) @ kernel + bias
+        hidden = jax.nn.gelu(hidden, approximate=not self.exact)
+        return self.einsum("bnd,dc->bnc", hidden, kernel) + bias
 
 
 class Block(nnx.Module):
@@ -250,7 +267,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs)
         self.ls1 = LayerScale(width, config.layer_scale)
         self.norm2 = RMSNorm(width)
-        self.mlp = MLP(width, config.hidden, config.exact, config.dtype, rngs)
+        self.mlp = MLP(config, rngs)
         self.ls2 = LayerScale(width, config.layer_scale)
         self.recompute = config.recompute
 
@@ -289,7 +306,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "B N C"], multiplier: Float[Array, "B 1 1"] | None = None
     ) -> Float[Array, "B N C"]:
         """The second half: x after the MLP. multiplier: one of those of `drop_path`."""
-        hidden = self._stage(lambda self, x: self.mlp.fc1(self.norm2(x)), x)
+        hidden = self._stage(lambda self, x: self.mlp.input(self.norm2(x)), x)
 
         def output(self, x, hidden, multiplier):
             return residual(x, self.mlp.output(hidden, self.ls2.gamma[...]), multiplier)

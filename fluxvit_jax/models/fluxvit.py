@@ -51,6 +51,7 @@ class FluxViTConfig:
     remat: what the backward pass recomputes: "none"; "names", all but matrix products and
         attention, as in `blocks.Block`; "full", whole blocks.
     attention: the kernel, one of `attention.KERNELS`.
+    float32_products: for CPUs, as in `blocks.BlockConfig`.
     frozen_blocks: the first blocks that are not trained, in a network of `with_frozen`; they drop
         no paths.
     merge_blocks: if above 0, `on_grid` does not select patches but merges tokens in the first
@@ -82,6 +83,7 @@ class FluxViTConfig:
     frozen_blocks: int = 0
     merge_blocks: int = 0
     attention: str = "xla"
+    float32_products: bool = False
 
     @property
     def hidden(self) -> int:
@@ -137,6 +139,7 @@ class FluxViT(nnx.Module):
             layer_scale=config.layer_scale,
             dtype=dtype,
             recompute=config.remat == "names",
+            float32_products=config.float32_products,
         )
         self.blocks = blocks.stack(config.depth, rngs, partial(blocks.Block, block))
         _rescale_by_depth(self.blocks, config.depth)

@@ -29,7 +29,7 @@ class InternVideo2Config:
 
     frames, rows, columns: the grid of the position table (4 frames in the file of stage 2, 8 in
     that of stage 1). gelu: "tanh" is the fused layer that the weights were trained with, "erf" the
-    other path of the official code.
+    other path of the official code. float32_products: for CPUs, as in `blocks.BlockConfig`.
     """
 
     width: int = 1408
@@ -44,6 +44,7 @@ class InternVideo2Config:
     gelu: str = "tanh"
     dtype: str = "bfloat16"
     attention: str = "xla"
+    float32_products: bool = False
 
 
 class InternVideo2(nnx.Module):
@@ -67,6 +68,7 @@ class InternVideo2(nnx.Module):
             exact=config.gelu == "erf",
             dtype=dtype,
             lpe=False,
+            float32_products=config.float32_products,
         )
         self.blocks = blocks.stack(config.depth, rngs, partial(blocks.Block, block))
         self.pool = blocks.AttentionPool(C, config.pool_width, config.pool_heads, dtype, rngs)

@@ -4,7 +4,7 @@ A sequence holds CLS, the patches that a budget keeps, and padding of zeros up t
 attention kernel handles well. The padding is masked in attention and removed after the last block,
 so it changes no result and only adds cost:
 
-- xla takes any length and needs no padding.
+- xla and chunked take any length and need no padding.
 - cudnn takes no odd length in training, and tensor cores prefer multiples of 8: up to 7 more
   tokens, under 1 % of a budget of 1024.
 - pallas and splash work on tiles whose sides divide the length and are multiples of 128; large
@@ -46,7 +46,7 @@ def length_for(tokens: int, kernel: str) -> int:
     """The padded length of a sequence of `tokens`, CLS included, for an attention kernel."""
     if kernel == "cudnn":
         return math.ceil(tokens / EVEN) * EVEN
-    if kernel == "xla":
+    if kernel in ("xla", "chunked"):
         return tokens
     length = math.ceil(tokens / LANES) * LANES
     while tile(length) < min(length, LEAST_TILE):

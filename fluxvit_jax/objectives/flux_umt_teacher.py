@@ -48,6 +48,7 @@ def teacher_config(config: ConfigDict, platform: str = "") -> TeacherConfig:
         "columns": side,
         "gelu": distill.gelu,
         "dtype": model.dtype,
+        "float32_products": platform == "cpu",
     }
     if distill.network in TEACHERS:
         sizes = TEACHERS[distill.network]._asdict()

@@ -32,7 +32,7 @@ def test_both_run_and_agree(on_cpu, tmp_path, capfd):
     assert report["command"] in printed and "--variants=Ti" in report["command"]
     assert (
         report["ours"].items()
-        >= {"platform": "cpu", "dtype": "float32", "attention": "xla"}.items()
+        >= {"platform": "cpu", "dtype": "float32", "attention": "chunked"}.items()
     )
     assert report["pytorch"].items() >= {"platform": "cpu", "dtype": "float32"}.items()
     assert report["tokens"] == 36

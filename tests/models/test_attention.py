@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from fluxvit_jax.models import attention, blocks, fluxvit, padded_sequence
+from fluxvit_jax.models import attention, blocks, chunked_attention, fluxvit, padded_sequence
 from fluxvit_jax.models.token_selection import GridLimits
 from tests import tiny
 
@@ -23,8 +23,10 @@ TOLERANCE = {"float32": 2e-5, "float16": 1e-2, "bfloat16": 3e-2}
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
+def at_any_size(monkeypatch):
+    """Splash attention without a TPU, chunks where plain attention would do."""
     monkeypatch.setattr(attention, "INTERPRET_SPLASH", True)
+    monkeypatch.setattr(chunked_attention, "FEWEST", 0)
 
 
 def close(ours, plain, dtype="float32"):
@@ -39,7 +41,7 @@ def close(ours, plain, dtype="float32"):
 @pytest.mark.parametrize(
     ("platform", "dtype", "head_size", "kernel"),
     [
-        ("cpu", "bfloat16", 64, "xla"),
+        ("cpu", "bfloat16", 64, "chunked"),
         ("tpu", "bfloat16", 64, "pallas"),
         ("tpu", "float32", 64, "pallas"),
         ("gpu", "bfloat16", 64, "cudnn"),
@@ -56,14 +58,14 @@ def test_auto(platform, dtype, head_size, kernel):
 
 @pytest.mark.parametrize("kernel", attention.KERNELS)
 def test_an_explicit_choice(kernel):
-    platform = {"xla": "cpu", "cudnn": "cuda"}.get(kernel, "tpu")
+    platform = {"xla": "cpu", "chunked": "cpu", "cudnn": "cuda"}.get(kernel, "tpu")
     assert attention.choose(kernel, platform, "bfloat16", 64) == kernel
 
 
 @pytest.mark.parametrize(
     ("kind", "platform", "dtype", "head_size", "message"),
     [
-        ("flash", "tpu", "bfloat16", 64, "'flash' is none of auto, xla, pallas, splash, cudnn"),
+        ("flash", "tpu", "bfloat16", 64, "'flash' is none of auto, xla, chunked, pallas, splash"),
         ("splash", "cpu", "bfloat16", 64, "'splash' is for tpu, not for cpu"),
         ("pallas", "cuda", "bfloat16", 64, "'pallas' is for tpu, not for cuda"),
         ("cudnn", "tpu", "bfloat16", 64, "'cudnn' is for gpu, not for tpu"),
@@ -120,13 +122,40 @@ CASES = [(256, None), (257, None), (101, (101, 1)), (1408, (1300, 57))]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kernel", ON_TPU)
+@pytest.mark.parametrize("kernel", [*ON_TPU, "chunked"])
 @pytest.mark.parametrize(("tokens", "lengths"), CASES)
 def test_equals_the_plain_one(kernel, tokens, lengths, dtype):
     *ours, tail = attend(tokens, lengths, dtype, kernel)
     *plain, _ = plain_attend(tokens, lengths)
     close(ours, plain, dtype)
     assert not np.any(tail)  # the padding gets no gradient
+
+
+@pytest.mark.parametrize("lengths", [None, (37, 9)])
+def test_chunks_with_a_bias(lengths, monkeypatch):
+    monkeypatch.setattr(chunked_attention, "CHUNK", 16)  # rows of 19, 38 with padding
+    *inputs, gradient = make_inputs(37, "float32")
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=(2, 1, 1, 37)), jnp.float32)
+    valid = jnp.arange(37) < jnp.asarray(lengths or (37, 37))[:, None]
+    lengths = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+
+    def both(kernel: str) -> tuple:
+        attended, vjp = jax.vjp(
+            lambda *inputs: attention.attend(*inputs[:-1], kernel, lengths, inputs[-1]),
+            *inputs,
+            bias,
+        )
+        return jnp.where(valid[..., None, None], attended, 0), vjp(
+            jnp.where(valid[..., None, None], gradient, 0)
+        )
+
+    close(both("chunked"), both("xla"))
+
+
+def test_few_tokens_need_no_chunks(monkeypatch):
+    monkeypatch.setattr(chunked_attention, "FEWEST", 128)
+    assert "stablehlo.while" not in lowered("chunked", "cpu", 128, masked=True)
+    assert "stablehlo.while" in lowered("chunked", "cpu", 129, masked=True)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -159,9 +188,10 @@ def test_xla_equals_the_formula(lengths):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_large_scores_do_not_overflow():
-    qkv, *scales, _ = make_inputs(256, "float32", "pallas")
-    ours = attention.attend(qkv, *(300 * scale for scale in scales), "pallas")
+@pytest.mark.parametrize("kernel", ["chunked", "pallas"])
+def test_large_scores_do_not_overflow(kernel):
+    qkv, *scales, _ = make_inputs(256, "float32", kernel)
+    ours = attention.attend(qkv, *(300 * scale for scale in scales), kernel)
     assert np.isfinite(ours).all()
 
 
@@ -248,6 +278,7 @@ def close_gradients(ours, plain, dtype):
     [
         ("outside", {"remat": "names"}),
         ("outside", {"remat": "full"}),
+        ("outside", {"attention": "chunked", "remat": "names"}),
         ("outside", {"attention": "splash", "remat": "names"}),
         ("outside", {"attention": "pallas", "remat": "names", "scan": False}),
         ("inside", {"attention": "pallas"}),
@@ -264,10 +295,18 @@ def test_the_network_is_the_same(cls, changes):
     close_gradients(ours_gradients, gradients, "float32")
 
 
-def test_the_network_in_bfloat16():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "pallas", "remat": "names"},
+        {"attention": "chunked", "float32_products": True},
+    ],
+    ids=str,
+)
+def test_the_network_in_bfloat16(changes):
     """About as far from float32 as the plain kernel is."""
     exact, _ = answer()
-    ours, _ = answer(attention="pallas", remat="names", dtype="bfloat16")
+    ours, _ = answer(dtype="bfloat16", **changes)
     plain, _ = answer(dtype="bfloat16")
     ours, plain = (np.abs(scores[0] - exact[0]).max() for scores in (ours, plain))
     assert ours < 2 * plain + 1e-3
@@ -309,15 +348,17 @@ def test_devices_change_nothing(compiled):
         import jax
         import numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
-        from fluxvit_jax.models import attention, fluxvit, sharding_constraints as placement
+        from fluxvit_jax.models import attention, chunked_attention, fluxvit
+        from fluxvit_jax.models import sharding_constraints as placement
         from fluxvit_jax.models.token_selection import GridLimits, Selection
 
         attention.INTERPRET_SPLASH = True
+        chunked_attention.FEWEST, chunked_attention.CHUNK = 0, 16
         shape = {1: (1, 1, 1), 8: (2, 2, 2)}[jax.device_count()]
         axes = (*placement.CLIP_AXES, placement.HEAD_AXIS)
         mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3)
         numbers = []
-        for kernel in attention.KERNELS[:3]:
+        for kernel in ("xla", "chunked", "pallas", "splash"):
             config = fluxvit.FluxViTConfig(
                 width=32, depth=2, heads=2, frames=4, rows=4, columns=4, classes=5, budgets=1,
                 pool_width=32, pool_heads=2, layer_scale=0.5, remat="names", attention=kernel,
@@ -354,6 +395,6 @@ def test_devices_change_nothing(compiled):
         )
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
-    one, eight = (np.reshape(numbers, (3, -1)) for numbers in found)
+    one, eight = (np.reshape(numbers, (4, -1)) for numbers in found)
     np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-4 * one.max())
-    np.testing.assert_allclose(one[1:], one[:1].repeat(2, 0), rtol=1e-4, atol=1e-4 * one.max())
+    np.testing.assert_allclose(one[1:], one[:1].repeat(3, 0), rtol=1e-4, atol=1e-4 * one.max())
