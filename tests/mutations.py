@@ -987,7 +987,7 @@ MUTATIONS = {
         Mutation(
             "wrong-kernels-are-right",
             "doctor/machine.py",
-            "if not by < limit]",
+            "if not by < tolerance(dtype)]",
             "if by < 0]",
             ("doctor/test_doctor.py::test_a_wrong_kernel",),
         ),

@@ -29,7 +29,7 @@ from fluxvit_jax.errors import UserError
 
 CONNECT_SECONDS = 300  # to wait for the last host
 NOTICE_SECONDS = 5  # of waiting before we say so
-HEARTBEAT_SECONDS = 30  # until the others notice that a host has died, and end; JAX's is 100
+HEARTBEAT_SECONDS = 60  # until JAX notices a death that `lifelines` have missed; JAX's is 100
 SHUTDOWN_SECONDS = 20  # to wait, after a failure, for a host that hangs
 WATCH_SECONDS = 1  # between two checks whether another host has failed
 GRACE_SECONDS = 2  # for a host to report the same failure itself

@@ -2,7 +2,7 @@
 
 Host 0 has a TCP connection with every other host, besides those of JAX. The kernel closes it
 however a process dies, and its probes find out a machine that is gone. JAX alone would abort the
-others with a stack: half a minute later, or at once if host 0 dies, which `_outlive` puts off.
+others with a stack: up to a minute later, or at once if host 0 dies, which `_outlive` puts off.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from fluxvit_jax.distributed.mesh import (
     say,
 )
 
-# Silence that a machine is given, 25 s: less than hosts.HEARTBEAT_SECONDS, so that we are first.
+# A machine may be silent for 25 s: less than half of hosts.HEARTBEAT_SECONDS, when JAX may abort.
 PROBES = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3}
 CONNECT_SECONDS = 10  # to reach host 0
 OUTLIVE_SECONDS = 5  # for all hosts to say that host 0 died
@@ -131,9 +131,7 @@ def _connect() -> dict[socket.socket, int]:
                 if said.startswith(secret):  # else a stranger
                     peers[_probed(peer)] = int(said[len(secret) :])
     if errors:
-        say(
-            f"warning: {errors[0]}; if a host dies, others learn that from JAX, half a minute later"
-        )
+        say(f"warning: {errors[0]}; without, others learn from JAX, within a minute, if it dies")
     return peers
 
 
@@ -175,7 +173,12 @@ def _outlive() -> Iterator[None]:
     """
     command = ["sh", "-c", f"read _; sleep {OUTLIVE_SECONDS}"]
     child = subprocess.Popen(
-        command, stdin=subprocess.PIPE, pass_fds=_service_connections(), start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=_service_connections(),
+        start_new_session=True,
     )
     try:
         yield
