@@ -119,9 +119,10 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, dict
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(gpu.own_process()) for name in (*kernels, PYTORCH)}
         for name, process in processes.items():  # ours first: it writes the weights
-            side = {PYTORCH: PYTORCH}.get(name, "ours")
-            own_case = case if name == PYTORCH else case._replace(attention=name)
-            print(process.submit(gpu.prepare, side, own_case).result())
+            theirs = name == PYTORCH
+            side, own_case = (name, case) if theirs else ("ours", case._replace(attention=name))
+            about = process.submit(gpu.prepare, side, own_case).result()
+            print(f"{name}: {', '.join(f'{key} {value}' for key, value in about.items())}")
         rounds = {(tokens, name): [] for tokens in programs for name in processes}
         contenders = list(rounds)
         for number in tqdm(range(1 + options.rounds), desc=case.task, leave=False):
@@ -129,22 +130,19 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, dict[str, dict
             for tokens, name in contenders[turn:] + contenders[:turn]:
                 rounds[tokens, name].append(processes[name].submit(call, tokens).result())
             if number == 0:
-                check(
-                    {contender: calls[0].answer for contender, calls in rounds.items()},
-                    options.dtype,
-                )
+                check(rounds, options.dtype)
     return {
         tokens: {name: summary(rounds[tokens, name], rounds[tokens, PYTORCH]) for name in processes}
         for tokens in programs
     }
 
 
-def check(
-    answers: dict[tuple[str, str], dict[str, np.ndarray]], options: argparse.Namespace
-) -> None:
+def check(rounds: dict[tuple[str, str], list[Called]], dtype: str) -> None:
     """Prints how far ours are from PyTorch's. Raises RuntimeError if that is not rounding."""
-    for (tokens, name), answer in answers.items():
-        apart = gpu.difference(answer, answers[tokens, PYTORCH])
+    for (tokens, name), calls in rounds.items():
+        if name == PYTORCH:
+            continue
+        apart = gpu.difference(calls[0].answer, rounds[tokens, PYTORCH][0].answer)
         said = ", ".join(f"{what} {distance:.1e}" for what, distance in apart.items())
         print(f"{tokens} tokens: {name} differs from {PYTORCH} by {said}", flush=True)
         if not max(apart.values()) < gpu.TOLERANCE[dtype]:

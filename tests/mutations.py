@@ -57,6 +57,8 @@ PADDED = f"{GOLDEN}::test_padded_in_a_batch_of_differing_grids"
 LOSS = "objectives/test_flux_multi.py::test_loss_and_gradients"
 GROUPS = "training/test_optimizer.py::test_groups_equal_the_official"
 ADAMW = "training/test_optimizer.py::test_adamw_step_by_step"
+CHUNKED = "models/test_attention.py::test_equals_the_plain_one"
+CHUNKED_BIAS = "models/test_attention.py::test_chunks_with_a_bias"
 DROP_PATH = "models/test_drop_path.py"
 FREEZING = "training/test_freezing.py"
 BALANCE = "data/test_class_balance.py"
@@ -258,6 +260,48 @@ MUTATIONS = {
             "mask = (jnp.arange(k.shape[1])[None] < lengths[:, None])[:, None, None]",
             "mask = (jnp.arange(k.shape[1])[None] <= lengths[:, None])[:, None, None]",
             (PADDED,),
+        ),
+        Mutation(
+            "one-padding-attended-in-chunks",
+            "models/attention.py",
+            "real = (jnp.arange(N) < lengths[:, None])[:, None, None]",
+            "real = (jnp.arange(N) <= lengths[:, None])[:, None, None]",
+            (CHUNKED, CHUNKED_BIAS),
+        ),
+        Mutation(
+            "chunks-forget-the-bias",
+            "models/chunked_attention.py",
+            "return logits if bias is None else logits + bias",
+            "return logits",
+            (CHUNKED_BIAS,),
+        ),
+        Mutation(
+            "softmax-gradient-without-its-mean",
+            "models/chunked_attention.py",
+            "dlogits = weights * (gradient @ v.T - inner[:, None])",
+            "dlogits = weights * (gradient @ v.T)",
+            (CHUNKED,),
+        ),
+        Mutation(
+            "gradient-of-q-not-scaled",
+            "models/chunked_attention.py",
+            "dq = _joined(dq, shape) * shape[3] ** -0.5",
+            "dq = _joined(dq, shape)",
+            (CHUNKED,),
+        ),
+        Mutation(
+            "chunks-without-shard-map",
+            "models/attention.py",
+            "attended, log_sums = _per_shard(chunked_attention.forward, inputs)",
+            "attended, log_sums = chunked_attention.forward(inputs)",
+            ("models/test_attention.py::test_devices_change_nothing",),
+        ),
+        Mutation(
+            "products-for-cpus-in-16-bits",
+            "models/products.py",
+            "jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32).astype(a.dtype)",
+            "jnp.einsum(subscripts, a, b)",
+            ("models/test_products.py::test_products_of_a_block_for_cpus_give_float32",),
         ),
         Mutation(
             "larger-epsilon",

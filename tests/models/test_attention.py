@@ -382,7 +382,17 @@ def test_devices_change_nothing(compiled):
                 )
                 norms = [float((leaf ** 2).sum()) for leaf in jax.tree.leaves(gradients)]
             numbers += [float(value), *norms]
-        print(json.dumps(numbers))
+
+        def alone(qkv, scale):
+            return (attention.attend(qkv, scale, scale, "chunked") ** 2).sum()
+
+        cut = PartitionSpec(None, placement.CLIP_AXES, None, placement.HEAD_AXIS)
+        qkv = jax.ShapeDtypeStruct((3, 4, 33, 2, 16), "float32", sharding=NamedSharding(mesh, cut))
+        whole = NamedSharding(mesh, PartitionSpec())
+        scale = jax.ShapeDtypeStruct((32,), "float32", sharding=whole)
+        with jax.set_mesh(mesh):
+            text = jax.jit(jax.grad(alone)).lower(qkv, scale).compile().as_text()
+        print(json.dumps([numbers, "all-gather" in text or "all-to-all" in text]))
         """
     )
     found = []
@@ -394,7 +404,9 @@ def test_devices_change_nothing(compiled):
             text=True,
         )
         assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout))
+        numbers, moved = json.loads(done.stdout)
+        assert not moved  # clips and heads stay where they are
+        found.append(numbers)
     one, eight = (np.reshape(numbers, (4, -1)) for numbers in found)
     np.testing.assert_allclose(eight, one, rtol=1e-4, atol=1e-4 * one.max())
     np.testing.assert_allclose(one[1:], one[:1].repeat(3, 0), rtol=1e-4, atol=1e-4 * one.max())
