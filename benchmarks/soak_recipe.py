@@ -34,7 +34,7 @@ def get_config(folder: str) -> ConfigDict:
     config.data.root = folder
     config.data.clip_seconds = CLIP_SECONDS
     config.data.max_bad_fraction = 0.1
-    config.train.epochs = 250
+    config.train.epochs = 100
     config.eval.every_epochs = 25
     config.checkpoint.every_steps = 20
     config.log.every_steps = 5
