@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak --out=soak [--epochs=100] [--every=30] [--seed=0]
 
-A small network is trained on 192 clips (`benchmarks.soak_recipe`), two of which make the decoder
+A small network is trained on 194 clips (`benchmarks.soak_recipe`), two of which make the decoder
 hang and crash. Something happens to the run every `--every` seconds on average, and what ended is
 started again with the same command, until the run is finished. At the end, parameters and metrics
 must be, bit for bit, those of a run that nothing disturbed, in which the same two clips are
