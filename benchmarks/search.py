@@ -29,6 +29,7 @@ from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import make_mesh, replicated, shard_batch
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.evaluation.evaluate import Weights
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
@@ -94,7 +95,7 @@ def searching(config: ConfigDict, weights: Weights) -> float:
     splits, notes = splits_of(config, weights)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Search(config, weights, splits, notes, Path(folder)) as search,
+        Search(config, weights, splits, notes, Path(folder), Watchdog(0, folder)) as search,
     ):
         begin = time.perf_counter()
         search.choose()

@@ -86,6 +86,12 @@ def define_flags() -> None:
     flags.DEFINE_boolean(
         "fresh", False, "train: start anew; a run in the workdir is moved into WORKDIR/earlier-1."
     )
+    flags.DEFINE_string(
+        "compile_cache",
+        None,
+        "Folder of compiled programs, which later commands load; empty: none. Default: the "
+        "environment variable JAX_COMPILATION_CACHE_DIR, or ~/.cache/fluxvit_jax.",
+    )
     cluster = "of several processes, where neither Cloud TPU nor SLURM tells: "
     flags.DEFINE_string("coordinator", "", f"{cluster}ADDRESS:PORT on which the first listens.")
     flags.DEFINE_integer("hosts", 0, f"{cluster}number of processes.")

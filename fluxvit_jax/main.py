@@ -4,7 +4,8 @@
 `--config.a.b=VALUE` sets a field of the config. `--mode=MODE --help` tells what concerns a mode,
 `--config=RECIPE --help` the values of a recipe. A recipe is Python code that is executed: use only
 recipes that you trust. Exit status: 0; 1 for a pre-flight that does not fit; 2 for bad input, with
-the reason on stderr; 75 when the program hung; 130 or 143 when Ctrl-C or SIGTERM ended it.
+the reason on stderr; 75 when the program hung or another host died, and the same command goes on;
+130 or 143 when Ctrl-C or SIGTERM ended it.
 """
 
 import glob
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _exit)
-    _avoid_libtpu()
+    avoid_libtpu()
 
     from absl import app, flags
 
@@ -76,21 +77,27 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
         raise UserError("no folder for the run given: add, for example, --workdir=runs/first")
     from fluxvit_jax.config.loading import flag_argument
     from fluxvit_jax.data import places
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
+    from fluxvit_jax.distributed.kernel_check import check_kernels
     from fluxvit_jax.distributed.mesh import say
     from fluxvit_jax.distributed.storage import write_errors
+    from fluxvit_jax.objectives.base import objective_class
     from fluxvit_jax.training.completeness import check_complete
 
     recipe = flag_argument(argv, "config") or ""
     workdir = options.workdir or places.workdir_of(recipe)
     hosts = joined(options.coordinator, options.hosts, options.host)
     with hosts, write_errors(workdir):
+        keep_programs(options.compile_cache)
         check_same({"mode": options.mode, "workdir": workdir, "config": config.to_dict()})
         if options.workdir is None and options.mode != "cache":
             say(f"workdir: {workdir}; --workdir=DIR names another")
         if options.mode == "train":
             with raise_on_all_hosts():
                 check_complete(config, recipe, workdir, argv)
+        check_kernels(config, objective_class(config).head_sizes(config))
+        if options.mode == "train":
             return mode.train(config, workdir, options.accept_data_change, options.fresh)
         return mode.run(config, workdir)
 
@@ -103,12 +110,14 @@ def _run_weights(options: "flags.FlagValues") -> int:
         raise UserError(f"--tokens={','.join(options.tokens)}: not numbers, such as 1024,512")
     from fluxvit_jax.deploy import export, predict
     from fluxvit_jax.distributed import storage
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
 
     if storage.is_remote(options.out or ""):
         raise UserError(f"--out={options.out}: must be a folder of this machine")
     here = "" if storage.is_remote(options.workdir or "") else options.workdir or ""
     out = options.out or os.path.join(here, options.mode)
     tokens = tuple(map(int, options.tokens))
+    keep_programs(options.compile_cache)
     if options.mode == "export":
         with storage.write_errors(out):
             return export.run(
@@ -145,7 +154,7 @@ def _show(text: str) -> None:
     print(text)
 
 
-def _avoid_libtpu() -> None:
+def avoid_libtpu() -> None:
     """Leaves CPUs to JAX where libtpu is installed, as for pre-flights, but no accelerator is.
 
     It would look for a TPU for seconds, and print errors that are none.

@@ -911,6 +911,23 @@ MUTATIONS = {
             ("token_optimization/test_results_log.py",),
         ),
         Mutation(
+            "a-search-that-is-never-alive",
+            "token_optimization/search.py",
+            "            self._watchdog.alive()\n            self._write_now_and_then()",
+            "            self._write_now_and_then()",
+            ("token_optimization/test_search.py::test_a_search_that_hangs_ends",),
+        ),
+        Mutation(
+            "a-crashing-video-is-forgotten",
+            "token_optimization/frame_reader.py",
+            "return DecodedVideo(number=number, failure=error.reason)",
+            "return DecodedVideo()",
+            (
+                "token_optimization/test_search.py::"
+                "test_videos_that_hang_or_crash_their_reader_count_as_failed",
+            ),
+        ),
+        Mutation(
             "narrow-intervals",
             "reports/confidence_intervals.py",
             "LEVEL = 0.95",
@@ -985,6 +1002,52 @@ MUTATIONS = {
             (
                 "convert/test_weight_files.py::test_another_native_grid_resizes_positions_as_pytorch_does",
             ),
+        ),
+    ],
+    "hosts": [
+        Mutation(
+            "a-port-in-use-is-not-noticed",
+            "distributed/hosts.py",
+            "        if place.host == 0:\n            _check_port",
+            "        if place.host < 0:\n            _check_port",
+            ("distributed/test_hosts.py::test_a_port_in_use",),
+        ),
+        Mutation(
+            "a-death-is-told-to-nobody",
+            "distributed/lifelines.py",
+            "            self.tell(number)\n            self._on_death",
+            "            self._on_death",
+            ("distributed/test_hosts.py::test_a_host_that_is_killed[1]",),
+        ),
+        Mutation(
+            "a-host-that-leaves-has-died",
+            "distributed/lifelines.py",
+            "        if number != LEAVES:\n            self.tell",
+            "        if number == LEAVES:\n            self.tell",
+            ("distributed/test_hosts.py::test_a_host_that_is_killed[0]",),
+        ),
+    ],
+    "doctor": [
+        Mutation(
+            "wrong-kernels-are-right",
+            "doctor/machine.py",
+            "if not by < tolerance(dtype)]",
+            "if by < 0]",
+            ("doctor/test_doctor.py::test_a_wrong_kernel",),
+        ),
+        Mutation(
+            "failures-are-no-failure",
+            "doctor/__main__.py",
+            "return int(any(outcome.result == FAILED for outcome in outcomes.values()))",
+            "return 0",
+            ("doctor/test_doctor.py::test_a_workdir_that_cannot_be_written",),
+        ),
+        Mutation(
+            "what-was-written-stays",
+            "doctor/__main__.py",
+            "                    folder.rmtree()\n",
+            "                    pass\n",
+            ("doctor/test_doctor.py::test_all_but_whole_runs",),
         ),
     ],
     "resume": [

@@ -44,7 +44,7 @@ def error_line(err: str) -> str:
     [
         (["--config.train.epoch=3"], r"config.train.epoch: no such field; did you mean .*epochs"),
         (["--config.train.epochs=many"], r"config.train.epochs: 'many' is not a whole number"),
-        (["--config.train.budgets=(500,)"], r"no grid can fill 500 tokens, .* has 189"),
+        (["--config.train.budgets=(500,)"], r"no grid can fill 500 tokens, .* has 99"),
         (["--config.data.train=/nowhere.csv"], r"/nowhere.csv: no such file"),
         (["--mode=dance"], r"mode.*train|evaluate"),
         (["--workdir="], r"no folder for the run given"),
@@ -249,7 +249,7 @@ def test_no_noise_of_a_libtpu_without_a_tpu(monkeypatch, libtpu, devices, platfo
     monkeypatch.setattr(main.glob, "glob", lambda pattern: fnmatch.filter(devices, pattern))
     monkeypatch.setenv("JAX_PLATFORMS", "")  # so that it is as it was afterwards
     monkeypatch.delenv("JAX_PLATFORMS")
-    main._avoid_libtpu()
+    main.avoid_libtpu()
     assert os.environ.get("JAX_PLATFORMS") == platforms
 
 

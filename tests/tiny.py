@@ -74,15 +74,15 @@ def get_config(argument: str) -> ConfigDict:
 
 
 def _supervised(folder: str) -> ConfigDict:
-    """20 steps of 8 clips on 40 grids; all that draws random numbers is on."""
+    """20 steps of 8 clips on 20 grids; all that draws random numbers is on."""
     config = default_config("Ti")
     config.model.classes = CLASSES
     config.model.dtype = "float32"
     config.data.train = f"{folder}/train.csv"
     config.data.validation = f"{folder}/validation.csv"
-    config.data.grids.frames = "2..21..1"
+    config.data.grids.frames = "2..11..1"
     config.data.grids.resolutions = "28..42..14"
-    config.data.grids.tokens = (8, 189)
+    config.data.grids.tokens = (8, 99)
     config.data.clips_per_grid = 2
     config.data.repeated_aug = 2
     config.data.workers = 0
@@ -129,7 +129,7 @@ def write_teacher(path: Path) -> Path:
 def make_pretraining(folder: Path | str, weights: Path | str, **changes) -> ConfigDict:
     """The config of distillation from such a teacher on the same videos."""
     own = {
-        **{"model__classes": 1, "data__validation": "", "data__grids__tokens": (32, 189)},
+        **{"model__classes": 1, "data__validation": "", "data__grids__tokens": (32, 99)},
         **{"train__objective": "flux_umt", "train__budgets": (24, 16, 8)},
         **{"train__mixup": 0.0, "train__cutmix": 0.0, "train__random_erasing": 0.0},
         **{"train__label_smoothing": 0.0, "distill__teacher": str(weights)},

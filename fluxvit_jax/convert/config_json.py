@@ -298,7 +298,7 @@ def _settings(
     preprocessor: Mapping[str, Any], model: FluxViTConfig, budgets: Sequence[int], source: str
 ) -> tuple[Setting, ...]:
     """Those of `preprocessor_config.json`; else the released recipe's, or the native grid."""
-    if "settings" in preprocessor:
+    if preprocessor.get("settings"):
         try:
             return tuple(
                 (int(one["tokens"]), int(one["frames"]), int(one["resolution"]))

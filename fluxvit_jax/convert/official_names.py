@@ -101,14 +101,16 @@ class Architecture(NamedTuple):
         return self.counts(found)
 
 
-def _affine(path: str, name: str, width: str) -> list[Leaf]:
+def affine(path: str, name: str, width: str) -> list[Leaf]:
+    """Scale and bias of a norm."""
     return [
         Leaf(f"{path}.scale", f"{name}.weight", (width,)),
         Leaf(f"{path}.bias", f"{name}.bias", (width,)),
     ]
 
 
-def _linear(path: str, name: str, inputs: str, outputs: str) -> list[Leaf]:
+def linear(path: str, name: str, inputs: str, outputs: str | tuple[int, str]) -> list[Leaf]:
+    """Kernel and bias of a linear layer; inputs, outputs: symbols of `Leaf.shape`."""
     return [
         Leaf(f"{path}.kernel", f"{name}.weight", (outputs, inputs), LINEAR),
         Leaf(f"{path}.bias", f"{name}.bias", (outputs,)),
@@ -131,10 +133,10 @@ def _patch_embedding(path: str) -> list[Leaf]:
 
 def _pooling(name: str) -> list[Leaf]:
     """A pooling head, or all of them if `name` has a place for their number."""
-    leaves = _linear("pool.proj", f"{name}.cross_attn.proj", "C", "E")
+    leaves = linear("pool.proj", f"{name}.cross_attn.proj", "C", "E")
     for letter in "qkv":
         leaves += [
-            *_affine(f"pool.norm_{letter}", f"{name}.norm1_{letter}", "C"),
+            *affine(f"pool.norm_{letter}", f"{name}.norm1_{letter}", "C"),
             Leaf(f"pool.{letter}.kernel", f"{name}.cross_attn.{letter}.weight", ("C", "C"), LINEAR),
             Leaf(f"pool.{letter}.bias", f"{name}.cross_attn.{letter}_bias", ("C",)),
         ]
@@ -150,11 +152,11 @@ _BLOCKS = (
     Leaf("blocks.attn.qkv.kernel", "blocks.{}.attn.qkv.weight", ((3, "C"), "C"), QKV),
     Leaf("blocks.attn.q_norm.scale", "blocks.{}.attn.q_norm.weight", ("C",)),
     Leaf("blocks.attn.k_norm.scale", "blocks.{}.attn.k_norm.weight", ("C",)),
-    *_linear("blocks.attn.proj", "blocks.{}.attn.proj", "C", "C"),
+    *linear("blocks.attn.proj", "blocks.{}.attn.proj", "C", "C"),
     Leaf("blocks.ls1.gamma", "blocks.{}.ls1.gamma", ("C",)),
     Leaf("blocks.norm2.scale", "blocks.{}.norm2.weight", ("C",)),
-    *_linear("blocks.mlp.fc1", "blocks.{}.mlp.fc1", "C", "M"),
-    *_linear("blocks.mlp.fc2", "blocks.{}.mlp.fc2", "M", "C"),
+    *linear("blocks.mlp.fc1", "blocks.{}.mlp.fc1", "C", "M"),
+    *linear("blocks.mlp.fc2", "blocks.{}.mlp.fc2", "M", "C"),
     Leaf("blocks.ls2.gamma", "blocks.{}.ls2.gamma", ("C",)),
 )
 
@@ -181,10 +183,10 @@ FLUXVIT = Architecture(
         *_BLOCKS,
         *_depthwise("blocks.attn.lpe", "blocks.{}.attn.lpe"),
         *_pooling("clip_projector.{}"),
-        *_affine("fc_norm", "fc_norm", "E"),
-        *_linear("heads", "head.{}", "E", "K"),
-        *_linear("align.head", "final_clip_decoder_for_projs.{}.head", "E", "E"),
-        *_affine("align.norm", "final_clip_decoder_for_projs.{}.norm", "E"),
+        *affine("fc_norm", "fc_norm", "E"),
+        *linear("heads", "head.{}", "E", "K"),
+        *linear("align.head", "final_clip_decoder_for_projs.{}.head", "E", "E"),
+        *affine("align.norm", "final_clip_decoder_for_projs.{}.norm", "E"),
     ),
     {
         "blocks": "blocks",
@@ -204,9 +206,9 @@ INTERNVIDEO2 = Architecture(
 
 def _decoder(path: str, name: str, width: str, out: str) -> list[Leaf]:
     return [
-        *_linear(f"{path}.fc1", f"{name}.head.0", width, width),
-        *_linear(f"{path}.fc2", f"{name}.head.2", width, out),
-        *_affine(f"{path}.norm", f"{name}.norm", out),
+        *linear(f"{path}.fc1", f"{name}.head.0", width, width),
+        *linear(f"{path}.fc2", f"{name}.head.2", width, out),
+        *affine(f"{path}.norm", f"{name}.norm", out),
     ]
 
 

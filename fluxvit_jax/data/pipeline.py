@@ -421,7 +421,7 @@ class TrainGroups:
         failures: list[str] = []
         for video in self._candidates(int(samples[0]) // self.repeats):
             try:
-                with _reading(self.source, video, self.quarantine) as record:
+                with reading_video(self.source, video, self.quarantine) as record:
                     clips = self._clips(record, samples, grid)
                 return clips, record.label, "\n".join(failures)
             except DecodeError as error:
@@ -477,7 +477,7 @@ class EvaluationVideos:
         if number < len(self.source):
             video = number
             try:
-                with _reading(self.source, number, self.quarantine) as record:
+                with reading_video(self.source, number, self.quarantine) as record:
                     name, label = record.id, record.label
                     with self.open_video(record.video) as opened:
                         views = self._views(opened)
@@ -545,7 +545,7 @@ class HostShare:
 
 
 @contextlib.contextmanager
-def _reading(source: Source, number: int, quarantine: Quarantine) -> Iterator[Record]:
+def reading_video(source: Source, number: int, quarantine: Quarantine) -> Iterator[Record]:
     """A context that reads a video of a source: what hangs or crashes inside is charged to it.
 
     Raises DecodeError, which names the id of the video, or its number if not even that can be read.

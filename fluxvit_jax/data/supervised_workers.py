@@ -49,7 +49,8 @@ ALIGNMENT = 64  # bytes, of arrays in shared memory
 # Deaths that are the fault of the clip. For lack of memory the kernel sends SIGKILL or SIGBUS.
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 
-Make = Callable[[int], Any]
+Number = Any  # a number, or another small value with an order, such as a tuple of numbers
+Make = Callable[[Number], Any]
 Quarantine = dict[str, str]  # clip -> why it is not to be read
 Received = tuple[tuple[Any, ...], int | None]  # a message, and the descriptor of a file with it
 
@@ -81,7 +82,7 @@ class SupervisedWorkers:
         self._job, self._job_sizes = _pack((make, quarantine))  # pickled together: one object
         self._in_job = set(quarantine)
         self.clips_read = 0
-        self._pending: list[int] = []  # a heap of numbers that no worker has
+        self._pending: list[Number] = []  # a heap of numbers that no worker has
         self._killed_at: str | None = None  # clip of the last death that was charged to none
         self._workers: list[_Worker] = []
         # Before the interpreter's end, which waits for processes that ignore its SIGTERM.
@@ -90,11 +91,11 @@ class SupervisedWorkers:
             for _ in range(workers):
                 self._start_worker()
 
-    def submit(self, number: int) -> None:
+    def submit(self, number: Number) -> None:
         """Has `make(number)` computed. Smaller numbers come first."""
         heapq.heappush(self._pending, number)
 
-    def finished(self) -> list[tuple[int, Any]]:
+    def finished(self) -> list[tuple[Number, Any]]:
         """(number, result) of what was finished since the last call; waits up to `POLL_SECONDS`.
 
         An exception that `make` raised is a result.
@@ -106,7 +107,7 @@ class SupervisedWorkers:
         watched = [(w.channel.fileno(), w.process.sentinel) for w in self._workers]
         connection.wait(itertools.chain(*watched), POLL_SECONDS)
         waited = min(time.monotonic() - begin, POLL_SECONDS)
-        results: list[tuple[int, Any]] = []
+        results: list[tuple[Number, Any]] = []
         for worker in list(self._workers):
             died = worker.process.exitcode is not None  # before what it has said is read
             begun = worker.clips_read
@@ -206,7 +207,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.channel = _Channel(ours)
-        self.numbers: list[int] = []
+        self.numbers: list[Number] = []
         self.clip = ""
         self.clips_read = 0
         self.silent = 0.0
@@ -216,7 +217,7 @@ class _Worker:
     def busy(self) -> bool:
         return bool(self.numbers) or not self.ready
 
-    def hear(self, results: list[tuple[int, Any]]) -> bool:
+    def hear(self, results: list[tuple[Number, Any]]) -> bool:
         """Takes what the worker has said; returns whether that was anything."""
         heard = False
         while (received := self.channel.receive(wait=False)) is not None:
@@ -317,7 +318,7 @@ def _work(main: socket.socket) -> None:
             channel.send(*_computed(make, number))
 
 
-def _computed(make: Make, number: int) -> tuple[tuple[Any, ...], IO[bytes] | None]:
+def _computed(make: Make, number: Number) -> tuple[tuple[Any, ...], IO[bytes] | None]:
     """The message with `make(number)`, in a file, or with the exception that it raised."""
     try:
         file, sizes = _pack(make(number))

@@ -10,22 +10,26 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
+from jax._src import clusters  # JAX tells host 0's port only after its crash at one that is taken
 
+from fluxvit_jax.distributed import lifelines
 from fluxvit_jax.distributed.mesh import coordination_client, gather, host_count, host_index
+from fluxvit_jax.distributed.watchdog import STATUS
 from fluxvit_jax.errors import UserError
 
 CONNECT_SECONDS = 300  # to wait for the last host
 NOTICE_SECONDS = 5  # of waiting before we say so
-HEARTBEAT_SECONDS = 30  # until the others notice that a host has died, and end; JAX's is 100
+HEARTBEAT_SECONDS = 60  # until JAX notices a death that `lifelines` have missed; JAX's is 100
 SHUTDOWN_SECONDS = 20  # to wait, after a failure, for a host that hangs
 WATCH_SECONDS = 1  # between two checks whether another host has failed
 GRACE_SECONDS = 2  # for a host to report the same failure itself
@@ -40,13 +44,13 @@ def joined(coordinator: str = "", hosts: int = 0, host: int = -1) -> Iterator[No
 
     Leaving it waits for all of them, however long the first one still writes. An exception or a
     signal that ends one process ends them all: each prints the reason, and exits with the status
-    that `main` would exit with.
+    that `main` would exit with. If one dies without a word, the others exit with `STATUS`.
     """
     start(coordinator, hosts, host)
     if host_count() == 1:
         yield
         return
-    with _ended_by_others():
+    with lifelines.connected(_end_after_death), _ended_by_others():
         try:
             yield
             barrier()
@@ -54,6 +58,9 @@ def joined(coordinator: str = "", hosts: int = 0, host: int = -1) -> Iterator[No
             _end_others(2, str(error))
             raise
         except Exception as error:
+            time.sleep(
+                GRACE_SECONDS
+            )  # for `_end_after_death`, if that is what the error comes from
             message = f"{type(error).__name__}: {_line(error)}"
             _end_others(1, f"{message}; the log of that host has more")
             raise
@@ -67,7 +74,8 @@ def start(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
     knows: Cloud TPU, SLURM's srun, Kubernetes, Open MPI. In any other one this process runs alone;
     in an allocation of SLURM without srun, it also prints that it does.
 
-    Raises UserError: only a part of the three is given; the others cannot be reached.
+    Raises UserError: only a part of the three is given; the port is taken; the others cannot be
+    reached.
     """
     given = (":" in coordinator, hosts > 0, host >= 0)
     if any((coordinator, *given)) and not all(given):
@@ -82,40 +90,80 @@ def start(coordinator: str = "", hosts: int = 0, host: int = -1) -> None:
             file=sys.stderr,
         )
         return
-    where = coordinator or "the first of them"
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        _connect(coordinator or None, hosts, host)
-    except TimeoutError as error:
-        raise UserError(
-            f"the hosts did not all reach {where} within {CONNECT_SECONDS} s; start them all, and "
-            "see whether one of them says why it ended"
-        ) from error
-    except (ValueError, OSError) as error:
-        if coordinator or "coordinator_address should be defined" not in str(error):
-            raise UserError(f"the hosts cannot find each other: {_line(error)}") from error
-    except RuntimeError as error:
-        raise UserError(f"the hosts cannot reach {where}: {_line(error)}") from error
+        place = _Place(coordinator, hosts, host, _local_devices()) if coordinator else _detect()
+        if place is None:
+            return
+        if place.host == 0:
+            _check_port(place.coordinator)
+        _connect(place)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise UserError(f"the hosts cannot find each other: {_line(error)}") from error
     for number, handler in handlers.items():  # JAX takes SIGTERM for its own way to stop
         signal.signal(number, handler)
 
 
-def _connect(coordinator: str | None, hosts: int, host: int) -> None:
-    """`jax.distributed.initialize` within `CONNECT_SECONDS`, or a TimeoutError.
+class _Place(NamedTuple):
+    """The place of this process among the others.
+
+    coordinator: "ADDRESS:PORT" of host 0; hosts: number of processes; host: of this one; devices:
+    the local ones that it has, [] for all, None for those that JAX_LOCAL_DEVICE_IDS names, or all.
+    """
+
+    coordinator: str
+    hosts: int
+    host: int
+    devices: Sequence[int] | None
+
+
+def _detect() -> _Place | None:
+    """What the environment tells; None if this process is alone."""
+    coordinator, hosts, host, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator_address=os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes=None,
+        process_id=None,
+        local_device_ids=_local_devices(),
+        cluster_detection_method=None,
+        initialization_timeout=CONNECT_SECONDS,
+    )
+    if coordinator is None or hosts is None or host is None:
+        return None
+    return _Place(
+        coordinator, hosts, host, None if "JAX_LOCAL_DEVICE_IDS" in os.environ else devices
+    )
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises UserError if host 0 cannot listen at its port, where JAX would crash."""
+    bound = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    address, _, port = (bound or f"[::]:{coordinator.rpartition(':')[2]}").rpartition(":")
+    try:
+        lifelines.listen(address.strip("[]"), int(port)).close()
+    except (OSError, OverflowError, ValueError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no such port"
+        raise UserError(
+            f"host 0 cannot listen at port {port} for {coordinator}: {reason}; end what uses it, "
+            "such as an earlier run, or give all hosts another port"
+        ) from error
+
+
+def _connect(place: _Place) -> None:
+    """`jax.distributed.initialize` within `CONNECT_SECONDS`.
 
     It runs in a thread: nothing can interrupt a wait within JAX, and at its own timeout JAX aborts
-    the process. Without a coordinator, JAX finds all three itself.
+    the process. Raises UserError if that time is over, and what JAX raises.
     """
     errors: list[Exception] = []
 
     def connect() -> None:
         try:
             jax.distributed.initialize(
-                coordinator_address=coordinator,
-                num_processes=hosts if coordinator else None,
-                process_id=host if coordinator else None,
-                local_device_ids=_local_devices(),
-                cluster_detection_method="deactivate" if coordinator else None,
+                coordinator_address=place.coordinator,
+                num_processes=place.hosts,
+                process_id=place.host,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
                 initialization_timeout=2 * CONNECT_SECONDS,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 shutdown_timeout_seconds=SHUTDOWN_SECONDS,
@@ -133,9 +181,24 @@ def _connect(coordinator: str | None, hosts: int, host: int) -> None:
         )
     thread.join(CONNECT_SECONDS - NOTICE_SECONDS)
     if thread.is_alive():
-        raise TimeoutError
+        raise UserError(_why_nobody_came(place))
     if errors:
         raise errors[0]
+
+
+def _why_nobody_came(place: _Place) -> str:
+    address, _, port = place.coordinator.rpartition(":")
+    try:
+        socket.create_connection((address.strip("[]"), int(port)), NOTICE_SECONDS).close()
+    except OSError as error:
+        return (
+            f"host 0 did not answer at {place.coordinator} within {CONNECT_SECONDS} s "
+            f"({_line(error)}); see whether it says why it ended, and whether that is its address"
+        )
+    return (
+        f"the hosts did not all reach {place.coordinator} within {CONNECT_SECONDS} s; start them "
+        "all, and see whether one of them says why it ended"
+    )
 
 
 def _outside_srun() -> bool:
@@ -301,7 +364,22 @@ def _end_by_signal(handler: Callable[[int, Any], None], number: int, frame: Any)
     handler(number, frame)
 
 
+def _end_after_death(host: int) -> None:
+    """Ends this process at once, as a host that died can do no more; others end likewise."""
+    if not _ending.acquire(blocking=False):
+        return
+    print(
+        f"error: host {host} has died without a word: it was killed, its memory ran out, or its "
+        "machine or network is gone; this run ends. The same command on all hosts goes on from the "
+        "last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(STATUS)
+
+
 def _leave() -> None:
     """Waits up to `SHUTDOWN_SECONDS` until all hosts leave: host 0 must not be the first."""
+    lifelines.leave()
     with contextlib.suppress(RuntimeError):
         jax.distributed.shutdown()

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed as jax_distributed  # no public name for the service's client
+from jax._src import distributed as jax_distributed  # no public name for what it knows
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -236,6 +236,11 @@ def host_count() -> int:
 def coordination_client() -> Any:
     """The client of JAX's coordination service, if there are several hosts."""
     return jax_distributed.global_state.client
+
+
+def coordinator_address() -> str:
+    """ "ADDRESS:PORT" of JAX's coordination service, if there are several hosts."""
+    return jax_distributed.global_state.coordinator_address or ""
 
 
 def gather(items: Sequence[Any]) -> list[Any]:

@@ -11,10 +11,10 @@ import threading
 import time
 from pathlib import Path
 
-from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed import lifelines, storage
 from fluxvit_jax.distributed.mesh import host_count, host_index
 
-STATUS = 75  # exit status of a program that hung; sysexits.h: a temporary failure
+STATUS = 75  # exit status of what may do better when started again; sysexits.h: EX_TEMPFAIL
 POLL_SECONDS = 1.0
 STACKS = "FLUXVIT_STACKS"  # environment variable: file that processes write their stacks to
 SIGNAL = signal.SIGUSR1  # on which they do
@@ -89,6 +89,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+        lifelines.leave()  # the other hosts write where they hang, too
         os._exit(STATUS)  # an exception would not end a main thread that hangs
 
     def _write_stacks(self) -> str:

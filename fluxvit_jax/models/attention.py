@@ -39,6 +39,9 @@ KERNELS: tuple[str, ...] = get_args(Kernel)
 MASKED = -1e30  # bias of a masked key, finite so that differences are not NaN
 INTERPRET_SPLASH = False  # for tests on CPU; unlike ours, JAX's kernels cannot tell the platform
 
+BEST = {"cpu": ("chunked",), "tpu": ("pallas", "splash"), "gpu": ("cudnn",)}  # then "xla"
+# Kernels, with sizes of heads, that compute wrong here: see `distributed.kernel_check`.
+REFUSED: set[tuple[str, int]] = set()
 PLATFORM = {"pallas": ("tpu",), "splash": ("tpu",), "cudnn": ("gpu", "cuda")}
 CUDNN_HEAD_LIMIT = 128  # before Hopper; from then on 256
 
@@ -103,8 +106,10 @@ def choose(kind: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
     """
     small = jnp.dtype(dtype).itemsize == 2 and head_size % 8 == 0 and head_size <= CUDNN_HEAD_LIMIT
     if kind == "auto":
-        fits = {"cpu": "chunked", "tpu": "pallas", "gpu": "cudnn" if small else "xla"}
-        return fits.get("gpu" if platform == "cuda" else platform, "xla")
+        for kernel in BEST.get("gpu" if platform == "cuda" else platform, ()):
+            if (kernel != "cudnn" or small) and (kernel, head_size) not in REFUSED:
+                return kernel
+        return "xla"
     if kind not in KERNELS:
         raise ValueError(f"attention {kind!r} is none of auto, {', '.join(KERNELS)}")
     if platform not in PLATFORM.get(kind, (platform,)):

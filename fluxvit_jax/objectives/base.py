@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
+from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.distributed.partition_rules import Rules
@@ -103,6 +104,12 @@ class Objective:
     def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
         """The parameters that are not trained, on the mesh. Raises UserError if invalid."""
         return {}
+
+    @classmethod
+    def head_sizes(cls, config: ConfigDict) -> set[int]:
+        """Channels of an attention head, of every network that the objective runs."""
+        variant = VARIANTS[config.model.variant]
+        return {variant.width // variant.heads}
 
     @classmethod
     def clip_fields(cls, config: ConfigDict) -> Fields:

@@ -173,6 +173,12 @@ class FluxUMT(Objective):
         return load_teacher(config, mesh, cls.partition_rules)
 
     @classmethod
+    def head_sizes(cls, config: ConfigDict) -> set[int]:
+        teacher = teacher_config(config)
+        own = {teacher.width // teacher.heads} if runs_teacher(config) else set()
+        return super().head_sizes(config) | own
+
+    @classmethod
     def clip_fields(cls, config: ConfigDict) -> Fields:
         return {} if runs_teacher(config) else target_fields(config)
 

@@ -15,6 +15,26 @@ def share_interval(right: int, videos: int) -> Interval:
     return float(low), float(high)
 
 
+def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:
+    """Bootstrap interval of a mean of values [n]; the seed is fixed.
+
+    groups: int [n] from 0; values of a group, such as captions of a video, are drawn together, as
+    they are not independent. By default each is a group.
+
+    Raises ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("no values")
+    groups = np.arange(len(values)) if groups is None else groups
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    rng, means = np.random.default_rng(0), []
+    for _ in range(RESAMPLES // 100):  # in parts, which fit into memory
+        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), 100)
+        means.append(drawn @ sums / (drawn @ sizes))
+    low, high = np.quantile(np.concatenate(means), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return float(low), float(high)
+
+
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, Interval]:
     """The mean of a - b over the same videos, and its bootstrap interval over videos.
 

@@ -9,7 +9,6 @@ this device is measured. Results are on disk at once (`results_log`), and a stop
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -33,13 +32,15 @@ from fluxvit_jax.distributed.mesh import (
     round_up_to_shards,
     say,
 )
+from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import evaluate
 from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
 from fluxvit_jax.models.flops import gflops
 from fluxvit_jax.token_optimization import latency, planner, report
-from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator, DecodedVideo
+from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
 from fluxvit_jax.token_optimization.candidates import Candidate, candidates, stages, top_half
+from fluxvit_jax.token_optimization.frame_reader import DecodedVideo, FrameReader, Task
 from fluxvit_jax.token_optimization.results_log import (
     CHOOSE,
     REPORT,
@@ -81,7 +82,11 @@ def run(config: ConfigDict, workdir: str) -> int:
     for note in notes:
         say(f"warning: {note}")
     folder = path / FOLDER
-    with WorkdirLock(folder), Search(config, weights, splits, notes, folder) as search:
+    with (
+        Watchdog(config.log.watchdog_seconds, path) as watchdog,
+        WorkdirLock(folder),
+        Search(config, weights, splits, notes, folder, watchdog) as search,
+    ):
         search.choose()
         search.report()
         search.measure_costs()
@@ -170,12 +175,14 @@ class Search:
         splits: Sequence[Split],
         notes: Sequence[str],
         folder: epath.Path,
+        watchdog: Watchdog,
     ):
         """Starts a search, or resumes the one in the folder.
 
         Raises UserError: there are no candidates, or the folder holds results of something else.
         """
         self._config, self._weights, self._notes, self._folder = config, weights, notes, folder
+        self._watchdog = watchdog
         self._mesh = make_mesh(config)
         self._chunk = round_up_to_shards(config.eval.batch_size, self._mesh)  # over all hosts
         self._model = model_config(config)
@@ -210,7 +217,9 @@ class Search:
     @cached_property
     def _evaluator(self) -> CandidateEvaluator:
         """Made when the first chunk needs it: a finished search puts no weights on the devices."""
-        return CandidateEvaluator(self._config, self._weights.params, self._mesh)
+        return CandidateEvaluator(
+            self._config, self._weights.params, self._mesh, self._watchdog.pause
+        )
 
     def _close_evaluator(self) -> None:
         if "_evaluator" in vars(self):
@@ -246,6 +255,7 @@ class Search:
     def measure_costs(self) -> None:
         """Measures the cost on this device of each candidate that was not dropped."""
         self._close_evaluator()  # its weights and programs leave the device
+        self._watchdog.pause()
         if host_index() != 0:
             return
         device, batch = devices.device_name(), self._config.search.timed_batch
@@ -265,7 +275,9 @@ class Search:
             for candidate, cost in zip(missing, costs, strict=True):
                 self._results.add_cost(device, batch, candidate.program, asdict(cost))
                 bar.update()
+                self._watchdog.alive()
                 self._write_now_and_then()
+        self._watchdog.pause()
         self._finished = True
 
     def write(self) -> dict[str, Any]:
@@ -354,28 +366,26 @@ class Search:
             desc={CHOOSE: "choosing", REPORT: "reporting"}[split.name],
             bar_format="{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left{postfix}",
         )
-        with bar:
-            reading = self._read(split, *pending[0])
+        local = len(self._local_numbers(0))
+        with bar, FrameReader(self._config, split.source, local) as reader:
+            reader.start(self._tasks(*pending[0]))
             for (first, missing), following in zip(pending, [*pending[1:], None], strict=True):
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
                 if split.name == CHOOSE:
                     self._num_compared = first
-                videos = [future.result() for future in reading]
-                # The next chunk is read while the devices work on this one.
-                reading = self._read(split, *following) if following else []
-                self._evaluate_chunk(split, first, missing, videos, bar)
+                videos = [reader.take(task) for task in self._tasks(first, missing)]
+                if following:  # is read while the devices work on this chunk
+                    reader.start(self._tasks(*following))
+                self._evaluate_chunk(split, first, missing, videos, reader, bar)
 
     def _local_numbers(self, first: int) -> list[int]:
         """This host's videos of the chunk that begins with number `first`."""
         return [first + int(row) for row in local_row_indices(self._mesh, self._chunk)]
 
-    def _read(
-        self, split: Split, first: int, missing: Sequence[Candidate]
-    ) -> list[Future[DecodedVideo]]:
-        """Starts to read this host's part of a chunk for the candidates."""
-        source = split.source
-        records = [source[n] if n < len(source) else None for n in self._local_numbers(first)]
-        return self._evaluator.read(records, missing)
+    def _tasks(self, first: int, missing: Sequence[Candidate]) -> list[Task]:
+        """The reading of this host's part of a chunk for the candidates."""
+        grids = tuple(dict.fromkeys(candidate.grid for candidate in missing))
+        return [(number, grids, 0) for number in self._local_numbers(first)]
 
     def _evaluate_chunk(
         self,
@@ -383,18 +393,20 @@ class Search:
         first: int,
         missing: Sequence[Candidate],
         videos: Sequence[DecodedVideo],
+        reader: FrameReader,
         bar: tqdm,
     ) -> None:
         """Evaluates candidates on the chunk of videos that begins with number `first`."""
         numbers = self._local_numbers(first)
         failures = [[n, v.failure] for n, v in zip(numbers, videos, strict=True) if v.failure]
         self._results.add_failures(split.name, dict(gather(failures)))
-        for candidate, local in self._evaluator.evaluate(videos, numbers, missing):
+        for candidate, local in self._evaluator.evaluate(videos, missing, reader):
             # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
             outcomes = dict(gather(list(zip(numbers, local, strict=False))))
             text = "".join(outcomes[number] for number in sorted(outcomes))
             self._results.add_outcomes(split.name, first, candidate.name, text)
             bar.update(self._work[candidate.name].all)
+            self._watchdog.alive()
             self._write_now_and_then()
 
     def _describe_split(self, split: Split) -> dict[str, Any]:

@@ -14,15 +14,32 @@ import cv2
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from fluxvit_jax.checkpoints.workdir import METRICS
 from fluxvit_jax.config.fields import flatten
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.training.wandb_run import WandbRun
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Hides PyTorch from imports, unless it is imported already."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
+# tensorboardX imports PyTorch where it finds it, which takes seconds, for tensors that we lack.
+with _without_torch():
+    from tensorboardX import SummaryWriter
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import register_writer_factory
 
 SILENCE = 10  # seconds after which progress is said whatever the interval
 

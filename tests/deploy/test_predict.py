@@ -74,10 +74,11 @@ def test_the_command(finished, videos, tiny_data, compiled, tmp_path):
         tiny.start(
             *(tiny_data, finished.workdir, compiled, "--mode=predict", "--tokens=24,12", "--top=2"),
             *(f"--video={videos / 'odd.mp4'}", f"--class_names={tmp_path / 'names.txt'}"),
-            f"--out={tmp_path / 'out'}",
+            *(f"--out={tmp_path / 'out'}", f"--compile_cache={tmp_path / 'programs'}"),
         )
     )
     assert status == 0, err
+    assert list((tmp_path / "programs").iterdir())
     lines = out.splitlines()
     assert re.match(r"24 of 54 tokens \(6 frames of 42 x 42 px, head 0\): [\d.]+ ms", lines[0])
     assert re.match(r"12 of 16 tokens \(4 frames of 28 x 28 px, head 1\): [\d.]+ ms", lines[3])

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import signal
+import socket
 import textwrap
 
 import pytest
 
 from fluxvit_jax.distributed.hosts import _local_devices, start
+from fluxvit_jax.distributed.watchdog import STATUS
 from fluxvit_jax.errors import UserError
 from tests import hosts, tiny
 
@@ -26,6 +29,12 @@ distributed.start(*flags[:1], *map(int, flags[1:]))
 distributed.barrier()
 joined = jax.distributed.is_initialized()
 print(jax.process_index(), jax.process_count(), jax.device_count(), joined)
+"""
+
+
+SHORT = """
+from fluxvit_jax.distributed import hosts
+hosts.NOTICE_SECONDS, hosts.CONNECT_SECONDS = 1, 2
 """
 
 
@@ -89,18 +98,16 @@ def test_without_srun_a_process_of_slurm_is_alone(compiled, tmp_path, environmen
 
 def test_a_wait_for_other_hosts_is_said(compiled, tmp_path):
     """Also where a task of SLURM's waits for tasks that nobody started."""
-    short = "from fluxvit_jax.distributed import hosts as distributed\n"
-    short += "distributed.NOTICE_SECONDS, distributed.CONNECT_SECONDS = 1, 3"
     (alone,) = hosts.run(
         tmp_path,
         compiled,
-        code=short + STARTED,
+        code=SHORT + STARTED,
         flags=False,
         folders=hosts.ROOTS[:1],
         environments=(slurm(1, 2, JOB + 4) | {"SLURM_STEP_NUM_TASKS": "2"},),
     )
-    assert "waiting for the other processes of this program, up to 3 s" in alone.err
-    assert "UserError: the hosts did not all reach the first of them within 3 s" in alone.err
+    assert "waiting for the other processes of this program, up to 2 s" in alone.err
+    assert "UserError: host 0 did not answer at localhost:" in alone.err
 
 
 def test_a_task_with_a_node_to_itself_has_all_its_devices(monkeypatch):
@@ -135,13 +142,39 @@ def test_hosts_that_never_come(compiled, tmp_path):
         tmp_path,
         compiled,
         *("--coordinator=localhost:1", "--hosts=2", "--host=1"),
-        code="from fluxvit_jax.distributed import hosts\nhosts.CONNECT_SECONDS = 2" + STARTED,
+        code=SHORT + STARTED,
         flags=False,
         folders=hosts.ROOTS[:1],
         environments=({},),
     )
     assert alone.status
-    assert "UserError: the hosts did not all reach localhost:1 within 2 s; start" in alone.err
+    assert "UserError: host 0 did not answer at localhost:1 within 2 s ([Errno 111]" in alone.err
+
+
+@pytest.mark.parametrize("environment", [{}, slurm(0, 2, JOB + 5)], ids=["flags", "slurm"])
+def test_a_port_in_use(compiled, tmp_path, environment):
+    """Host 0 says so at once, where JAX would crash; the others hear nothing from there."""
+    port = 61440 + (JOB + 5) % 4096 if environment else 0  # JAX's, of a job
+    with socket.create_server(("localhost", port)) as taken:
+        port = taken.getsockname()[1]
+        flags = [f"--coordinator=localhost:{port}", "--hosts=2", "--host="]
+        both = [
+            hosts.run(
+                tmp_path / str(host),
+                compiled,
+                *([] if environment else [*flags[:2], f"{flags[2]}{host}"]),
+                code="from fluxvit_jax.distributed import hosts\nhosts.CONNECT_SECONDS = 2"
+                + STARTED,
+                flags=False,
+                folders=hosts.ROOTS[:1],
+                environments=(environment,),
+            )[0]
+            for host in ((0,) if environment else (0, 1))
+        ]
+    line = f"UserError: host 0 cannot listen at port {port} for localhost:{port}: Address already"
+    assert line in both[0].err
+    for waited in both[1:]:
+        assert f"UserError: the hosts did not all reach localhost:{port} within 2 s" in waited.err
 
 
 # --- How hosts agree
@@ -282,9 +315,6 @@ sys.exit(main.main())
     [
         (1, "raise ValueError('a mistake')", 1, "ValueError: a mistake; the log of that host has"),
         (0, "os.kill(os.getpid(), signal.SIGTERM)", 143, "was stopped by SIGTERM"),
-        # Nobody can say this but JAX, which takes the others down with a report of its own.
-        (0, "os.kill(os.getpid(), signal.SIGKILL)", -9, ""),
-        (1, "os.kill(os.getpid(), signal.SIGKILL)", -9, ""),
     ],
 )
 def test_the_end_of_one_host_is_that_of_all(
@@ -293,13 +323,29 @@ def test_the_end_of_one_host_is_that_of_all(
     code = ONE_ENDS.format(host=host, end=end)
     command = [f"--config={tiny.__file__}:{tiny_data}", f"--workdir={tmp_path}/run"]
     ended = hosts.run(tmp_path, compiled, *command, code=code)
-    first, other = ended[host], ended[1 - host]
-    assert first.status == status
-    if message:
-        assert other.status == status
-        assert [f"error: host {host}: {message}" in error for error in other.errors] == [True]
-    else:
-        assert other.status and "another task died" in other.err
+    other = ended[1 - host]
+    assert [own.status for own in ended] == [status, status]
+    assert [f"error: host {host}: {message}" in error for error in other.errors] == [True]
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_host_that_is_killed(tiny_data, compiled, tmp_path, host):
+    """The others say so at once, and end before JAX aborts them."""
+    code = ONE_ENDS.format(host=host, end="os.kill(os.getpid(), signal.SIGKILL)")
+    three = hosts.run(
+        tmp_path,
+        compiled,
+        *(f"--config={tiny.__file__}:{tiny_data}", f"--workdir={tmp_path}/run"),
+        code=code.replace("distributed.HEARTBEAT_SECONDS = 5", ""),
+        devices=1,
+        folders=[tiny.ROOT] * 3,
+        environments=({}, {}, {}),
+    )
+    assert three.pop(host).status == -signal.SIGKILL
+    for other in three:
+        assert other.status == STATUS
+        (line,) = other.err.splitlines()
+        assert line.startswith(f"error: host {host} has died without a word: it was killed, ")
 
 
 # --- Who has which clips

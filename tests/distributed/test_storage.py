@@ -26,6 +26,7 @@ from fluxvit_jax.data.annotations import Record, open_source, read_class_names, 
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.prepare import Prepared, prepare
 from fluxvit_jax.distributed import atomic, checksums, storage
+from fluxvit_jax.doctor.outcome import NOT_HERE, OK, Place, outcome_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization.results_log import CHOOSE, ResultsLog
 from fluxvit_jax.training.metrics import Metrics
@@ -408,3 +409,11 @@ def test_files_of_this_machine_need_none_of_it(tiny_data):
     assert process.returncode == 0, process.stderr
     message = "gs://bucket/train.csv: needs gcsfs: pip install gcsfs\n"
     assert process.stdout == 4 * message
+
+
+@needs_gcsfs
+def test_what_the_doctor_asks_of_storage_holds(emulator, tmp_path):
+    place = Place(f"{BUCKET}/doctor", str(tmp_path), time.monotonic() + 300)
+    assert outcome_of("workdir.space", place).result == NOT_HERE
+    for check in ("clock", "lock", "writes"):
+        assert outcome_of(f"workdir.{check}", place).result == OK, check

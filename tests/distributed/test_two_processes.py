@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from fluxvit_jax.checkpoints.checkpointer import restore_params
+from fluxvit_jax.distributed.watchdog import STATUS
 from fluxvit_jax.evaluation import evaluate
 from fluxvit_jax.token_optimization import latency, search
 from tests import hosts, tiny
@@ -227,6 +230,27 @@ def test_stopped_while_both_evaluate(pair, tiny_data, compiled, tmp_path):
     assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
     assert "stopped at step 8; the same command goes on from there" in both[0].err
     assert [line["step"] for line in split_of(workdir, "validation")] == [4]
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
+    pair, tiny_data, compiled, tmp_path
+):
+    workdir = shutil.copytree(pair, tmp_path / "run")
+    unfinish(workdir, 4)
+    killed = SIGNALLED.format(hosts="{1}", name="SIGKILL", function="train.device_batch")
+    for code, statuses in ((killed, [STATUS, -signal.SIGKILL]), ("", [0, 0])):
+        both = hosts.run(tmp_path / "logs", compiled, *arguments(tiny_data, workdir), code=code)
+        assert [ended.status for ended in both] == statuses, both[0].err
+        if code:
+            (error,) = both[0].errors
+            assert error.startswith("error: host 1 has died without a word")
+            assert "stack trace" not in both[0].err and "Traceback" not in both[0].err
+    assert "going on from step 4 of 8" in both[0].err
+    first, second = (tiny.read_lines(run / "metrics.jsonl") for run in (workdir, pair))
+    assert first == second
+    ours, theirs = (restore_params(run / f"checkpoints/{STEPS}") for run in (workdir, pair))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 # --- Evaluation and search

@@ -134,8 +134,8 @@ def test_several_labels_are_mixed():
     objective = make_objective(config, admissible_grids(config), "cpu")
     labels = np.array([[1, 1, 0, 0], [0, 1, 0, 1]], np.uint8)
     batch = {
-        "patches": jnp.zeros((2, 189, fluxvit.PATCH_VALUES), jnp.uint8),
-        "grid": jnp.tile(jnp.int32([21, 3, 3]), (2, 1)),
+        "patches": jnp.zeros((2, 99, fluxvit.PATCH_VALUES), jnp.uint8),
+        "grid": jnp.tile(jnp.int32([11, 3, 3]), (2, 1)),
         "label": jnp.asarray(labels),
     }
     _, targets = objective._augmented(batch, jax.random.split(jax.random.key(1), 2))
@@ -221,8 +221,8 @@ def test_the_weight_of_the_alignment():
     )
     rng = np.random.default_rng(0)
     batch = {
-        "patches": rng.integers(0, 256, (2, 189, fluxvit.PATCH_VALUES), dtype=np.uint8),
-        "grid": np.tile(np.int32([21, 3, 3]), (2, 1)),
+        "patches": rng.integers(0, 256, (2, 99, fluxvit.PATCH_VALUES), dtype=np.uint8),
+        "grid": np.tile(np.int32([11, 3, 3]), (2, 1)),
         "label": np.int32([1, 2]),
         "key": jax.random.split(jax.random.key(0), 2),
     }
@@ -238,7 +238,7 @@ def test_the_weight_of_the_alignment():
 
     def term(projector):
         network = fluxvit.from_params(fluxvit.graphdef(model), params | {"align": projector})
-        patches, limits = fluxvit.normalize(batch["patches"]), GridLimits(21, 3, 3, 189)
+        patches, limits = fluxvit.normalize(batch["patches"]), GridLimits(11, 3, 3, 99)
         large, small = (
             network(patches, batch["grid"], budget, head, limits)[1]
             for head, budget in enumerate((24, 12))

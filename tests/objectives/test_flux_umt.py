@@ -204,9 +204,9 @@ def trained() -> tuple[dict, dict]:
 def clips() -> dict:
     """Two groups of two clips on different grids."""
     rng = np.random.default_rng(1)
-    grids = np.repeat(np.int32([(16, 2, 3), (21, 3, 3)]), 2, axis=0)
-    patches = rng.integers(0, 256, (4, 189, fluxvit.PATCH_VALUES), dtype=np.uint8)
-    patches[:2, 96:] = 0
+    grids = np.repeat(np.int32([(8, 2, 3), (11, 3, 3)]), 2, axis=0)
+    patches = rng.integers(0, 256, (4, 99, fluxvit.PATCH_VALUES), dtype=np.uint8)
+    patches[:2, 48:] = 0
     keys = jax.random.split(jax.random.key(5), 4)
     return {"patches": patches, "grid": grids, "label": np.zeros(4, np.int32), "key": keys}
 

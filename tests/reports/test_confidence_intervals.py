@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from fluxvit_jax.reports.confidence_intervals import paired_difference, share_interval
+from fluxvit_jax.reports.confidence_intervals import (
+    mean_interval,
+    paired_difference,
+    share_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,16 @@ def test_what_are_not_the_same_videos_is_refused():
     for sizes in ((3, 4), (0, 0)):
         with pytest.raises(ValueError, match="not the same videos"):
             paired_difference(*(np.zeros(size, bool) for size in sizes))
+
+
+def test_a_mean_is_bootstrapped_by_groups():
+    """Values of a group are drawn together: equal ones count as one."""
+    rng = np.random.default_rng(1)
+    own = rng.random(80)
+    values, groups = np.repeat(own, 5), np.repeat(np.arange(80), 5)
+    expected = np.quantile(own[rng.integers(80, size=(10_000, 80))].mean(axis=1), [0.025, 0.975])
+    np.testing.assert_allclose(mean_interval(values, groups), expected, atol=0.006)
+    np.testing.assert_allclose(mean_interval(own), expected, atol=0.006)
+    assert np.ptp(mean_interval(values)) < 0.6 * np.ptp(expected)
+    with pytest.raises(ValueError, match="no values"):
+        mean_interval(np.zeros(0))

@@ -10,17 +10,22 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.distributed.watchdog import STATUS, Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import evaluate
-from fluxvit_jax.token_optimization import candidate_evaluator, latency, search
+from fluxvit_jax.grids import Grid
+from fluxvit_jax.token_optimization import candidate_evaluator, frame_reader, latency, search
+from fluxvit_jax.token_optimization.frame_reader import FrameReader
 from fluxvit_jax.token_optimization.planner import read_report
 from fluxvit_jax.token_optimization.results_log import FILE
 from fluxvit_jax.training import train
 from tests import tiny
+from tests.data.test_supervised_workers import REASONS, open_fatal
 from tests.evaluation.test_evaluate import random_params
 
 VIDEOS = {"choose": 16, "report": 13}
@@ -53,7 +58,7 @@ def run(folder: Path, out: Path, weights=None, **changes) -> dict:
     config = make_config(folder, **changes)
     weights = weights or weights_of(config)
     splits, notes = search.splits_of(config, weights)
-    with search.Search(config, weights, splits, notes, out) as one:
+    with search.Search(config, weights, splits, notes, out, Watchdog(0, out)) as one:
         one.choose()
         one.report()
         one.measure_costs()
@@ -168,7 +173,7 @@ def test_large_videos_are_decoded_again_for_the_same_numbers(
 ):
     few = {"search__budgets": (12,), "search__frames": "4"}
     once = run(tiny_data, tmp_path / "once", **few)
-    monkeypatch.setattr(candidate_evaluator, "MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(frame_reader, "MAX_DECODED_BYTES", 0)
     assert without_times(run(tiny_data, tmp_path / "again", **few)) == without_times(once)
 
 
@@ -181,9 +186,9 @@ def test_more_cells_later_keep_what_is_known(tiny_data, compiled, tmp_path, monk
     seen = []
     evaluate_chunk = candidate_evaluator.CandidateEvaluator.evaluate
 
-    def note(self, videos, numbers, cells):
+    def note(self, videos, cells, reader):
         seen.extend(cell.name for cell in cells)
-        return evaluate_chunk(self, videos, numbers, cells)
+        return evaluate_chunk(self, videos, cells, reader)
 
     monkeypatch.setattr(candidate_evaluator.CandidateEvaluator, "evaluate", note)
     more = run(tiny_data, tmp_path, search__budgets=(12,))
@@ -266,9 +271,11 @@ sys.exit(main(sys.argv))
 """
 
 
-def start(folder: Path, workdir: Path, cache: Path, *options: str) -> subprocess.Popen:
-    """`--mode=search` as a process, with timings that take no time."""
-    command = [sys.executable, "-c", QUICK, f"--config={tiny.__file__}:{folder}"]
+def start(
+    folder: Path, workdir: Path, cache: Path, *options: str, before: str = ""
+) -> subprocess.Popen:
+    """`--mode=search` as a process, with timings that take no time, and code to run before."""
+    command = [sys.executable, "-c", before + QUICK, f"--config={tiny.__file__}:{folder}"]
     command += [f"--workdir={workdir}", "--mode=search", "--config.search.frames=4..6..2"]
     return subprocess.Popen(
         [*command, *options],
@@ -298,17 +305,16 @@ def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, co
     lines = (whole / "search" / FILE).read_text().count("\n")
 
     killed = copy_of(finished, tmp_path, "killed")
-    moments = sorted(random.Random(time.time()).sample(range(1, lines), 2))
-    print("killed after lines", moments)
+    moment = random.Random(time.time()).randrange(1, lines)
+    print("killed after line", moment)
     path = killed / "search" / FILE
-    for moment in moments:
-        process = start(tiny_data, killed, compiled)
-        while not path.exists() or path.read_text().count("\n") < moment:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
-        path.write_bytes(path.read_bytes() + b'{"split": "choose", "first')  # a line cut short
+    process = start(tiny_data, killed, compiled)
+    while not path.exists() or path.read_text().count("\n") < moment:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    path.write_bytes(path.read_bytes() + b'{"split": "choose", "first')  # a line cut short
     _, log = start(tiny_data, killed, compiled).communicate()
     assert path.read_text().count("\n") == lines, log  # nothing was done twice
     reports = [json.loads((run / "search/report.json").read_text()) for run in (whole, killed)]
@@ -320,6 +326,52 @@ def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, co
             FILE,
             *(f"report.{kind}" for kind in ("json", "html", "csv", "png")),
         }
+
+
+# Chunk by chunk: the second one has a video that is never read.
+HANGING = """
+import time
+
+from fluxvit_jax.token_optimization import frame_reader
+
+def read_for_ever(video, *rest):
+    if video.name.endswith("/4.mp4"):
+        time.sleep(60)
+    return read(video, *rest)
+
+read, frame_reader.read_frames = frame_reader.read_frames, read_for_ever
+"""
+
+
+def test_a_search_that_hangs_ends(finished, tiny_data, compiled, tmp_path):
+    workdir = copy_of(finished, tmp_path, "run")
+    options = ("--config.search.budgets=(12,)", "--config.eval.batch_size=4")
+    limits = ("--config.data.clip_seconds=0", "--config.log.watchdog_seconds=2")
+    process = start(tiny_data, workdir, compiled, *options, *limits, before=HANGING)
+    _, log = process.communicate()
+    assert process.returncode == STATUS, log
+    assert "error: nothing was finished for 2 s (config.log.watchdog_seconds)" in log
+    assert "in read_for_ever" in (workdir / "stacks.txt").read_text()
+
+
+def test_videos_that_hang_or_crash_their_reader_count_as_failed(tiny_data):
+    """With the reasons that training and evaluation give."""
+    grids = (Grid(4, 2, 2), Grid(2, 3, 3))
+    config = make_config(tiny_data, data__workers=2, data__clip_seconds=1.0)
+    source = open_source(config.search.split, "", 4)
+    tasks = [(number, grids, 0) for number in range(18)]
+    with FrameReader(config, source, len(tasks), open_fatal) as reader:
+        reader.start(tasks)
+        videos = [reader.take(task) for task in tasks]
+    assert {f"{v.number}.mp4": v.failure for v in videos if v.failure} == REASONS
+    with FrameReader(make_config(tiny_data), source, len(tasks)) as reader:
+        plain = [reader.take(task) for task in tasks]
+    assert [video.number for video in plain] == [*range(16), -1, -1]
+    for video, own in zip(videos, plain, strict=True):
+        assert (video.number, video.is_too_large) == (own.number, False)
+        if video.frames is not None:
+            assert video.label == own.label
+            np.testing.assert_array_equal(video.frames.pixels, own.frames.pixels)
 
 
 # --- --config.eval.plan ---------------------------------------------------------------------------

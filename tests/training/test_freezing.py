@@ -28,7 +28,7 @@ FROZEN["2"] = FROZEN["backbone"]  # all of the blocks
 
 def a_batch(config) -> dict:
     grids = admissible_grids(config)
-    return grid_batch([grids[i] for i in (0, 39, 17, 5)], capacity(grids))
+    return grid_batch([grids[i] for i in (0, 19, 17, 5)], capacity(grids))
 
 
 def lowered_gradients(tiny_data, freeze: str, scan: bool):

@@ -1,0 +1,199 @@
+"""Connections between hosts that break when one of them dies, so that the others can say so.
+
+Host 0 has a TCP connection with every other host, besides those of JAX. The kernel closes it
+however a process dies, and its probes find out a machine that is gone. JAX alone would abort the
+others with a stack: up to a minute later, or at once if host 0 dies, which `_outlive` puts off.
+"""
+
+import contextlib
+import os
+import secrets
+import selectors
+import socket
+import stat
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+
+from fluxvit_jax.distributed.mesh import (
+    coordinator_address,
+    gather,
+    host_count,
+    host_index,
+    say,
+)
+
+# A machine may be silent for 25 s: less than half of hosts.HEARTBEAT_SECONDS, when JAX may abort.
+PROBES = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3}
+CONNECT_SECONDS = 10  # to reach host 0
+OUTLIVE_SECONDS = 5  # for all hosts to say that host 0 died
+NUMBER = struct.Struct("!i")  # a message: number of a host that died, or LEAVES
+LEAVES = -1  # the sender ends, and has said why
+
+_lifelines: "_Lifelines | None" = None  # of this process, if there are several hosts
+
+
+@contextlib.contextmanager
+def connected(on_death: Callable[[int], None]) -> Iterator[None]:
+    """A context of all hosts in which `on_death(host)` is called, in a thread, if another dies.
+
+    One that cannot reach host 0 goes without, and says so.
+    """
+    global _lifelines
+    _lifelines = _Lifelines(_connect(), on_death)
+    keeper = _outlive() if host_index() == 0 else contextlib.nullcontext()
+    with keeper:
+        try:
+            yield
+        finally:
+            leave()
+            _lifelines.close()
+            _lifelines = None
+
+
+def leave() -> None:
+    """Tells the other hosts that the end of this one is no death; without any, does nothing."""
+    if _lifelines is not None:
+        _lifelines.tell(LEAVES)
+
+
+class _Lifelines:
+    """The connections of this process. peers: each with the number of its host."""
+
+    def __init__(self, peers: dict[socket.socket, int], on_death: Callable[[int], None]):
+        self._peers, self._on_death = peers, on_death
+        self._ours, self._theirs = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        for readable in (self._theirs, *peers):
+            self._selector.register(readable, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def tell(self, number: int) -> None:
+        """Sends a message to all peers."""
+        for peer in list(self._peers):
+            with contextlib.suppress(OSError):
+                peer.send(NUMBER.pack(number))
+
+    def close(self) -> None:
+        self._ours.close()
+        self._thread.join()
+        self._selector.close()
+        for own in (self._theirs, *self._peers):
+            own.close()
+
+    def _watch(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._theirs:
+                    return
+                assert isinstance(key.fileobj, socket.socket)
+                self._hear(key.fileobj)
+
+    def _hear(self, peer: socket.socket) -> None:
+        try:
+            message = peer.recv(NUMBER.size)
+        except OSError:  # reset by its kernel, or without an answer to the probes
+            message = b""
+        host = self._peers[peer]
+        [number] = NUMBER.unpack(message) if message else [host]
+        if number in (host, LEAVES):
+            self._selector.unregister(peer)
+            del self._peers[peer]
+            peer.close()
+        if number != LEAVES:
+            self.tell(number)
+            self._on_death(number)
+
+
+def _connect() -> dict[socket.socket, int]:
+    """Host 0's connections with the others, or the one with host 0, by number of the other host."""
+    peers: dict[socket.socket, int] = {}
+    listener = listen("::", 0) if host_index() == 0 else None
+    own = [listener.getsockname()[1], secrets.token_hex(8)] if listener else []
+    port, secret = gather(own)
+    address, error = coordinator_address().rpartition(":")[0].strip("[]"), ""
+    if listener is None:
+        try:
+            peer = socket.create_connection((address, port), CONNECT_SECONDS)
+            peer.sendall(f"{secret}{host_index():8}".encode())
+            peers[_probed(peer)] = 0
+        except OSError as reason:
+            error = f"host {host_index()} cannot reach host 0 at {address}:{port}: {reason}"
+    errors = [text for text in gather([error]) if text]
+    if listener is not None:
+        listener.settimeout(CONNECT_SECONDS)
+        with listener, contextlib.suppress(TimeoutError):
+            while len(peers) < host_count() - 1 - len(errors):
+                peer, _ = listener.accept()
+                said = _first_words(peer, len(secret) + 8)
+                if said.startswith(secret):  # else a stranger
+                    peers[_probed(peer)] = int(said[len(secret) :])
+    if errors:
+        say(f"warning: {errors[0]}; without, others learn from JAX, within a minute, if it dies")
+    return peers
+
+
+def listen(address: str, port: int) -> socket.socket:
+    """A socket that listens as gRPC's do; at "::" on all addresses. Raises OSError."""
+    if address == "::" and not socket.has_dualstack_ipv6():
+        address = ""
+    if ":" not in address:
+        return socket.create_server((address, port))
+    return socket.create_server(
+        (address, port), family=socket.AF_INET6, dualstack_ipv6=address == "::", backlog=4096
+    )
+
+
+def _first_words(peer: socket.socket, count: int) -> str:
+    """The first bytes from a new connection, as text; "" if they do not come."""
+    peer.settimeout(1)
+    try:
+        return peer.recv(count, socket.MSG_WAITALL).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _probed(peer: socket.socket) -> socket.socket:
+    """The connection, which breaks once the other machine no longer answers."""
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in PROBES.items():
+        peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+    return peer
+
+
+@contextlib.contextmanager
+def _outlive() -> Iterator[None]:
+    """A context in which JAX's connections of host 0 stay open for some seconds after its death.
+
+    The other hosts abort as soon as these close. A child process has them as well, and ends
+    `OUTLIVE_SECONDS` after its parent.
+    """
+    command = ["sh", "-c", f"read _; sleep {OUTLIVE_SECONDS}"]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=_service_connections(),
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def _service_connections() -> list[int]:
+    """File descriptors of connections that JAX's coordination service has accepted."""
+    port, found = int(coordinator_address().rpartition(":")[2]), []
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):  # the listing itself, sockets without a peer
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as own:
+                    if own.getpeername() and own.getsockname()[1] == port:
+                        found.append(descriptor)
+    return found

@@ -1,0 +1,51 @@
+"""Programs that one command has compiled and the next one loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+COMPILE = """
+import sys
+import jax
+from fluxvit_jax.distributed.compilation_cache import keep_programs
+keep_programs(*map(eval, sys.argv[1:]))
+jax.jit(lambda x: x + 1)(1.0)
+print(jax.config.jax_compilation_cache_dir or "")
+"""
+
+
+def compile_once(home: Path, folder: str | None, **variables: str) -> tuple[str, str]:
+    """The folder that programs are kept in, and what is said."""
+    environment = tiny.environment(home)
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    environment |= {"XDG_CACHE_HOME": str(home)} | variables
+    command = [sys.executable, "-c", COMPILE, repr(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip(), done.stderr
+
+
+def test_a_folder_of_the_user_is_made_and_said_once(tmp_path):
+    folder, said = compile_once(tmp_path, None)
+    assert Path(folder).parent == tmp_path / "fluxvit_jax" and list(Path(folder).iterdir())
+    assert said == f"compiled programs are kept in {folder}; --compile_cache= keeps none\n"
+    assert compile_once(tmp_path, None) == (folder, "")
+
+
+@pytest.mark.parametrize("given", ["", "{}/own"])
+def test_another_folder_or_none(tmp_path, given):
+    folder = given.format(tmp_path)
+    assert compile_once(tmp_path, folder, JAX_COMPILATION_CACHE_DIR="elsewhere") == (folder, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"] * bool(given)
+
+
+def test_jax_own_variable_comes_before_the_default(tmp_path):
+    assert compile_once(tmp_path, None, JAX_COMPILATION_CACHE_DIR=f"{tmp_path}/a")[0].endswith("/a")
+
+
+def test_a_home_that_cannot_be_written_is_left_alone(tmp_path):
+    (tmp_path / "fluxvit_jax").write_text("a file where the folder would be")
+    assert compile_once(tmp_path, None) == ("", "")
