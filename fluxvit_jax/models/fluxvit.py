@@ -1,7 +1,7 @@
 """FluxViT: patches and their grid in, a clip vector and class scores out, at any token budget."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -528,6 +528,7 @@ def init_params(config: FluxViTConfig, key: Key[Array, ""]) -> dict:
     return split(FluxViT(config, nnx.Rngs(key)))[1]
 
 
+@cache  # it takes a second for S, and a search has hundreds of candidates
 def graphdef(config: FluxViTConfig) -> nnx.GraphDef:
     """The model's structure, without computing any parameter."""
     return blocks.graphdef(partial(FluxViT, config))
