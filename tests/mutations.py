@@ -1015,16 +1015,23 @@ MUTATIONS = {
         Mutation(
             "a-death-is-told-to-nobody",
             "distributed/lifelines.py",
-            "            self.tell(number)\n            self._on_death",
+            "            self._tell(number)\n            self._on_death",
             "            self._on_death",
             ("distributed/test_hosts.py::test_a_host_that_is_killed[1]",),
         ),
         Mutation(
             "a-host-that-leaves-has-died",
             "distributed/lifelines.py",
-            "        if number != LEAVES:\n            self.tell",
-            "        if number == LEAVES:\n            self.tell",
+            "        if number != LEAVES and not self._leaving:",
+            "        if number == LEAVES and not self._leaving:",
             ("distributed/test_hosts.py::test_a_host_that_is_killed[0]",),
+        ),
+        Mutation(
+            "an-end-of-all-is-a-death",
+            "distributed/lifelines.py",
+            "unregister(peer)\n        if number != LEAVES and not self._leaving:",
+            "unregister(peer)\n            peer.close()\n        if number != LEAVES:",
+            ("distributed/test_lifelines.py::test_an_end_that_was_told_is_no_death",),
         ),
     ],
     "doctor": [

@@ -55,7 +55,7 @@ def connected(on_death: Callable[[int], None]) -> Iterator[None]:
 def leave() -> None:
     """Tells the other hosts that the end of this one is no death; without any, does nothing."""
     if _lifelines is not None:
-        _lifelines.tell(LEAVES)
+        _lifelines.leave()
 
 
 class _Lifelines:
@@ -63,6 +63,7 @@ class _Lifelines:
 
     def __init__(self, peers: dict[socket.socket, int], on_death: Callable[[int], None]):
         self._peers, self._on_death = peers, on_death
+        self._leaving = False
         self._ours, self._theirs = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         for readable in (self._theirs, *peers):
@@ -70,9 +71,13 @@ class _Lifelines:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def tell(self, number: int) -> None:
+    def leave(self) -> None:
+        self._leaving = True  # peers that close their end from now on have left as well
+        self._tell(LEAVES)
+
+    def _tell(self, number: int) -> None:
         """Sends a message to all peers."""
-        for peer in list(self._peers):
+        for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.send(NUMBER.pack(number))
 
@@ -99,11 +104,10 @@ class _Lifelines:
         host = self._peers[peer]
         [number] = NUMBER.unpack(message) if message else [host]
         if number in (host, LEAVES):
+            # It stays open: if this host closed it before `leave`, that would be a death.
             self._selector.unregister(peer)
-            del self._peers[peer]
-            peer.close()
-        if number != LEAVES:
-            self.tell(number)
+        if number != LEAVES and not self._leaving:
+            self._tell(number)
             self._on_death(number)
 
 
