@@ -181,7 +181,7 @@ class Soak:
         return 128 + number
 
     def _kill_worker(self, process: subprocess.Popen) -> None:
-        with suppress(OSError):  # which may end meanwhile
+        with suppress(OSError):  # the run may end meanwhile
             if workers := workers_of(process.pid):
                 os.kill(self._random.choice(workers), signal.SIGKILL)
 
@@ -237,12 +237,13 @@ class Soak:
 
 def workers_of(pid: int) -> list[int]:
     """The processes that read data for another one, once they have imported the decoder."""
-    children = [
-        int(child)
-        for thread in Path(f"/proc/{pid}/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-    return [pid for pid in children if "libavcodec" in Path(f"/proc/{pid}/maps").read_text()]
+    workers = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):  # threads and processes may end meanwhile
+            for child in (thread / "children").read_text().split():
+                if "libavcodec" in Path(f"/proc/{child}/maps").read_text():
+                    workers.append(int(child))
+    return workers
 
 
 def saved_steps(workdir: Path) -> list[int]:

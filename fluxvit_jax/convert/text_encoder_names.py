@@ -51,16 +51,20 @@ def text_state(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     state: of MobileCLIP (`mobileclip_blt.pt`), of InternVideo2, or of open_clip.
     """
-    if "text.token_embedding.weight" in state or "token_embedding.weight" in state:
-        return _from_open_clip(state)
-    return {n.removeprefix(PREFIX): x for n, x in state.items() if n.startswith(PREFIX)}
+    for prefix in ("text.", ""):
+        if f"{prefix}token_embedding.weight" in state:
+            return _from_open_clip(_below(prefix, state))
+    return _below(PREFIX, state)
+
+
+def _below(prefix: str, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix)}
 
 
 def _from_open_clip(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    is_nested = "text.token_embedding.weight" in state
-    own = {n.removeprefix("text."): x for n, x in state.items() if n.startswith("text.")}
     found = {}
-    for name, tensor in (own if is_nested else state).items():
+    for name, tensor in state.items():
         block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
         if name == "positional_embedding":
             found["positional_embedding.pos_embed.pos_embed"] = tensor[None, None]

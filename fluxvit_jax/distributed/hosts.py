@@ -58,9 +58,8 @@ def joined(coordinator: str = "", hosts: int = 0, host: int = -1) -> Iterator[No
             _end_others(2, str(error))
             raise
         except Exception as error:
-            time.sleep(
-                GRACE_SECONDS
-            )  # for `_end_after_death`, if that is what the error comes from
+            # If another host's death is what the error comes from, `_end_after_death` comes first.
+            time.sleep(GRACE_SECONDS)
             message = f"{type(error).__name__}: {_line(error)}"
             _end_others(1, f"{message}; the log of that host has more")
             raise

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import softmax
 
 from fluxvit_jax.reports.confidence_intervals import Interval, mean_interval
 
@@ -47,9 +48,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def dual_softmax(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Scores [Q, G] times their softmax over the queries: each item prefers its own queries."""
-    logits = scores / np.float32(temperature)
-    shares = np.exp(logits - logits.max(axis=0))
-    return scores * shares / shares.sum(axis=0)
+    return scores * softmax(scores / np.float32(temperature), axis=0)
 
 
 def ranks(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:

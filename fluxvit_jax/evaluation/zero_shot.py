@@ -7,6 +7,7 @@ uses, which are ActionCLIP's), tasks_clip/retrieval_utils.py, retrieval_mc.py.
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import softmax
 
 from fluxvit_jax.data import captions
 from fluxvit_jax.evaluation.retrieval import similarities
@@ -54,6 +55,4 @@ def option_shares(videos: np.ndarray, options: np.ndarray, temperature: float) -
     """
     pairs = zip(videos, options, strict=True)
     cosines = np.stack([similarities(video[None], own)[0] for video, own in pairs])
-    logits = cosines / np.float32(temperature)
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shares / shares.sum(axis=1, keepdims=True)
+    return softmax(cosines / np.float32(temperature), axis=1)

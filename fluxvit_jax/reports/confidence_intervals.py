@@ -31,8 +31,7 @@ def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Inter
     for _ in range(RESAMPLES // 100):  # in parts, which fit into memory
         drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), 100)
         means.append(drawn @ sums / (drawn @ sizes))
-    low, high = np.quantile(np.concatenate(means), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    return float(low), float(high)
+    return _middle(np.concatenate(means))
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, Interval]:
@@ -48,7 +47,10 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, Interval]:
     differences = a.astype(int) - b.astype(int)
     counts = np.array([(differences == value).sum() for value in (-1, 0, 1)])
     draws = np.random.default_rng(0).multinomial(len(a), counts / len(a), RESAMPLES)
-    low, high = np.quantile(
-        (draws[:, 2] - draws[:, 0]) / len(a), [0.5 - LEVEL / 2, 0.5 + LEVEL / 2]
-    )
-    return float(differences.mean()), (float(low), float(high))
+    return float(differences.mean()), _middle((draws[:, 2] - draws[:, 0]) / len(a))
+
+
+def _middle(draws: np.ndarray) -> Interval:
+    """The middle `LEVEL` of numbers."""
+    low, high = np.quantile(draws, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return float(low), float(high)

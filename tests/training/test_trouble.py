@@ -1,6 +1,5 @@
 """What goes wrong outside of a run: a killed data worker, a full disk, another version's files."""
 
-import contextlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import fluxvit_jax
+from benchmarks.soak import workers_of
 from fluxvit_jax.checkpoints.checkpointer import Checkpoints, restore, restore_params
 from fluxvit_jax.convert.__main__ import main as convert_main
 from fluxvit_jax.deploy import export, predict
@@ -27,17 +27,6 @@ from tests.test_main import error_line, outcome
 # --- A killed worker
 
 
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """The processes that read data for another one, once they have begun to import the decoder."""
-    workers = []
-    for thread in Path(f"/proc/{process.pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # threads and processes may end meanwhile
-            for pid in (thread / "children").read_text().split():
-                if "libavcodec" in Path(f"/proc/{pid}/maps").read_text():
-                    workers.append(int(pid))
-    return workers
-
-
 def kill_workers(process: subprocess.Popen, begun: Callable[[], bool], times: int) -> str:
     """Kills so many of them, or all if the program ends before, once `begun` says so.
 
@@ -45,7 +34,7 @@ def kill_workers(process: subprocess.Popen, begun: Callable[[], bool], times: in
     """
     killed: set[int] = set()
     while len(killed) < times and process.poll() is None:
-        for pid in workers_of(process) if begun() else []:
+        for pid in workers_of(process.pid) if begun() else []:
             if pid not in killed and len(killed) < times:
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
