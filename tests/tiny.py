@@ -149,6 +149,35 @@ def make_config(folder: Path, **changes) -> ConfigDict:
     return config
 
 
+def write_captions(data: Path, folder: Path) -> Path:
+    """captions.json: the 16 training videos of `write_data`, each with two captions."""
+    words = ("red", "green", "blue", "yellow")
+    entries = [
+        {
+            "video": str(data / f"{number}.mp4"),
+            "caption": [
+                f"{form} {words[number % CLASSES]}, number {number}" for form in ("A", "The")
+            ],
+        }
+        for number in range(16)
+    ]
+    path = folder / "captions.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def make_clip(captions: Path, root: Path, **changes) -> ConfigDict:
+    """The config of Flux-CLIP on such captions, with a text encoder from scratch."""
+    own = {
+        **{"data__train": str(captions), "data__root": str(root), "data__validation": ""},
+        **{"model__classes": 1, "data__repeated_aug": 1, "train__objective": "flux_clip"},
+        **{"train__mixup": 0.0, "train__cutmix": 0.0, "train__random_erasing": 0.0},
+        **{"train__label_smoothing": 0.0, "clip__network": "Ti", "clip__train_text": True},
+        **{"clip__temperature": 0.1, "optim__eps": 1e-5, "train__ema_decay": 0.0},
+    }
+    return make_config(root, **own | changes)
+
+
 def caching(cache: Path) -> dict[str, str]:
     """The part of an environment by which programs are compiled once and then loaded."""
     return {

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.randaugment import parse_randaugment
-from fluxvit_jax.config.variants import TEACHERS, VARIANTS
+from fluxvit_jax.config.variants import TEACHERS, TEXT_ENCODERS, VARIANTS
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH
 
@@ -264,7 +264,8 @@ FIELDS: dict[str, Field] = {
     "data.augment.randaugment": Field("", 'as timm: "rand-m7-n4-mstd0.5-inc1"', _randaugment),
     # train
     "train.objective": Field(
-        "flux_multi", 'a file of objectives/; "flux_umt" learns from a teacher'
+        "flux_multi",
+        'a file of objectives/; "flux_umt" learns from a teacher, "flux_clip" from captions',
     ),
     "train.batch_size": Field(512, "clips a step over all devices, repeats included", positive),
     "train.epochs": Field(5, "epochs of the whole run", positive, may_grow=True),
@@ -340,7 +341,26 @@ FIELDS: dict[str, Field] = {
     "distill.cache": Field(
         "", "folder of --mode=cache: the teacher's targets of a fixed plan", may_change=True
     ),
+    # clip: of train.objective "flux_clip" only
+    "clip.text_encoder": Field(
+        "",
+        "weights of the text encoder: of MobileCLIP, open_clip or InternVideo2 CLIP; "
+        '"": random ones',
+        may_change=True,
+    ),
+    "clip.network": one_of(*TEXT_ENCODERS, help="size of the text encoder"),
+    "clip.train_text": Field(False, "train the text encoder too; a frozen one is in no checkpoint"),
+    "clip.temperature": Field(0.01, "initial temperature, a parameter", positive),
+    "clip.least_temperature": Field(
+        0.01, "the temperature is moved back to it after a step that leaves it below", positive
+    ),
     # optim
+    "optim.schedule": one_of(
+        "cosine",
+        "cosine_floor",
+        help='"cosine": warm-up from and half a cosine to the rates below; "cosine_floor": both '
+        "from and to 0, but never below optim.min_learning_rate",
+    ),
     "optim.learning_rate": Field(
         8e-4, "for the whole batch: nothing scales it later", positive, may_fall=True
     ),
@@ -465,6 +485,12 @@ ADDED = (
     "train.class_weights",
     "train.freeze",
     "train.multi_label",
+    "clip.text_encoder",
+    "clip.network",
+    "clip.train_text",
+    "clip.temperature",
+    "clip.least_temperature",
+    "optim.schedule",
 )
 OLD_OBJECTIVES = {"supervised": "flux_multi", "distillation": "flux_umt"}
 

@@ -61,3 +61,20 @@ TEACHERS = {
     "InternVideo2-1B": TeacherSizes(1408, 40, 16, hidden=6144),
     "InternVideo2-6B": TeacherSizes(3200, 48, 25, hidden=12800),
 }
+
+
+class TextEncoderSizes(NamedTuple):
+    """A text encoder, by the fields of `models.text_encoder.TextEncoderConfig`."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    out: int  # of a text's vector, and so of a video's
+
+
+# MobileCLIP-B's is InternVideo2 CLIP's; Ti is ours, for the study and the tests.
+TEXT_ENCODERS = {
+    "MobileCLIP-B": TextEncoderSizes(512, 12, 8, hidden=2048, out=512),
+    "Ti": TextEncoderSizes(64, 2, 2, hidden=128, out=64),
+}

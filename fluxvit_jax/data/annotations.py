@@ -28,6 +28,7 @@ MAX_LABEL = 2**31 - 1  # labels are int32 on the device
 SEPARATOR = "|"  # of several labels of a video
 
 Label = int | tuple[int, ...]  # a tuple, rising, in multi-label lists
+Segment = tuple[int, int]  # the first frame of a clip within a video, and the one after its last
 
 # Names of columns are made of these words: path, video_id, ClassIndex.
 _COLUMN_NAME = re.compile(
@@ -51,6 +52,8 @@ class Example(NamedTuple):
     id: str  # path relative to the root, "/" between its parts, as `storage.display_name` shows it
     label: Label
     source: str  # absolute path, or one of a bucket
+    captions: tuple[str, ...] = ()
+    segment: Segment | None = None  # None: the whole video
 
 
 class Record(NamedTuple):
@@ -61,6 +64,8 @@ class Record(NamedTuple):
     video: str | bytes  # the path, or the content of the file
     flip: bool = True  # whether training may mirror it
     failure: str = ""  # why the record cannot be read; then id and label are not known either
+    captions: tuple[str, ...] = ()
+    segment: Segment | None = None  # None: the whole video
 
 
 @runtime_checkable
@@ -84,7 +89,8 @@ class Source(Protocol):
         """Comparison of sources without reading any file.
 
         {"videos": number, "ids": sha256 of all ids in order, "labels": sha256 of all labels in
-        order}; of a folder prepared without these, {"videos": number, "content": sha256}.
+        order}, of captioned videos "captions" in place of labels; of a folder prepared without
+        these, {"videos": number, "content": sha256}.
         """
 
     @property
@@ -284,7 +290,13 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Record:
         example = self.examples[index]
-        return Record(example.id, example.label, example.source)
+        return Record(
+            example.id,
+            example.label,
+            example.source,
+            captions=example.captions,
+            segment=example.segment,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -483,7 +495,7 @@ def _read_list(
     examples = []
     first_lines: dict[str, tuple[int, Label]] = {}  # source -> line number, label
     for number, (text, label) in rows:
-        name = _inside(path, number, text, absolute)
+        name = path_inside(f"{path}, line {number}", text, absolute)
         source = os.path.join(absolute, name)
         example = Example(
             storage.display_name(name), labels_in(number, label) if labelled else 0, source
@@ -679,16 +691,17 @@ def _label(path: epath.Path, classes: int | None, number: int, text: str) -> int
     return label
 
 
-def _inside(path: epath.Path, number: int, text: str, root: str) -> str:
-    """The path relative to the root. Links are not followed: one may lead out of the root."""
+def path_inside(where: str, text: str, root: str) -> str:
+    """The path relative to the root. Links are not followed: one may lead out of the root.
+
+    where: the place of the path, for messages. Raises UserError for a path outside, or a URL.
+    """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
-        raise UserError(
-            f"{path}, line {number}: path {text!r} is a URL; write what comes after the root {root}"
-        )
+        raise UserError(f"{where}: path {text!r} is a URL; write what comes after the root {root}")
     is_local = os.path.isabs(text) and not storage.is_remote(root)
     name = os.path.normpath(os.path.relpath(text, root) if is_local else text)
     if not text or "\0" in text or name == "." or name.split("/")[0] in ("", ".."):
-        raise UserError(f"{path}, line {number}: path {text!r} is not inside the root {root}")
+        raise UserError(f"{where}: path {text!r} is not inside the root {root}")
     return name
 
 

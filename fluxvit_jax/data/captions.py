@@ -1,9 +1,16 @@
-"""Captions as the official code cleans them, in training and evaluation (`pre_text`).
+"""Captions: cleaned as in the official code, drawn, and whose they are.
 
-Source: InternVideo2, multi_modality, dataset/utils.py.
+Source of the cleaning, in training and evaluation: InternVideo2, multi_modality, dataset/utils.py
+(pre_text).
 """
 
+import hashlib
 import re
+
+import numpy as np
+
+from fluxvit_jax.data.annotations import Record
+from fluxvit_jax.data.random_streams import CAPTION_STREAM, stream_rng
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _JOINTS = str.maketrans("-/", "  ")
@@ -16,3 +23,20 @@ def clean(caption: str) -> str:
     """
     text = _DELETED.sub("", caption.lower()).translate(_JOINTS).replace("<person>", "person")
     return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
+
+
+def drawn(record: Record, seed: int, sample: int) -> str:
+    """One of a record's captions, by the seed and the number of the sample."""
+    rng = stream_rng(seed, sample, CAPTION_STREAM)
+    return record.captions[rng.integers(len(record.captions))]
+
+
+def identity(record: Record) -> np.ndarray:
+    """Numbers that records of one file, or of one segment of it, share, and no others: int32 [2].
+
+    A record's id names its list and its file. The official code takes the index in a list, or the
+    file's name, which other sources share.
+    """
+    key = f"{record.id} {record.segment}"
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+    return np.frombuffer(digest[:8], np.int32).copy()

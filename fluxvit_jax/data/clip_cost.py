@@ -36,12 +36,12 @@ class ClipCost:
     videos: int | None  # number of training videos; None where unknown
 
 
-def clip_cost(config: ConfigDict, labelled: bool = True) -> ClipCost:
+def clip_cost(config: ConfigDict, labelled: bool = True, captioned: bool = False) -> ClipCost:
     """Cost measured on the videos of `data.train` or, without them, on a synthetic video."""
     videos, reason = None, "config.data.train names none"
     if config.data.train:
         try:
-            source = training_source(config, labelled)
+            source = training_source(config, labelled, captioned)
             videos = len(source)
             seconds = _seconds_a_clip(config, source)
             size = _mean_size(source) / config.data.repeated_aug

@@ -1,4 +1,4 @@
-"""Weighted mixtures of video sources, for training without labels.
+"""Weighted mixtures of video sources, for training without labels, or on captions.
 
 A mixture is a CSV file with a source a line; only its first column is required:
 
@@ -18,14 +18,15 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import grain
 import numpy as np
 
 from fluxvit_jax.data.annotations import Record, Source, digest, open_source, split_of, text_of
+from fluxvit_jax.data.caption_lists import open_captions
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
@@ -65,7 +66,9 @@ class Mixture:
             f"{part.source.identity.get('ids', part.source.fingerprint)} {part.weight} {part.flip}"
             for part in self.parts
         ]
-        return {"videos": len(self), "ids": digest(rows)}
+        captions = [str(part.source.identity.get("captions", "")) for part in self.parts]
+        own = {"captions": digest(captions)} if any(captions) else {}
+        return {"videos": len(self), "ids": digest(rows), **own}
 
     @property
     def ids(self) -> list[str] | None:
@@ -106,22 +109,26 @@ class Mixture:
         return np.cumsum([len(part.source) for part in self.parts])
 
 
-def open_mixture(path: str | os.PathLike, root: str | os.PathLike | None = None) -> Mixture:
+def open_mixture(
+    path: str | os.PathLike, root: str | os.PathLike | None = None, captioned: bool = False
+) -> Mixture:
     """Opens a mixture, which is a file whose first line begins with "list", or a single source.
 
-    root: what the paths of a single source are relative to.
+    root: what the paths of a single source are relative to. captioned: whether the lists are of
+    videos with captions.
 
-    Raises UserError: as `annotations.open_source`; a line of the mixture is not as it should be.
+    Raises UserError: as `annotations.open_source`, or as `caption_lists.open_captions`; a line of
+    the mixture is not as it should be.
     """
+    open_list = open_captions if captioned else partial(open_source, labelled=False)
     if not _is_mixture(path):
-        name = storage.display_name(path)
-        return Mixture((Part(name=name, source=open_source(path, root, labelled=False)),))
+        return Mixture((Part(name=storage.display_name(path), source=open_list(path, root)),))
     text = text_of(path, errors="surrogateescape")
     rows = csv.reader(io.StringIO(text), skipinitialspace=True)
     columns = [column.strip() for column in next(rows)]
     if unknown := [column for column in columns if column not in COLUMNS]:
         raise UserError(f"{path}, line 1: {unknown[0]!r} is none of {', '.join(COLUMNS)}")
-    parts = [_part(path, rows.line_num, columns, row) for row in rows if row]
+    parts = [_part(open_list, path, rows.line_num, columns, row) for row in rows if row]
     if not parts:
         raise UserError(f"{path}: names no source; write one a line: {','.join(COLUMNS)}")
     return Mixture(tuple(parts))
@@ -134,7 +141,13 @@ def _is_mixture(path: str | os.PathLike) -> bool:
     return text.split("\n", 1)[0].split(",")[0].strip() == COLUMNS[0]
 
 
-def _part(path: str | os.PathLike, line: int, columns: Sequence[str], row: Sequence[str]) -> Part:
+def _part(
+    open_list: Callable[..., Source],
+    path: str | os.PathLike,
+    line: int,
+    columns: Sequence[str],
+    row: Sequence[str],
+) -> Part:
     where = f"{path}, line {line}"
     if len(row) > len(columns):
         raise UserError(f"{where}: {len(row)} columns where {','.join(columns)} are {len(columns)}")
@@ -143,7 +156,7 @@ def _part(path: str | os.PathLike, line: int, columns: Sequence[str], row: Seque
         raise UserError(f"{where}: names no list")
     folder = storage.path_of(path).parent
     root = os.fspath(folder / given["root"]) if "root" in given else None
-    source = open_source(os.fspath(folder / given["list"]), root, labelled=False)
+    source = open_list(os.fspath(folder / given["list"]), root)
     weight = _weight(where, given.get("weight", "1"))
     flip = given.get("flip", "yes")
     if flip not in WORDS:

@@ -26,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.data import captions
 from fluxvit_jax.data.annotations import Label, Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
@@ -45,6 +46,7 @@ from fluxvit_jax.data.supervised_workers import (
     WorkerDeathError,
     reading,
 )
+from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.data.views import cut_views, read_frames
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
@@ -87,14 +89,16 @@ def plan_groups(config: ConfigDict, source: Source) -> int:
     return data.sampling_period_epochs * len(source) * data.repeated_aug // data.clips_per_grid
 
 
-def training_source(config: ConfigDict, labelled: bool = True) -> Source:
+def training_source(config: ConfigDict, labelled: bool = True, captioned: bool = False) -> Source:
     """The training source of `config.data`; a mixture of sources if labels are not needed.
+
+    captioned: whether its videos have captions.
 
     Raises UserError: as `open_source`, or as `open_mixture`.
     """
     data = config.data
     if not labelled:
-        return open_mixture(data.train, data.root)
+        return open_mixture(data.train, data.root, captioned)
     listed = open_source(
         data.train,
         data.root,
@@ -123,7 +127,9 @@ def train_batches(
       index: int64 [b], the global number of the sample.
       failure: str [b]; if the clip replaces one that could not be read, a line "id: reason" for
         each video that failed, on all repeats of the video; else "".
-    and the arrays of `clip_data`.
+    and the arrays of `clip_data`, and of a captioned source:
+      text: int32 [b, 77], ids of one of the video's captions, as `tokenizer.tokenize`.
+      identity: int32 [b, 2], see `captions.identity`.
 
     Sample i is repeat `i % repeats` of video `order[i // repeats]`. `order` concatenates seeded
     permutations of all videos, one per epoch, without dropping or padding: a batch may cross
@@ -396,34 +402,44 @@ class TrainGroups:
         grid = grid_of_group(self.grids, self.seed, number)
         samples = np.arange(number * self.group, (number + 1) * self.group)
         patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
-        labels: list[Label] = []
+        records: list[Record] = []
         failures: list[str] = []
         for first in range(0, self.group, self.repeats):
             rows = slice(first, first + self.repeats)
-            clips, label, failure = self._read_or_replace(samples[rows], grid)
+            clips, record, failure = self._read_or_replace(samples[rows], grid)
             for target, clip in zip(patches[rows], clips, strict=True):
                 target[: grid.tokens] = patchify(clip)
-            labels += [label] * self.repeats
+            records += [record] * self.repeats
             failures += [failure] * self.repeats
         return {
             "patches": patches,
             "grid": np.tile(np.array(grid, np.int32), (self.group, 1)),
-            "label": label_array(labels, self.multi_hot),
+            "label": label_array([record.label for record in records], self.multi_hot),
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
+            **(self._captions(records, samples) if records[0].captions else {}),
+        }
+
+    def _captions(self, records: Sequence[Record], samples: np.ndarray) -> Arrays:
+        """The arrays of a captioned source: see `train_batches`."""
+        pairs = zip(records, samples, strict=True)
+        texts = [captions.drawn(record, self.seed, int(sample)) for record, sample in pairs]
+        return {
+            "text": tokenize(texts),
+            "identity": np.stack([captions.identity(record) for record in records]),
         }
 
     def _read_or_replace(
         self, samples: np.ndarray, grid: Grid
-    ) -> tuple[list[np.ndarray], Label, str]:
-        """Clips of a video's samples, its label, and a line for each video that failed before."""
+    ) -> tuple[list[np.ndarray], Record, str]:
+        """Clips of a video's samples, its record, and a line for each video that failed before."""
         failures: list[str] = []
         for video in self._candidates(int(samples[0]) // self.repeats):
             try:
                 with reading_video(self.source, video, self.quarantine) as record:
                     clips = self._clips(record, samples, grid)
-                return clips, record.label, "\n".join(failures)
+                return clips, record, "\n".join(failures)
             except DecodeError as error:
                 failures.append(f"{error.path}: {error.reason}")
         raise UserError(
@@ -444,7 +460,8 @@ class TrainGroups:
         rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
         augment = self.augment if record.flip else self._augment_unflipped
         with self.open_video(record.video) as opened:
-            indices = [train_frames(len(opened), grid.frames, rng) for rng in rngs]
+            first, end = segment_of(record, len(opened))
+            indices = [first + train_frames(end - first, grid.frames, rng) for rng in rngs]
             frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
         size = grid.rows * PATCH
         clips = np.split(frames, len(rngs))
@@ -559,6 +576,17 @@ def reading_video(source: Source, number: int, quarantine: Quarantine) -> Iterat
             yield record
         except DecodeError as error:
             raise DecodeError(record.id, error.reason) from error
+
+
+def segment_of(record: Record, length: int) -> tuple[int, int]:
+    """The first frame of a record's clip in its video of `length` frames, and the one after.
+
+    Raises DecodeError if the video ends before.
+    """
+    first, end = record.segment or (0, length)
+    if end > length:
+        raise DecodeError(record.id, f"has {length} frames, and the list names {first} to {end}")
+    return first, end
 
 
 def _check_multiple(what: str, value: int, unit: int) -> None:

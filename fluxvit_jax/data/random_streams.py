@@ -12,6 +12,7 @@ REPLACEMENT_STREAM = 2  # the videos tried in place of one that cannot be read
 HOLDOUT_STREAM = 3  # the videos held out of a training list
 CLASS_STREAM = 4  # the order of the classes in balanced sampling
 VIDEO_STREAM = 5  # the order of the videos of a class in balanced sampling
+CAPTION_STREAM = 6  # the caption of a sample, of a video that has several
 
 
 def stream_rng(seed: int, index: int, stream: int = SAMPLE_STREAM) -> np.random.Generator:

@@ -8,17 +8,10 @@ Source: InternVideo2, multi_modality, dataset/ret_dataset.py. There a paragraph 
 not a list has its letters joined with spaces; here it stays.
 """
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from etils import epath
-
-from fluxvit_jax.data import captions
-from fluxvit_jax.data.annotations import text_of
+from fluxvit_jax.data.caption_lists import cleaned, entries, strings
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
@@ -48,13 +41,11 @@ def read_retrieval_set(
     texts: list[str] = []
     texts_of: list[tuple[int, ...]] = []
     videos_of: list[tuple[int, ...]] = []
-    for where, entry in _entries(path):
-        own_videos = _strings(entry.get("video"), f"{where}: video")
-        sentences = _strings(entry.get("caption"), f"{where}: caption")
+    for where, entry in entries(path):
+        own_videos = strings(entry.get("video"), f"{where}: video")
+        sentences = strings(entry.get("caption"), f"{where}: caption")
         joined = [" ".join(sentences)] if paragraphs else sentences
-        own_texts = [captions.clean(text) for text in joined]
-        if not all(own_texts):
-            raise UserError(f"{where}: a caption is empty, or has nothing but punctuation")
+        own_texts = cleaned(joined, where)
         texts_of += [tuple(range(len(texts), len(texts) + len(own_texts)))] * len(own_videos)
         videos_of += [tuple(range(len(videos), len(videos) + len(own_videos)))] * len(own_texts)
         videos += [os.path.join(root, video) for video in own_videos]
@@ -67,31 +58,3 @@ def read_retrieval_set(
         texts_of=tuple(texts_of),
         videos_of=tuple(videos_of),
     )
-
-
-def _entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The entries of a file, each with where it stands, for messages."""
-    text = text_of(path)
-    if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-        if {"path", "caption"} - set(rows.fieldnames or ()):
-            raise UserError(f"{path}: the first line is not path,caption")
-        for row in rows:
-            yield f"{path}: line {rows.line_num}", {"video": row["path"], "caption": row["caption"]}
-        return
-    try:
-        entries = storage.parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON: {error}") from error
-    if not isinstance(entries, list) or not all(isinstance(one, dict) for one in entries):
-        raise UserError(f'{path}: not a list of {{"video": .., "caption": ..}}')
-    for number, entry in enumerate(entries):
-        yield f"{path}: entry {number}", entry
-
-
-def _strings(value: Any, what: str) -> Sequence[str]:
-    """A string as a list of one. Raises UserError for anything but strings."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not values or not all(isinstance(x, str) for x in values):
-        raise UserError(f"{what} is no text and no list of texts")
-    return values

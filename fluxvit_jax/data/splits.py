@@ -166,6 +166,10 @@ def data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
     training = before.get("training") or {"videos": before["videos"]}
     if difference := identity_difference(training, now["training"]):
         return difference
+    frozen = now.get("frozen", {})
+    for name, checksum in before.get("frozen", {}).items():
+        if name in frozen and frozen[name] != checksum:
+            return f"other weights of the frozen {name}"
     try:
         common_class_names({"now": now["class_names"], "before": before.get("class_names")})
     except UserError as error:
@@ -186,6 +190,7 @@ def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
     words = {
         "ids": "other videos, or the same in another order",
         "labels": "other labels for the same videos",
+        "captions": "other captions for the same videos",
         "content": "other videos or labels",
     }
     for name, difference in words.items():

@@ -8,6 +8,7 @@ from fluxvit_jax.models import padded_sequence
 from fluxvit_jax.models.decoders import DecodersConfig
 from fluxvit_jax.models.fluxvit import PATCH_VALUES, FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
+from fluxvit_jax.models.text_encoder import TextEncoderConfig
 from fluxvit_jax.models.token_merging import schedule
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS
 
@@ -89,6 +90,14 @@ def decoders_macs(decoders: DecodersConfig, patches: int) -> int:
     tokens = decoders.width * (decoders.width + decoders.target_width) * (patches + 1)
     pooled = decoders.pool_width * (decoders.pool_width + decoders.target_pool_width)
     return decoders.count * tokens + pooled
+
+
+def text_macs(encoder: TextEncoderConfig) -> tuple[int, int]:
+    """Multiply-accumulates of one text, and those of attention itself among them."""
+    C, L = encoder.width, encoder.context
+    attention = encoder.depth * 2 * L * L * C
+    products = encoder.depth * L * (4 * C * C + 2 * C * encoder.hidden)
+    return products + attention + C * encoder.out, attention
 
 
 def _embedding_macs(model: Network, patches: int) -> int:

@@ -450,7 +450,7 @@ def normalize(
     return ((patches.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
 
 
-def gather_tokens(patches: Float[Array, "B P 588"], kept: Selection) -> Float[Array, "B S 588"]:
+def gather_tokens(patches: Shaped[Array, "B P 588"], kept: Selection) -> Shaped[Array, "B S 588"]:
     """The selected patches after a placeholder for CLS: [B, P, 588] -> [B, 1 + N, 588]."""
     return jnp.take_along_axis(
         patches, padded_sequence.pad_for_cls(kept.token_index)[..., None], axis=1

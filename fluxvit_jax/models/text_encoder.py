@@ -13,7 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Float, Int
 
-from fluxvit_jax.models import blocks
+from fluxvit_jax.models import blocks, sharding_constraints
 from fluxvit_jax.models.arrays import Array
 
 
@@ -79,7 +79,8 @@ class TextEncoder(nnx.Module):
         if length != len(table):
             shape = (length, table.shape[1])
             table = jax.image.resize(table, shape, "linear", antialias=False)
-        return (self.token_embed[...][ids] + table).astype(self.dtype)
+        x = sharding_constraints.constrain_batch(self.token_embed[...][ids])
+        return (x + table).astype(self.dtype)
 
 
 class TextBlock(nnx.Module):

@@ -41,6 +41,7 @@ class Objective:
         whole_batch: whether the loss compares clips of the whole batch, as contrastive losses do.
             If so, a step calls it once with all clips and XLA partitions it. Otherwise the loss is
             a mean over clips, and a step may call it for each part of a batch and average.
+        captioned: whether the training lists have captions: see `pipeline.train_batches`.
         freezes: whether `train.freeze` can freeze a part of the network.
         takes_multi_label: whether it can train on multi-hot labels (`train.multi_label`).
         partition_rules: sharding of the parameters that the objective adds and of frozen ones; see
@@ -49,6 +50,7 @@ class Objective:
 
     labelled: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
+    captioned: ClassVar[bool] = False
     freezes: ClassVar[bool] = False
     takes_multi_label: ClassVar[bool] = False
     partition_rules: ClassVar[Rules] = ()
@@ -96,6 +98,15 @@ class Objective:
         return {}
 
     @classmethod
+    def load_initial(cls, config: ConfigDict) -> Tree:
+        """Trained weights for some of `init_params`, as numpy arrays. Raises UserError."""
+        return {}
+
+    def constrained(self, params: Tree) -> Tree:
+        """Trained parameters after a step, each moved back to where it may be."""
+        return params
+
+    @classmethod
     def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:
         """Shapes and shardings of the parameters that are not trained."""
         return {}
@@ -103,6 +114,11 @@ class Objective:
     @classmethod
     def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
         """The parameters that are not trained, on the mesh. Raises UserError if invalid."""
+        return {}
+
+    @classmethod
+    def frozen_identity(cls, config: ConfigDict) -> dict[str, str]:
+        """Checksums, by name, of the weights of `load_frozen`; checkpoints keep them instead."""
         return {}
 
     @classmethod

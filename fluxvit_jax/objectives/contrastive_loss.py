@@ -12,33 +12,23 @@ from jaxtyping import Float, Int
 from fluxvit_jax.models.arrays import Array
 from fluxvit_jax.models.blocks import l2_normalize
 
-TEMPERATURE_FLOOR = 0.01  # also the official initial value; the parameter itself, not a logarithm
-
-
-def floored(temperature: Float[Array, ""]) -> Float[Array, ""]:
-    """The temperature, at least `TEMPERATURE_FLOOR`, with the gradient of the temperature itself.
-
-    The official code raises the parameter in place before each forward pass. `jnp.maximum` would
-    have no gradient at the floor, where training begins.
-    """
-    above = jnp.maximum(temperature, TEMPERATURE_FLOOR)
-    return temperature + jax.lax.stop_gradient(above - temperature)
-
 
 def contrastive_loss(
     videos: Float[Array, "B D"],
     texts: Float[Array, "B D"],
     temperature: Float[Array, ""],
-    identity: Int[Array, " B"],
+    identity: Int[Array, "B *I"],
 ) -> Float[Array, ""]:
     """The mean of both directions' cross-entropy, float32.
 
     videos, texts: vectors of pairs, not normalized; temperature: divides the cosines; identity:
-    of what a pair shows. Pairs with the same one are positives of each other, with equal shares.
+    of what a pair shows, in one number or several. Pairs with the same one are positives of each
+    other, with equal shares.
     """
     v, t = (l2_normalize(x.astype(jnp.float32)) for x in (videos, texts))
     logits = jnp.matmul(v, t.T, precision="highest") / temperature
-    same = (identity[:, None] == identity).astype(jnp.float32)
+    B = len(identity)
+    same = (identity[:, None] == identity).reshape(B, B, -1).all(axis=-1).astype(jnp.float32)
     targets = same / jnp.sum(same, axis=1, keepdims=True)
 
     def cross_entropy(logits: jax.Array) -> jax.Array:

@@ -39,6 +39,22 @@ def schedule(
     return np.concatenate([np.linspace(warmup, base, warmup_steps), cosine])
 
 
+def floored_schedule(base: float, minimum: float, steps: int, warmup_steps: float) -> np.ndarray:
+    """The learning rate of every step: linear from 0 to `base`, then a half cosine to 0.
+
+    It is nowhere below `minimum`. Source: InternVideo2, multi_modality, utils/scheduler.py.
+
+    warmup_steps: need not be whole.
+
+    Returns:
+        float64 [steps].
+    """
+    step = np.arange(steps)
+    rising = step / max(1.0, warmup_steps)
+    cosine = 0.5 * (1 + np.cos(np.pi * (step - warmup_steps) / max(1.0, steps - warmup_steps)))
+    return np.maximum(minimum, base * np.where(step < warmup_steps, rising, cosine))
+
+
 def layer_ids(params: Tree) -> Tree:
     """The layer of each parameter: embeddings 0, block i is i + 1, the rest the last one.
 
@@ -112,6 +128,13 @@ def make_optimizer(
 
 def learning_rates(config: ConfigDict, total_steps: int) -> np.ndarray:
     """The schedule of a run, before the layers' scales: float64 [total_steps]."""
+    if config.optim.schedule == "cosine_floor":
+        return floored_schedule(
+            config.optim.learning_rate,
+            config.optim.min_learning_rate,
+            total_steps,
+            config.train.warmup_epochs * total_steps / config.train.epochs,
+        )
     return schedule(
         config.optim.learning_rate,
         config.optim.min_learning_rate,

@@ -104,6 +104,7 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
         check_batch_size(config, clip_shards(mesh))
         schedule = run_length(config, len(data.training))
         identity = splits.describe_data(config, data.training, data.validation)
+        identity["frozen"] = objective_class(config).frozen_identity(config)
         class_weights, balance = class_balance(config, data.training)
     splits.check_same_videos(training=data.training, validation=data.validation)
 
@@ -128,10 +129,10 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
 def open_data(config: ConfigDict) -> RunData:
     """The videos that `config.data` names. Raises UserError if they cannot be used."""
     objective = objective_class(config)
-    training = training_source(config, objective.labelled)
+    training = training_source(config, objective.labelled, objective.captioned)
     clip_data = objective.open_clip_data(config, training)
     validation = None
-    if config.data.validation:
+    if config.data.validation and objective.labelled:
         validation = splits.open_validation(config, training)
         check_readable(validation, config.data.validation, config.data.clip_seconds)
     elif objective.labelled:

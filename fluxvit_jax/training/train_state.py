@@ -55,8 +55,9 @@ def initial_state(
     """
     expected, rules = abstract_params(config), objective_class(config).partition_rules
     shardings = partition_rules.shardings(expected, mesh, rules)
-    if config.train.init_from:
-        params = device_put_global(_start_from(config, class_names), shardings)
+    initial = objective_class(config).load_initial(config)
+    if initial or config.train.init_from:
+        params = device_put_global(_start_from(config, class_names) | initial, shardings)
     else:
         params = jax.jit(_fresh(config), out_shardings=shardings)()
     make = _state_maker(config, optimizer)
@@ -100,11 +101,13 @@ def _fresh(config: ConfigDict) -> Callable[[], Tree]:
 
 
 def _start_from(config: ConfigDict, class_names: Sequence[str] | None) -> Tree:
-    """The weights of `train.init_from`, adapted, as numpy arrays; prints the adaptations."""
+    """Numpy arrays: the weights of `train.init_from`, if any, adapted; prints the adaptations."""
     model, source = model_config(config), config.train.init_from
-    loaded = init_from.load(source, model)
     with jax.default_device(jax.local_devices()[0]):
         fresh = jax.tree.map(np.asarray, jax.jit(_fresh(config))())
+    if not source:
+        return fresh
+    loaded = init_from.load(source, model)
     network = {name: fresh[name] for name in loaded.params}
     params, notes = init_from.fit(loaded, model, network, source, class_names)
     say(f"starting from {source}")

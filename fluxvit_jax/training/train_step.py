@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from einops import rearrange
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
@@ -29,6 +28,7 @@ from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.objectives.base import Objective, objective_class
+from fluxvit_jax.objectives.micro_batches import split
 from fluxvit_jax.training.optimizer import ema_update
 from fluxvit_jax.training.train_state import abstract_state
 
@@ -89,7 +89,7 @@ def make_train_step(
         trained = part.trained(params)
         gradients, terms = value_and_grad((trained, part.frozen(params), frozen), clips)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], trained)
-        trained = optax.apply_updates(trained, updates)
+        trained = objective.constrained(optax.apply_updates(trained, updates))
         new = {
             "params": part.replaced(params, trained),
             "opt_state": opt_state,
@@ -128,21 +128,17 @@ def accumulate(
 ) -> tuple[Tree, Tree]:
     """Mean gradients and terms over `parts` micro-batches, one after another.
 
-    batch: arrays [B, ...]. Groups of `group` clips stay whole: micro-batch i takes every
-    `parts`-th group, offset i. This strided split keeps each device's share local.
+    batch: arrays [B, ...], in groups of `group`. A loss over the whole batch sees to its parts
+    itself: see `micro_batches.mapped`.
     """
     if parts == 1 or objective.whole_batch:
         return objective.value_and_grad(params, frozen, batch)
-
-    def cut(x: jax.Array) -> jax.Array:
-        """[B, ...] -> [parts, B / parts, ...]."""
-        return rearrange(x, "(n parts g) ... -> parts (n g) ...", parts=parts, g=group)
 
     def add(total: Tree, part: Tree) -> tuple[Tree, None]:
         result = objective.value_and_grad(params, frozen, part)
         return jax.tree.map(lambda t, x: t + x / parts, total, result), None
 
-    batches = jax.tree.map(cut, batch)
+    batches = split(batch, parts, group)
     first = jax.tree.map(lambda x: x[0], batches)
     shapes = jax.eval_shape(objective.value_and_grad, params, frozen, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
