@@ -11,7 +11,7 @@ from fluxvit_jax.config.fields import default_config
 # Modes that need a recipe, and the modules that run them.
 OF_A_RUN = {
     "train": "fluxvit_jax.training.train",
-    "evaluate": "fluxvit_jax.evaluation.evaluate",
+    "evaluate": "fluxvit_jax.evaluation.tasks",
     "search": "fluxvit_jax.token_optimization.search",
     "cache": "fluxvit_jax.training.cache_targets",
     "preflight": "fluxvit_jax.preflight",
@@ -22,7 +22,7 @@ MODES = (*OF_A_RUN, *OF_WEIGHTS)
 # What `--help` says of a mode, and the sections of the config that concern it.
 ABOUT = {
     "train": "train a network, or go on with the run in the workdir",
-    "evaluate": "accuracy at every token budget of eval.settings, into WORKDIR/evaluation",
+    "evaluate": "accuracy or retrieval at every budget of eval.settings, into WORKDIR/evaluation",
     "search": "the best grid for each budget (Token Optimization), into WORKDIR/search",
     "cache": "the teacher's targets for every clip of a plan, into distill.cache",
     "preflight": "whether the run would compile and fit, on devices that need not be there",
@@ -31,11 +31,11 @@ ABOUT = {
 }
 _NETWORK = ("seed", "model", "data", "parallel")
 SECTIONS = {
-    "train": (*_NETWORK, "train", "distill", "optim", "eval", "checkpoint", "log"),
-    "evaluate": (*_NETWORK, "eval"),
+    "train": (*_NETWORK, "train", "distill", "clip", "optim", "eval", "checkpoint", "log"),
+    "evaluate": (*_NETWORK, "clip", "eval"),
     "search": (*_NETWORK, "eval", "search"),
     "cache": (*_NETWORK, "train", "distill"),
-    "preflight": (*_NETWORK, "train", "distill", "optim", "eval", "preflight"),
+    "preflight": (*_NETWORK, "train", "distill", "clip", "optim", "eval", "preflight"),
     "predict": ("eval",),
     "export": ("eval",),
 }
@@ -46,7 +46,10 @@ EXAMPLES = {
         "--config.model.classes=12 --config.train.init_from=runs/k400",
         "--workdir=runs/mine --config.train.epochs=30",
     ),
-    "evaluate": ("--mode=evaluate --workdir=runs/mine",),
+    "evaluate": (
+        "--mode=evaluate --workdir=runs/mine",
+        "--mode=evaluate --workdir=runs/clip --config.data.validation=pairs.json",
+    ),
     "search": ("--mode=search --workdir=runs/mine --config.search.split=chosen_on.csv",),
     "cache": (
         "--mode=cache --config=configs/pretrain.py:base,data=mixture.csv "

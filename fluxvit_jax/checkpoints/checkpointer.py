@@ -311,12 +311,14 @@ class RestoredCheckpoint(NamedTuple):
     """Parameters and configuration of a step, and the step's folder.
 
     class_names: one for each class of the classifier, or none if the run did not know them.
+    frozen: checksums, by name, of weights that the run used and did not train.
     """
 
     step: epath.Path
     params: dict[str, Any]
     config: dict[str, Any]
     class_names: tuple[str, ...]
+    frozen: dict[str, str]
 
 
 def restore(path: str | epath.Path) -> RestoredCheckpoint:
@@ -329,8 +331,9 @@ def restore(path: str | epath.Path) -> RestoredCheckpoint:
     """
     step = find_step(path)
     config = versions.unstamp(_read_json(step / "config"), step / "config")
-    class_names = _read_json(step / "data").get("class_names") or ()
-    return RestoredCheckpoint(step, _read_params(step), config, tuple(class_names))
+    data = _read_json(step / "data")
+    names, frozen = data.get("class_names") or (), data.get("frozen") or {}
+    return RestoredCheckpoint(step, _read_params(step), config, tuple(names), frozen)
 
 
 def restore_params(path: str | epath.Path, average: bool = True) -> dict[str, Any]:

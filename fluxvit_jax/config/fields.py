@@ -386,6 +386,38 @@ FIELDS: dict[str, Field] = {
     "eval.clips": Field(4, "clips of a video", positive, may_change=True),
     "eval.crops": Field(3, "crops of a clip", positive, may_change=True),
     "eval.batch_size": Field(16, "videos at once over all devices", positive, may_change=True),
+    "eval.task": one_of(
+        "auto",
+        "accuracy",
+        "retrieval",
+        "zero_shot",
+        "multiple_choice",
+        help='what to measure; "auto": accuracy, and retrieval of what was trained on captions; '
+        '"zero_shot": accuracy by the names of the classes',
+        may_change=True,
+    ),
+    "eval.dataset": Field("", "name of the videos in a report of retrieval", may_change=True),
+    "eval.videos": Field(
+        0,
+        "videos that data.validation must have for retrieval; 0: any number",
+        not_negative,
+        may_change=True,
+    ),
+    "eval.texts": Field(0, "likewise, texts", not_negative, may_change=True),
+    "eval.allow_missing": Field(
+        False, "accept another number of videos or texts; the report says so", may_change=True
+    ),
+    "eval.paragraphs": Field(
+        False, "a video's captions are sentences of one text", may_change=True
+    ),
+    "eval.dual_temperature": Field(
+        1.0, "temperature of the dual softmax; 1 is official", positive, may_change=True
+    ),
+    "eval.prompts": Field(
+        "",
+        'file of prompts for zero_shot, one a line, with {} for the class; "": the official 16',
+        may_change=True,
+    ),
     "eval.every_epochs": Field(1, "epochs between evaluations", positive, may_change=True),
     # search: Token Optimization
     "search.budgets": Field((3072, 2048, 1024, 512), "tokens", positive, may_change=True),

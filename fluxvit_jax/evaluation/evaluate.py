@@ -65,11 +65,11 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import average_precision
+from fluxvit_jax.evaluation import average_precision, zero_shot
 from fluxvit_jax.evaluation.results import SUFFIX, TOP
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.fluxvit import FluxViTConfig
+from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS
 from fluxvit_jax.token_optimization import planner
 from fluxvit_jax.training import init_from
@@ -240,8 +240,8 @@ def evaluate(
     if not len(source):
         raise UserError("config.data.validation: there are no videos to evaluate on")
     mesh = mesh or make_mesh(config)
-    params = fluxvit.network_params(params)
-    params = device_put_global(params, partition_rules.shardings(params, mesh))
+    params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
+    params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
     settings = settings or settings_of(config)
     model = model_config(config, platform_of(mesh))
     multi_label = config.train.multi_label
@@ -315,20 +315,41 @@ def predictor(
 
     multi_label: whether the probabilities of the classes are independent.
     """
+
+    def probabilities(params: dict, output: ModelOutput) -> jax.Array:
+        logits = output.logits
+        if zero_shot.CLASSIFIER in params:
+            logits = zero_shot.logits(params[zero_shot.CLASSIFIER], output.pooled, model.dtype)
+        return (jax.nn.sigmoid if multi_label else jax.nn.softmax)(logits)
+
+    return view_program(probabilities, model, setting, seed, mesh)
+
+
+def view_program(
+    answer: Callable[[dict, ModelOutput], jax.Array],
+    model: FluxViTConfig,
+    setting: Setting,
+    seed: int,
+    mesh: Mesh,
+) -> Wrapped:
+    """The jitted program that adds what `answer` makes of a view to a running total [b, ...].
+
+    Arguments as in `predictor`. answer: (params, output) -> [b, ...].
+    """
     graph = fluxvit.graphdef(model)
 
     def add_view(
         params: dict, total: jax.Array, patches: jax.Array, video: jax.Array, view: jax.Array
     ) -> jax.Array:
-        network = fluxvit.from_params(graph, fluxvit.prepare_params(params, model))
+        network = fluxvit.network_params(params)
+        network = fluxvit.from_params(graph, fluxvit.prepare_params(network, model))
         patches = fluxvit.normalize(patches, jnp.dtype(model.dtype))
         keys = None
         if model.selector in NOISY_SELECTORS:
             view_key = jax.random.fold_in(jax.random.key(seed), view)
             keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
         output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
-        probabilities = (jax.nn.sigmoid if multi_label else jax.nn.softmax)(output.logits)
-        return total + probabilities
+        return total + answer(params, output)
 
     by_clip = batch_sharding(mesh)
     return jax.jit(
@@ -366,9 +387,30 @@ def probabilities(
     programs: of settings of one grid, from `predictor`; video: int [b], numbers of the videos;
     patches: uint8 [b, V, P, 588], of the host's rows (`mesh.local_row_indices`).
     """
+    return mean_over_views(programs, params, class_count(params), video, patches, mesh)
+
+
+def class_count(params: dict) -> int:
+    """Classes of the classifier, which may be made of texts."""
+    if zero_shot.CLASSIFIER in params:
+        return len(params[zero_shot.CLASSIFIER]["classes"])
+    return params["heads"]["bias"].shape[-1]
+
+
+def mean_over_views(
+    programs: Sequence[Callable],
+    params: dict,
+    width: int,
+    video: np.ndarray,
+    patches: np.ndarray,
+    mesh: Mesh,
+) -> list[np.ndarray]:
+    """Means over the views of what each of `view_program`s makes: [b, width].
+
+    Arguments as in `probabilities`.
+    """
     b, views = patches.shape[:2]
-    classes = params["heads"]["bias"].shape[-1]
-    start = {"total": np.zeros((b, classes), np.float32), "video": video.astype(np.int32)}
+    start = {"total": np.zeros((b, width), np.float32), "video": video.astype(np.int32)}
     sharded = shard_batch(start, mesh)
     totals = previous = [sharded["total"]] * len(programs)
     for view in range(views):
@@ -520,7 +562,11 @@ def run(config: ConfigDict, workdir: str) -> int:
         raise UserError("no data to evaluate on: add --config.data.validation=LIST")
     folder = storage.path_of(workdir)
     loaded = load_weights(config, folder)
-    config = with_classes(config, loaded.params)
+    return run_weights(with_classes(config, loaded.params), folder, loaded)
+
+
+def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> int:
+    """As `run`, of given weights."""
     with raise_on_all_hosts():
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
@@ -575,13 +621,9 @@ def report_name(
     tells evaluations of a workdir apart: path and content of the data, views, settings, selection
     of tokens, and weights from outside the workdir. So an evaluation replaces only its own report.
     """
-    path = storage.path_of(config.data.validation)
-    if not storage.is_remote(path):
-        path = epath.Path(os.path.abspath(path))
-    name = path.stem if path.is_file() else path.name
-    words = re.sub(r"[^\w.]+", "-", f"{path.parent.name}-{name}")[-NAME_LENGTH:].strip("-.")
+    words, path = report_words(config.data.validation), config.data.validation
     about = {
-        "data": os.fspath(path),
+        "data": path if storage.is_remote(path) else os.path.abspath(path),
         "videos": source.fingerprint,
         "views": [config.eval.clips, config.eval.crops],
         "settings": settings,
@@ -590,6 +632,15 @@ def report_name(
     }
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     return "-".join(filter(None, (words, "plan" if config.eval.plan else "", digits)))
+
+
+def report_words(data: str) -> str:
+    """The folder and the name of a list or folder, for the name of a file."""
+    path = storage.path_of(data)
+    if not storage.is_remote(path):
+        path = epath.Path(os.path.abspath(path))
+    name = path.stem if path.is_file() else path.name
+    return re.sub(r"[^\w.]+", "-", f"{path.parent.name}-{name}")[-NAME_LENGTH:].strip("-.")
 
 
 def _planned(config: ConfigDict, params: dict) -> list[Setting]:
@@ -626,7 +677,7 @@ def load_weights(config: ConfigDict, workdir: epath.Path) -> Weights:
     Raises UserError: there are none, or they are of another network.
     """
     if (workdir / checkpointer.FOLDER).exists() or not config.train.init_from:
-        step, params, trained, class_names = checkpointer.restore(workdir)
+        step, params, trained, class_names, _ = checkpointer.restore(workdir)
         if trained["model"]["classes"] == NO_CLASSES:
             raise UserError(
                 f"{step} is pre-trained and has no classifier; fine-tune from it first: "

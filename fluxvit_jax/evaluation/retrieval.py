@@ -38,17 +38,23 @@ class Recall:
 
 def similarities(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     """Cosines of vectors [Q, D] and [G, D]: float32 [Q, G]."""
-    return _unit(queries) @ _unit(gallery).T
+    return unit(queries) @ unit(gallery).T
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of unit length, float32; zeros stay zeros."""
     x = x.astype(np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def dual_softmax(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Scores [Q, G] times their softmax over the queries: each item prefers its own queries."""
-    return scores * softmax(scores / np.float32(temperature), axis=0)
+    return scores * dual_weights(scores, temperature)
+
+
+def dual_weights(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """The softmax of scores [Q, G] over the queries, 0 for queries whose scores are -inf."""
+    return softmax(scores / np.float32(temperature), axis=0)
 
 
 def ranks(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:

@@ -5,12 +5,23 @@ uses, which are ActionCLIP's), tasks_clip/retrieval_utils.py, retrieval_mc.py.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from scipy.special import softmax
 
 from fluxvit_jax.data import captions
-from fluxvit_jax.evaluation.retrieval import similarities
+from fluxvit_jax.distributed.partition_rules import Rules
+from fluxvit_jax.evaluation.retrieval import similarities, unit
+from fluxvit_jax.models import blocks, fluxvit
+from fluxvit_jax.models.blocks import l2_normalize
+from fluxvit_jax.models.clip_head import ClipHead
+
+CLASSIFIER = "text_classifier"  # name among parameters; see `classifier`
+RULES: Rules = ((f"{CLASSIFIER}/.*", PartitionSpec()),)
 
 PROMPTS = (
     "a photo of action {}",
@@ -56,3 +67,38 @@ def option_shares(videos: np.ndarray, options: np.ndarray, temperature: float) -
     pairs = zip(videos, options, strict=True)
     cosines = np.stack([similarities(video[None], own)[0] for video, own in pairs])
     return softmax(cosines / np.float32(temperature), axis=1)
+
+
+def classifier(head: dict, temperature: float, texts: np.ndarray, prompts: int) -> dict[str, Any]:
+    """Parameters that make a classifier of texts, to go beside the network's.
+
+    Its scores are `class_scores` / temperature: a mean of cosines is the product with a mean of
+    unit vectors.
+
+    head: parameters of the head into the space of texts; texts: vectors [K * prompts, D].
+    """
+    classes = unit(texts).reshape(-1, prompts, texts.shape[1]).mean(axis=1)
+    return {CLASSIFIER: {"head": head, "classes": classes, "temperature": np.float32(temperature)}}
+
+
+def classifier_in(params: dict) -> dict[str, Any]:
+    """The part of `params` that `classifier` has made; {} if there is none."""
+    return {name: params[name] for name in (CLASSIFIER,) if name in params}
+
+
+def logits(params: dict, pooled: jax.Array, dtype: str) -> jax.Array:
+    """Scores of classes over the temperature, [B, K], from clip vectors [B, pool width].
+
+    params: what `classifier` has made.
+    """
+    vectors = l2_normalize(to_text(params["head"], pooled, dtype))
+    cosines = jnp.matmul(vectors, params["classes"].T, precision="highest")
+    return cosines / params["temperature"]
+
+
+def to_text(head: dict, pooled: jax.Array, dtype: str) -> jax.Array:
+    """Clip vectors [B, pool width] in the space of texts: [B, D], not normalized."""
+    width, out = head["proj"]["kernel"].shape
+    made = blocks.graphdef(lambda rngs: ClipHead(width, out, jnp.dtype(dtype), rngs))
+    module: ClipHead = fluxvit.from_params(made, head)
+    return module(pooled)

@@ -1,0 +1,157 @@
+"""Multiple choice at every token budget: which of a video's texts describes it.
+
+A file is a JSON list of {"video": path, "option": texts, "answer": number, or a list of 0 and 1},
+as of SSv2-MC, measured by accuracy, and Charades-MC, by mAP over the options, which are the same
+for all videos. A video that cannot be read is wrong, or not found.
+
+Source: InternVideo2, multi_modality, tasks_clip/retrieval_mc.py and retrieval_mc2.py. There an
+option that no video has counts 0 in the mean; here it does not count. Reports have both.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from fluxvit_jax.data.annotations import digest
+from fluxvit_jax.data.caption_lists import cleaned, entries, strings
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.hosts import raise_on_all_hosts
+from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
+from fluxvit_jax.distributed.watchdog import Watchdog
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import average_precision, retrieve, vectors
+from fluxvit_jax.evaluation.evaluate import report_words, settings_of
+from fluxvit_jax.evaluation.zero_shot import option_shares
+from fluxvit_jax.objectives.flux_clip import TEMPERATURE
+from fluxvit_jax.reports.confidence_intervals import mean_interval
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """videos: paths; options: cleaned texts, as many for each; right: bool [videos, options].
+
+    several: whether a video may have several right options.
+    """
+
+    videos: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
+    right: np.ndarray
+    several: bool
+
+
+def read_questions(path: str, root: str = "") -> Questions:
+    """The questions that a file lists.
+
+    Raises UserError: no such file; no list of this form; another number of options.
+    """
+    videos: list[str] = []
+    options: list[tuple[str, ...]] = []
+    right: list[np.ndarray] = []
+    several = False
+    for where, entry in entries(storage.path_of(path)):
+        video, answer = entry.get("video"), entry.get("answer")
+        if not isinstance(video, str):
+            raise UserError(f'{where}: names no file: "video" is missing')
+        texts = cleaned(strings(entry.get("option"), f"{where}: option"), where)
+        if options and len(texts) != len(options[0]):
+            raise UserError(f"{where}: {len(texts)} options where others have {len(options[0])}")
+        own = np.zeros(len(texts), bool)
+        if isinstance(answer, int) and 0 <= answer < len(texts):
+            own[answer] = True
+        elif isinstance(answer, list) and len(answer) == len(texts) and set(answer) <= {0, 1}:
+            own[:], several = answer, True
+        else:
+            raise UserError(f"{where}: the answer {answer} is no number of an option, nor a list")
+        videos.append(os.path.join(root, video))
+        options.append(texts)
+        right.append(own)
+    if not videos:
+        raise UserError(f"{path}: there are no questions in it")
+    return Questions(
+        videos=tuple(videos), options=tuple(options), right=np.stack(right), several=several
+    )
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Evaluates a run on the questions of `data.validation`; prints a table, writes the report.
+
+    Returns the exit status, 0. Raises UserError: no such run, no questions, no video to be read.
+    """
+    folder = storage.path_of(workdir)
+    with raise_on_all_hosts():
+        if not config.data.validation:
+            raise UserError("no questions: add --config.data.validation=LIST, a JSON file")
+        root = config.data.root or os.path.dirname(os.path.abspath(config.data.validation))
+        questions = read_questions(config.data.validation, root)
+        weights = retrieve.read_weights(config, folder)
+        mesh = make_mesh(config)
+    say(f"multiple choice by {weights.origin}: {len(questions.videos)} questions")
+    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
+        own = retrieve.with_evaluation(config, weights.config)
+        texts = sorted({text for texts in questions.options for text in texts})
+        number = {text: n for n, text in enumerate(texts)}
+        by_text = vectors.of_texts(weights.params, own, texts, mesh)
+        watchdog.alive()
+        found = retrieve.embed_videos(own, weights, questions.videos, mesh, watchdog)
+    options = by_text[np.array([[number[text] for text in own] for own in questions.options])]
+    temperature = float(weights.params[TEMPERATURE])
+    budgets = {
+        str(setting.budget): retrieve.about_setting(own, setting)
+        | measures(option_shares(videos, options, temperature), questions, list(found.failures))
+        for setting, videos in zip(settings_of(own), found.by_setting, strict=True)
+    }
+    report = {
+        "task": "multiple_choice",
+        **retrieve.about_run(config, weights),
+        "videos": len(questions.videos),
+        "options": len(questions.options[0]),
+        "budgets": budgets,
+        **retrieve.about_failures(config, questions.videos, found.failures),
+    }
+    if host_index() == 0:
+        name = f"{report_words(config.data.validation)}-multiple_choice-{_digits(own, questions)}"
+        retrieve.write(report, table(report), retrieve.failure_notes(report), folder, name)
+    return 0
+
+
+def measures(shares: np.ndarray, questions: Questions, failed: Sequence[int]) -> Report:
+    """Accuracy, or mAP of questions with several right options, of probabilities [V, K]."""
+    read = np.ones(len(shares), bool)
+    read[list(failed)] = False
+    if not questions.several:
+        hits = questions.right[np.arange(len(shares)), shares.argmax(axis=1)] & read
+        return {"accuracy": float(hits.mean()), "interval": list(mean_interval(hits))}
+    missed = questions.right[~read].sum(axis=0)
+    precisions = average_precision.of_classes(shares[read], questions.right[read], missed)
+    return {
+        "map": average_precision.mean(precisions),
+        "official_map": float(np.mean([own or 0.0 for own in precisions])),
+        "ap": precisions,
+    }
+
+
+def table(report: Report) -> str:
+    """A table with a line for each budget."""
+    several = "map" in next(iter(report["budgets"].values()))
+    head = "mAP  official" if several else "accuracy (95 %)"
+    lines = [f"{'budget':>6}  {'frames':>6}  {'pixels':>6}  {head}"]
+    for budget, row in report["budgets"].items():
+        if several:
+            measure = f"{row['map']:.1%}  {row['official_map']:.1%}"
+        else:
+            low, high = row["interval"]
+            measure = f"{row['accuracy']:.1%} ({100 * low:.1f}..{100 * high:.1f})"
+        lines.append(f"{budget:>6}  {row['frames']:>6}  {row['resolution']:>6}  {measure}")
+    return "\n".join(lines)
+
+
+def _digits(config: ConfigDict, questions: Questions) -> str:
+    """A hash of what tells reports of a list apart."""
+    settings = f"{settings_of(config)} {config.eval.clips}x{config.eval.crops}"
+    return digest([settings, str(questions.options), *questions.videos])[:8]

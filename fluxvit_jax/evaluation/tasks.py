@@ -1,0 +1,91 @@
+"""`--mode=evaluate`: what `config.eval.task` measures."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from fluxvit_jax.data.annotations import read_class_names, text_of
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.hosts import raise_on_all_hosts
+from fluxvit_jax.distributed.mesh import make_mesh, say
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import evaluate, multiple_choice, retrieve, vectors, zero_shot
+from fluxvit_jax.evaluation.evaluate import Weights
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
+
+
+def run(config: ConfigDict, workdir: str) -> int:
+    """Measures what `eval.task` says; see `evaluate`, `retrieve`, `multiple_choice`.
+
+    Returns the exit status, 0.
+    """
+    match task_of(config):
+        case "retrieval":
+            return retrieve.run(config, workdir)
+        case "multiple_choice":
+            return multiple_choice.run(config, workdir)
+        case "zero_shot":
+            return run_zero_shot(config, workdir)
+    return evaluate.run(config, workdir)
+
+
+def task_of(config: ConfigDict) -> str:
+    """`eval.task`, or what "auto" stands for."""
+    if config.eval.task != "auto":
+        return config.eval.task
+    return "retrieval" if objective_class(config).captioned else "accuracy"
+
+
+def run_zero_shot(config: ConfigDict, workdir: str) -> int:
+    """Accuracy of Flux-CLIP at naming classes by their names, on `data.validation`.
+
+    Returns the exit status, 0. Raises UserError: no run of Flux-CLIP, no data, no class names.
+    """
+    folder = storage.path_of(workdir)
+    with raise_on_all_hosts():
+        if not config.data.validation:
+            raise UserError("no data to evaluate on: add --config.data.validation=LIST")
+        names, prompts = class_names(config), read_prompts(config.eval.prompts)
+        weights = retrieve.read_weights(config, folder)
+        mesh = make_mesh(config)
+    say(f"{len(names)} classes by {len(prompts)} prompts each")
+    own = retrieve.with_evaluation(config, weights.config)
+    texts = vectors.of_texts(weights.params, own, zero_shot.texts_of_classes(names, prompts), mesh)
+    classifier = zero_shot.classifier(
+        weights.params[HEAD], float(weights.params[TEMPERATURE]), texts, len(prompts)
+    )
+    own.model.classes = len(names)
+    loaded = Weights(weights.params | classifier, weights.origin, own.to_dict(), tuple(names))
+    return evaluate.run_weights(own, folder, loaded)
+
+
+def class_names(config: ConfigDict) -> Sequence[str]:
+    """The names in `data.class_names`, or those of the folders or labels of `data.validation`."""
+    if config.data.class_names:
+        return read_class_names(config.data.class_names)
+    from fluxvit_jax.data.annotations import open_source
+
+    names = open_source(config.data.validation, config.data.root).class_names
+    if not names:
+        raise UserError(
+            f"config.data.validation={config.data.validation}: its labels are numbers; add "
+            "--config.data.class_names=FILE, a name a line, or the name of a data set, such as k400"
+        )
+    return names
+
+
+def read_prompts(path: str) -> Sequence[str]:
+    """The prompts of a file, one a line; without one, the official 16.
+
+    Raises UserError: it cannot be read, is empty, or a line has no {} for the class.
+    """
+    if not path:
+        return zero_shot.PROMPTS
+    lines = [line.strip() for line in text_of(path).split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: holds no prompts; write one a line, such as: a video of {{}}")
+    for line in lines:
+        if line.count("{}") != 1 or line.count("{") + line.count("}") != 2:
+            raise UserError(f"{path}: {line!r}: a prompt has {{}} once, for the class")
+    return lines
