@@ -249,6 +249,16 @@ def _check_multi_label(config: ConfigDict) -> None:
 
 def _check_evaluation(config: ConfigDict) -> None:
     """A budget of more tokens than the grid has is no error: every token is kept."""
+    if config.eval.frames == "middle" and config.eval.clips > 1:
+        raise UserError(
+            f"config.eval.clips: {config.eval.clips} clips of a video have no frames in the middle "
+            "of its segments; set it to 1, or eval.frames=spread"
+        )
+    if config.eval.resize == "squeeze" and config.eval.crops > 1:
+        raise UserError(
+            f"config.eval.crops: eval.resize=squeeze makes one view, not {config.eval.crops}; set "
+            "it to 1"
+        )
     settings = config.eval.settings
     for budget, frames, resolution in settings:
         if min(budget, frames, resolution) <= 0:

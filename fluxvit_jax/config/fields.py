@@ -385,6 +385,21 @@ FIELDS: dict[str, Field] = {
     ),
     "eval.clips": Field(4, "clips of a video", positive, may_change=True),
     "eval.crops": Field(3, "crops of a clip", positive, may_change=True),
+    "eval.frames": one_of(
+        "spread",
+        "middle",
+        help='of a clip: as in fine-tuning, or in the "middle" of segments, as InternVideo2 CLIP',
+        may_change=True,
+    ),
+    "eval.resize": one_of(
+        "crop",
+        "squeeze",
+        help='to a square: the middle, or "squeeze" the whole frame, as InternVideo2 CLIP does',
+        may_change=True,
+    ),
+    "eval.seconds": Field(
+        0.0, "of a video that count, from its beginning; 0: all", not_negative, may_change=True
+    ),
     "eval.batch_size": Field(16, "videos at once over all devices", positive, may_change=True),
     "eval.task": one_of(
         "auto",

@@ -29,6 +29,18 @@ def test_frames(num_video_frames: int, T: int, clip: int = 0, clips: int = 1) ->
     return np.minimum(starts + offset, num_video_frames - 1)
 
 
+def middle_frames(num_video_frames: int, T: int) -> np.ndarray:
+    """The middle frame of each of T equal segments: int64 [T], not descending.
+
+    A video of fewer frames gives all of them, and the last one again and again. Source:
+    InternVideo2, multi_modality, dataset/video_utils.py (get_frame_indices, "middle").
+    """
+    segments = min(T, num_video_frames)
+    borders = np.linspace(0, num_video_frames, segments + 1).astype(np.int64)
+    middles = (borders[:-1] + borders[1:] - 1) // 2
+    return np.pad(middles, (0, T - segments), mode="edge")
+
+
 def resized_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(height, width) after scaling the shorter side to `short_side`; the longer rounds down."""
     if width < height:

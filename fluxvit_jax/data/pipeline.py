@@ -47,7 +47,7 @@ from fluxvit_jax.data.supervised_workers import (
     reading,
 )
 from fluxvit_jax.data.tokenizer import tokenize
-from fluxvit_jax.data.views import cut_views, read_frames
+from fluxvit_jax.data.views import Views, cut_views, read_frames, views_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
 
@@ -216,8 +216,7 @@ def evaluation_batches(
     videos = EvaluationVideos(
         source=source,
         grids=tuple(grids),
-        clips=config.eval.clips,
-        crops=config.eval.crops,
+        views=views_of(config),
         multi_hot=multi_hot_classes(config),
         quarantine=quarantine,
     )
@@ -479,8 +478,7 @@ class EvaluationVideos:
 
     source: Source
     grids: tuple[Grid, ...]
-    clips: int
-    crops: int
+    views: Views
     multi_hot: int = 0  # as in `TrainGroups`
     open_video: Callable[..., Any] = open_clip
     quarantine: Quarantine = dataclasses.field(default_factory=dict)
@@ -509,19 +507,19 @@ class EvaluationVideos:
             "failure": np.array([failure], np.str_),
         }
         if views is None:
-            shape = (self.clips * self.crops,)
+            shape = (self.views.clips * self.views.crops,)
             views = [np.zeros((*shape, g.tokens, PATCH_VALUES), np.uint8) for g in self.grids]
         return item | {f"patches{k}": patches[None] for k, patches in enumerate(views)}
 
     def _views(self, video: Video) -> list[np.ndarray]:
         """Patches uint8 [V, P, 588] on each grid."""
-        read = partial(read_frames, video, clips=self.clips, most_bytes=MAX_DECODED_BYTES)
+        read = partial(read_frames, video, views=self.views, most_bytes=MAX_DECODED_BYTES)
         shared = read(self.grids)
         views = []
         for grid in self.grids:
             frames = shared or read([grid], short_side=grid.resolution)
             assert frames is not None  # scaled down, they are never too large
-            views.append(cut_views(frames, grid, self.clips, self.crops))
+            views.append(cut_views(frames, grid, self.views))
         return views
 
 

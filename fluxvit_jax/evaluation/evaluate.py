@@ -44,6 +44,7 @@ from fluxvit_jax.data.splits import (
 )
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.time_limit import within
+from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
@@ -495,7 +496,7 @@ def _report(
         several = {"multi_label": True, "videos_of_class": counts}
     return several | {
         "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
-        "views": f"{config.eval.clips}x{config.eval.crops}",
+        "views": str(views_of(config)),
         "budgets": budgets,
         "failures": failures,
         "warning": warn_of_failures(config, len(failures), len(videos), _first(failures)),
@@ -625,13 +626,17 @@ def report_name(
     about = {
         "data": path if storage.is_remote(path) else os.path.abspath(path),
         "videos": source.fingerprint,
-        "views": [config.eval.clips, config.eval.crops],
+        "views": str(views_of(config)),
         "settings": settings,
         "model": [config.model.selector.to_dict(), config.model.dtype, config.seed],
         "weights": loaded.origin if loaded.trained is None else "",
     }
+    classifier = loaded.params.get(zero_shot.CLASSIFIER)
+    if classifier is not None:  # of texts
+        about["classes"] = hashlib.sha256(classifier["classes"].tobytes()).hexdigest()
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    return "-".join(filter(None, (words, "plan" if config.eval.plan else "", digits)))
+    kinds = ("plan" if config.eval.plan else "", "zero_shot" if classifier is not None else "")
+    return "-".join(filter(None, (words, *kinds, digits)))
 
 
 def report_words(data: str) -> str:

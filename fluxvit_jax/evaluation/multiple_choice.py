@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.data.annotations import digest
 from fluxvit_jax.data.caption_lists import cleaned, entries, strings
+from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
@@ -153,5 +154,5 @@ def table(report: Report) -> str:
 
 def _digits(config: ConfigDict, questions: Questions) -> str:
     """A hash of what tells reports of a list apart."""
-    settings = f"{settings_of(config)} {config.eval.clips}x{config.eval.crops}"
+    settings = f"{settings_of(config)} {views_of(config)}"
     return digest([settings, str(questions.options), *questions.videos])[:8]

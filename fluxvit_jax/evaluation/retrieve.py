@@ -20,6 +20,7 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Example, FileSource, digest
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
 from fluxvit_jax.data.tokenizer import CONTEXT, token_count
+from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
@@ -175,7 +176,7 @@ def about_run(config: ConfigDict, weights: ClipWeights) -> Report:
         "checkpoint": weights.origin,
         "dataset": config.eval.dataset or os.path.basename(config.data.validation),
         "data": config.data.validation,
-        "views": f"{config.eval.clips}x{config.eval.crops}",
+        "views": str(views_of(config)),
         "learned_temperature": float(weights.params[TEMPERATURE]),
     }
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.patches import PATCH_VALUES
-from fluxvit_jax.data.views import cut_views
+from fluxvit_jax.data.views import cut_views, views_of
 from fluxvit_jax.distributed import devices, partition_rules
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of
 from fluxvit_jax.evaluation import evaluate
@@ -39,7 +39,7 @@ class CandidateEvaluator:
     ):
         self._before_compiling = before_compiling
         cv2.setNumThreads(0)  # the threads themselves are the parallelism
-        self._clips, self._crops, self._seed = config.eval.clips, config.eval.crops, config.seed
+        self._view_settings, self._seed = views_of(config), config.seed
         self._mesh = mesh or make_mesh(config)
         self._model = model_config(config, platform_of(self._mesh))
         self._params = device_put_global(params, partition_rules.shardings(params, self._mesh))
@@ -123,8 +123,9 @@ class CandidateEvaluator:
     def _views(self, video: DecodedVideo, grid: Grid) -> tuple[np.ndarray, str]:
         """Views uint8 [V, P, 588], zeros for an unreadable video, and the reason."""
         if video.frames is not None:
-            return cut_views(video.frames, grid, self._clips, self._crops), ""
-        shape = (self._clips * self._crops, grid.tokens, PATCH_VALUES)
+            return cut_views(video.frames, grid, self._view_settings), ""
+        views = self._view_settings.clips * self._view_settings.crops
+        shape = (views, grid.tokens, PATCH_VALUES)
         return np.zeros(shape, np.uint8), video.failure
 
 

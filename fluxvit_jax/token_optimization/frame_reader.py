@@ -12,7 +12,7 @@ from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.pipeline import reading_video
 from fluxvit_jax.data.supervised_workers import Quarantine, SupervisedWorkers, WorkerDeathError
 from fluxvit_jax.data.time_limit import within
-from fluxvit_jax.data.views import Frames, read_frames
+from fluxvit_jax.data.views import Frames, Views, read_frames, views_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 
@@ -58,7 +58,7 @@ class FrameReader:
     ):
         quarantine: Quarantine = {}
         self._clip_seconds = config.data.clip_seconds
-        self._read = _Reading(source, config.eval.clips, quarantine, open_video)
+        self._read = _Reading(source, views_of(config), quarantine, open_video)
         self._arrived: dict[Task, DecodedVideo | Exception] = {}
         self._workers: SupervisedWorkers | None = None
         if workers := config.data.workers:
@@ -110,7 +110,7 @@ class _Reading:
     """The function of the workers: a task to its video."""
 
     source: Source
-    clips: int
+    views: Views
     quarantine: Quarantine
     open_video: Callable[..., Video]
 
@@ -124,7 +124,7 @@ class _Reading:
                 self.open_video(record.video) as video,
             ):
                 frames = read_frames(
-                    video, grids, self.clips, MAX_DECODED_BYTES, short_side or None
+                    video, grids, self.views, MAX_DECODED_BYTES, short_side or None
                 )
             return DecodedVideo(number=number, label=record.label, frames=frames)
         except DecodeError as error:

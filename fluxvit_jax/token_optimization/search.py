@@ -22,6 +22,7 @@ from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source, held_out_part, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
+from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
@@ -190,7 +191,7 @@ class Search:
         self._budgets = sorted(set(config.search.budgets), reverse=True)
         self._splits = {split.name: split for split in splits}
         self._fingerprint = planner.fingerprint(weights.params)
-        self._views = f"{config.eval.clips}x{config.eval.crops}"
+        self._views = str(views_of(config))
         self._work = {
             c.name: gflops(c.network(self._model), c.grid, c.budget) for c in self._candidates
         }

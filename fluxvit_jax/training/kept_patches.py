@@ -15,6 +15,7 @@ from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.patches import unpatchify
 from fluxvit_jax.data.pipeline import EvaluationVideos
 from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.data.views import Views
 from fluxvit_jax.deploy.page import fade
 from fluxvit_jax.distributed.mesh import (
     compiler_options,
@@ -77,7 +78,7 @@ class KeptPatches:
         """The clips that can be read, for each setting: uint8 [n, P, 588]."""
         grids = tuple(setting.grid for setting in self._settings)
         videos = EvaluationVideos(
-            self._source, grids, 1, 1, multi_hot=self._multi_hot, quarantine=self._quarantine
+            self._source, grids, Views(), multi_hot=self._multi_hot, quarantine=self._quarantine
         )
         numbers = np.unique(np.linspace(0, len(videos) - 1, CLIPS).astype(int))
         items = [videos[int(number)] for number in numbers]

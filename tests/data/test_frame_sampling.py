@@ -54,3 +54,23 @@ def test_impossible_frames_are_refused():
         frame_sampling.train_frames(0, 8, np.random.default_rng(0))
     with pytest.raises(ValueError, match="no clip 4 of 4"):
         frame_sampling.test_frames(10, 8, 4, 4)
+
+
+CLIP = json.loads((Path(__file__).parents[1] / "golden/clip/frames_cases.json").read_text())[
+    "frames"
+]
+
+
+def test_the_middle_frames_of_the_official_retrieval():
+    for case in CLIP:
+        frames = frame_sampling.middle_frames(case["vlen"], case["num_frames"])
+        assert frames.tolist() == case["middle"]
+
+
+def test_training_draws_every_frame_of_a_segment():
+    """The official code for retrieval never draws the last one, nor any other of two."""
+    case = next(case for case in CLIP if (case["num_frames"], case["vlen"]) == (4, 8))
+    assert case["rand"] == [0, 2, 4, 6]
+    rng = np.random.default_rng(0)
+    drawn = np.stack([frame_sampling.train_frames(8, 4, rng) for _ in range(100)])
+    assert set(drawn.ravel()) == set(range(8))

@@ -9,6 +9,7 @@ from fluxvit_jax.data.class_names import KnownNames
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.pipeline import EvaluationVideos
 from fluxvit_jax.data.prepare import prepare
+from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 from tests import tiny
@@ -114,7 +115,7 @@ def test_a_clip_in_quarantine_keeps_its_label(tiny_data, tmp_path):
         source = open_source(path, tiny_data, multi_label=several)
         quarantine = {"1.mp4": "crashed"}
         videos = EvaluationVideos(
-            source, (Grid.square(2, 28),), 1, 1, multi_hot=3 * several, quarantine=quarantine
+            source, (Grid.square(2, 28),), Views(), multi_hot=3 * several, quarantine=quarantine
         )
         item = videos[source.ids.index("1.mp4")]
         assert item["failure"] == ["crashed"] and item["label"].tolist() == label

@@ -23,6 +23,7 @@ from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import EvaluationVideos, TrainGroups
 from fluxvit_jax.data.prepare import Prepared, main, prepare
 from fluxvit_jax.data.shard_writer import Shard, write_shards
+from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 
@@ -338,7 +339,7 @@ def test_a_flipped_bit_is_one_clip_that_fails(videos, tmp_path):
     name = f"{tmp_path.name}, record 1"
     assert damaged[1].id == name and "the shard is damaged here" in damaged[1].failure
     grids = (Grid(2, 2, 2),)
-    items = EvaluationVideos(open_source(tmp_path), grids, clips=1, crops=1)
+    items = EvaluationVideos(open_source(tmp_path), grids, Views())
     assert [str(items[i]["id"][0]) for i in range(3)] == [source[0].id, name, source[2].id]
     assert "hash mismatch" in items[1]["failure"][0] and not items[1]["patches0"].any()
     augment = default_config("Ti").data.augment

@@ -16,6 +16,7 @@ from fluxvit_jax.data.pipeline import (
     TrainGroups,
     train_batches,
 )
+from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 from tests.data.test_pipeline import assert_equal, folder, make_config, make_source, take
@@ -102,7 +103,7 @@ def test_evaluation_counts_them_as_failed(folder):
     config = make_config(workers=1, clip_seconds=1.0)
     quarantine = {clip: reason for clip, reason in REASONS.items() if clip != "4.mp4"}
     videos = EvaluationVideos(
-        make_source(folder), (Grid(2, 2, 2),), 1, 1, open_video=open_fatal, quarantine=quarantine
+        make_source(folder), (Grid(2, 2, 2),), Views(), open_video=open_fatal, quarantine=quarantine
     )
     items = take(batches_of(videos, config, quarantine), None)
     failures = {
