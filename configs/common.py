@@ -1,4 +1,4 @@
-"""The text after the colon of `--config=configs/k400.py:TEXT`, for fine-tuning and pre-training."""
+"""The text after the colon of `--config=configs/k400.py:TEXT`, of recipes for real data sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +26,13 @@ def parse(
     recipes: Sequence[str] = (),
     budgets: tuple[int, ...] = (3072, 2048, 1024),
     data: bool = False,
+    word: str = "recipe",
 ) -> Options:
     """Options of "VARIANT,single=TOKENS,recipe=NAME,data=LIST"; every part may be left out.
 
     The variant is base unless named. `single` trains one budget (Flux-Single) in place of `budgets`
     (by default those of Flux-Multi [T3]). `recipes` are the names that the recipe knows, the
-    default first. Only where `data` is true may it be named.
+    default first; `word` is what they are chosen by. Only where `data` is true may it be named.
 
     Raises UserError for a part that is none of these.
     """
@@ -42,13 +43,13 @@ def parse(
             variant = _one_of(part, tuple(VARIANTS))
         elif name == "single" and value.isdecimal():
             budgets = (int(value),)
-        elif name == "recipe" and recipes:
+        elif name == word and recipes:
             recipe = _one_of(value, recipes)
         elif name == "data" and data:
             named = value
         else:
             known = ["single=TOKENS"]
-            known += [f"recipe={'|'.join(recipes)}"] * bool(recipes) + ["data=LIST"] * data
+            known += [f"{word}={'|'.join(recipes)}"] * bool(recipes) + ["data=LIST"] * data
             raise UserError(f"{part!r} is not {' or '.join(known)}")
     return Options(variant=VARIANTS[variant], budgets=budgets, recipe=recipe, data=named)
 

@@ -174,6 +174,7 @@ def test_every_recipe_loads(name, variant):
 def test_every_recipe_is_tested():
     # No recipe; the table of the rest; those that have tests of their own.
     not_here = {"common", "finetune", "demo", "demo_pretrain", "pretrain"}
+    not_here |= {"clip", "retrieval", "zero_shot", "demo_clip"}
     assert {file.stem for file in CONFIGS.glob("*.py")} - not_here == CLASSES.keys()
 
 
@@ -228,6 +229,66 @@ def test_the_recipe_of_pretraining(variant):
     assert "--config.data.train" in error_of(validate_for_training, recipe("pretrain", variant))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("variant", ["small", "base"])
+def test_the_recipe_of_flux_clip(variant, stage):
+    """Table 16 of the paper, and the base, InternVideo2 CLIP."""
+    config = recipe("clip", f"{variant},stage={stage},data=captions.json")
+    train, optim, clip = config.train, config.optim, config.clip
+    first = stage == 1
+    assert config.model.variant == variant[0].upper() and config.data.train == "captions.json"
+    assert train.batch_size == (4096 if variant == "base" and not first else 8192)
+    assert (train.epochs, train.warmup_epochs) == ((3, 0.6) if first else (1, 0))
+    assert optim.learning_rate == (4e-4 if first else 2e-5)
+    assert optim.min_learning_rate == pytest.approx(optim.learning_rate / 100)
+    assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-8, 0.02)
+    assert (optim.schedule, optim.clip_norm) == ("cosine_floor", 0)
+    assert (clip.temperature, clip.least_temperature, clip.train_text) == (0.01, 0.01, False)
+    assert config.data.augment.scale == (0.5, 1) and config.data.augment.crop == "multi_scale"
+    grids = admissible_grids(config)
+    assert {grid.frames for grid in grids} <= set(range(4, 25, 2))
+    assert {grid.rows * 14 for grid in grids} == {168, 196, 224, 252}
+    assert all(2048 <= grid.tokens <= 4096 for grid in grids)
+    check_objective(config)
+    asked = error_of(check_objective, config, training=True)
+    assert "config.clip.text_encoder=WEIGHTS" in asked
+
+
+def test_the_recipes_of_its_evaluations():
+    retrieval = recipe("retrieval", "didemo,small")
+    assert (retrieval.eval.videos, retrieval.eval.paragraphs) == (1003, True)
+    assert (retrieval.eval.frames, retrieval.eval.resize) == ("middle", "squeeze")
+    assert [setting[0] for setting in retrieval.eval.settings] == [2048, 1024, 512]
+    assert recipe("zero_shot", "k600,small").data.class_names == "k600"
+    assert recipe("zero_shot", "mit").data.class_names == ""
+    assert "none of msrvtt, didemo" in error_of(recipe, "retrieval", "msr")
+    assert "none of k400, k600" in error_of(recipe, "zero_shot", "base")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("model.classes=400", "captions have no classes; leave it 1"),
+        ("train.cutmix=1.0", "config.train.cutmix: flux_clip has no such thing"),
+        ("data.repeated_aug=2", "clips of one video would be each other's positives"),
+        ("data.holdout_fraction=0.1", "leaves no videos out"),
+        ("model.selector.rounding=official", "exact budgets only"),
+        ("train.early_stopping_epochs=2", "not evaluated on the way"),
+        ("train.multi_label=True", "no more than one label a video"),
+        ("eval.clips=4", "no frames in the middle of its segments"),
+        ("eval.crops=3", "squeeze makes one view, not 3"),
+        ("clip.network=CLIP-L", "none of MobileCLIP-B, Ti"),
+        ("clip.temperature=0.0", "must be above 0"),
+        ("optim.schedule=linear", "none of cosine, cosine_floor"),
+    ],
+)
+def test_mistakes_in_flux_clip(override, message):
+    def check():
+        check_objective(recipe("clip", "base", [f"--config.{override}"]))
+
+    assert message in error_of(check)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -266,7 +327,9 @@ def test_an_unknown_objective_is_refused():
     config.train.objective = "flux_multy"
     error = error_of(check_objective, config)
     # Other tests may have registered one of their own.
-    assert error.startswith("config.train.objective: 'flux_multy' is none of flux_multi, flux_umt")
+    assert error.startswith(
+        "config.train.objective: 'flux_multy' is none of flux_clip, flux_multi,"
+    )
 
 
 # Published numbers: paper's table 15, released K400 script, InternVideo2-S's SSv2 script.

@@ -16,6 +16,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Example, FileSource, digest
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -81,7 +83,8 @@ def write(report: Report, table: str, notes: Sequence[str], folder: epath.Path, 
 def read_weights(config: ConfigDict, workdir: epath.Path) -> ClipWeights:
     """The weights of the workdir's run, or of the run that `train.init_from` names."""
     given = config.train.init_from
-    source = workdir if (workdir / "checkpoints").exists() or not given else given
+    has_run = (workdir / checkpointer.FOLDER).exists() or given in ("", REQUIRED)
+    source = workdir if has_run else given
     return flux_clip_weights.read(source, config.clip.text_encoder)
 
 

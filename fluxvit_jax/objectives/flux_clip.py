@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.config.variants import NO_CLASSES, TEXT_ENCODERS, VARIANTS
 from fluxvit_jax.data.tokenizer import CONTEXT
@@ -141,7 +142,7 @@ class FluxCLIP(Objective):
 
     @classmethod
     def check_for_training(cls, config: ConfigDict) -> None:
-        if not config.clip.text_encoder and not config.clip.train_text:
+        if config.clip.text_encoder in ("", REQUIRED) and not config.clip.train_text:
             raise UserError(
                 "no text encoder: add --config.clip.text_encoder=WEIGHTS, such as MobileCLIP's "
                 "mobileclip_blt.pt, or train one with --config.clip.train_text=True"

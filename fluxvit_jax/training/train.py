@@ -463,6 +463,9 @@ def describe_end(setup: Setup, validation: Validation, step: int) -> str:
 def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
     """The accuracy of the best checkpoint, and what to type next."""
     command = "python -m fluxvit_jax.main"
+    if objective_class(config).captioned:
+        measure = f"{command} --mode=evaluate --workdir={workdir} --config.data.validation=PAIRS"
+        return f"next, retrieval between videos and captions: {measure}"
     if not objective_class(config).labelled:
         return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
     lines = []
