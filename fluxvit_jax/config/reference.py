@@ -21,6 +21,7 @@ SECTIONS = {
     "data": "Data, grids and augmentation",
     "train": "Training",
     "distill": "Distillation from a teacher",
+    "clip": "Training on captions",
     "optim": "The optimizer",
     "eval": "Evaluation",
     "search": "Token Optimization",

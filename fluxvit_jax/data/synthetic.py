@@ -16,8 +16,10 @@ middle frame (chance is 8 %), 23 % for a random frame, 53 % for the first and 55
 the motion of both, in 99 % (tests/data/test_synthetic.py).
 
 DIR gets train/ and validation/ with a folder a class, train.csv and validation.csv (path,label),
-and classes.txt. The two splits share no photograph. The same arguments give the same bytes (with
-the same versions of the packages); an interrupted run goes on where it stopped.
+classes.txt, and train_captions.json and validation_captions.json with words for motion, way and
+speed; in the latter, clips that are described alike stand together. The two splits share no
+photograph. The same arguments give the same bytes (with the same versions of the packages); an
+interrupted run goes on where it stopped.
 """
 
 import argparse
@@ -41,6 +43,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from fluxvit_jax.data import synthetic_captions
+from fluxvit_jax.data.synthetic_movement import Movement, draw_movement
 from fluxvit_jax.errors import UserError
 
 # Counts changes that alter the clips; a folder made with another number is not added to.
@@ -101,9 +105,6 @@ FRAMES = (20, 45)  # shortest, and one more than longest
 SOUND = 0.25  # share of clips with a sound track
 SAMPLE_RATE = 16000
 
-# The moment, as a share of the clip, at which print and object lie alike in all classes. If it were
-# always the middle, the first and the last frame would reveal the class of 3 to 5 % more clips.
-CENTRAL = (0.35, 0.65)
 # Pixels along the short side of a print, and along a square that an object fills, before they are
 # drawn into a frame at about half that size.
 PRINT_SIDE = 64
@@ -160,7 +161,7 @@ def render(
     same random numbers are drawn from rng for every motion, so that clips of equal rng differ in
     nothing but how print and object move.
     """
-    print_course, object_course = _courses(motion, rng, frames)
+    print_course, object_course = _courses(motion, draw_movement(rng), frames)
     print_photo, object_photo, background_photo = (_recolor(photo, rng) for photo in photos)
     middle, short = np.array(size[::-1]) / 2, min(size)
     center = middle + rng.uniform(-0.12, 0.12, 2) * short
@@ -176,17 +177,14 @@ def render(
     return clip
 
 
-def _courses(motion: str, rng: np.random.Generator, frames: int) -> tuple[Course, Course]:
+def _courses(motion: str, drawn: Movement, frames: int) -> tuple[Course, Course]:
     """The courses of print and object; both are 0 at one frame near the middle of the clip."""
     time = (np.arange(frames) + 0.5) / frames
-    central = time[int(rng.uniform(*CENTRAL) * frames)]
-    distance = rng.uniform(0.45, 0.75)  # in short sides of the frame, over the clip
-    heading = rng.uniform(-np.pi, np.pi)
-    other_heading = heading + rng.uniform(0.6, 1.4) * np.pi  # never near the first
-    slant = rng.uniform(-0.2, 0.2)
-    turn = math.radians(rng.uniform(70, 120)) * (time - central)
-    zoom = math.log(rng.uniform(1.7, 2.4)) * (time - central)
-    corner = rng.uniform(0.42, 0.58)  # when it stops, or turns round
+    central = time[int(drawn.central * frames)]
+    distance, heading, other_heading = drawn.distance, drawn.heading, drawn.other_heading
+    slant, corner = drawn.slant, drawn.corner
+    turn = math.radians(drawn.degrees) * (time - central)
+    zoom = math.log(drawn.magnification) * (time - central)
     still = Course(*np.zeros((4, frames)))
 
     def slide(angle: float, progress: np.ndarray = time - central) -> Course:
@@ -365,6 +363,18 @@ def write_dataset(
     for split, members in splits.items():
         rows = [f"{clip.path},{clip.label}" for clip in members]
         _write_text(out / f"{split}.csv", "\n".join(["path,label", *rows]))
+    captions = {
+        clip: tuple(synthetic_captions.of_clip(MOTIONS[clip.label], movement))
+        for clip in clips
+        for movement in [draw_movement(begin(clip, seed)[0])]
+    }
+    training = [{"video": clip.path, "caption": list(captions[clip])} for clip in splits["train"]]
+    _write_text(out / "train_captions.json", json.dumps(training, indent=0))
+    alike: dict[tuple[str, ...], list[str]] = {}  # validation clips that are described alike
+    for clip in splits["validation"]:
+        alike.setdefault(captions[clip], []).append(clip.path)
+    pairs = [{"video": videos, "caption": list(texts)} for texts, videos in alike.items()]
+    _write_text(out / "validation_captions.json", json.dumps(pairs, indent=0))
     _write_text(out / "classes.txt", "\n".join(MOTIONS))
 
 
@@ -395,21 +405,30 @@ def _start_worker() -> None:
 
 
 def _write_clip(out: Path, seed: int, clip: Clip) -> None:
-    rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(clip.split), clip.index])
+    rng, chosen, length, size = begin(clip, seed)
     photos = photographs(clip.split)
-    # As prints every class gets every photograph equally often.
-    first = clip.index // len(MOTIONS) % len(photos)
-    others = first + 1 + rng.choice(len(photos) - 1, 2, replace=False)
-    chosen = [photos[number % len(photos)] for number in (first, *others)]
-    length = int(rng.integers(*FRAMES))
-    size = SIZES[rng.integers(len(SIZES))]
     motion = MOTIONS[clip.label]
-    frames = render(motion, chosen, rng, length, size)
+    frames = render(motion, [photos[number] for number in chosen], rng, length, size)
     path = out / clip.path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".partial")
     _encode(partial_path, frames, rng)
     partial_path.replace(path)
+
+
+def begin(clip: Clip, seed: int) -> tuple[np.random.Generator, list[int], int, tuple[int, int]]:
+    """The generator of a clip after the first draws; photographs, frames and size of the clip.
+
+    photographs: numbers of that of the print, of the object and of the background.
+    """
+    rng = np.random.default_rng([seed, list(PHOTOGRAPHS).index(clip.split), clip.index])
+    photos = len(PHOTOGRAPHS[clip.split])
+    # As prints every class gets every photograph equally often.
+    first = clip.index // len(MOTIONS) % photos
+    others = first + 1 + rng.choice(photos - 1, 2, replace=False)
+    chosen = [int(number % photos) for number in (first, *others)]
+    length = int(rng.integers(*FRAMES))
+    return rng, chosen, length, SIZES[rng.integers(len(SIZES))]
 
 
 def _encode(path: Path, frames: np.ndarray, rng: np.random.Generator) -> None:
