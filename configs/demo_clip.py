@@ -3,9 +3,9 @@
     python -m fluxvit_jax.main --config=configs/demo_clip.py --workdir=demo/clip \
         --config.train.init_from=demo/multi
 
-Argument: `multi` (default: three budgets on flexible grids) or `fixed` (one grid, every token), with
-`,seed=N`. The network starts from a trained run of configs/demo.py, of the same argument. It is
-evaluated on unseen photographs by `--mode=evaluate --workdir=demo/clip`.
+Argument: `multi` (default: three budgets on flexible grids) or `fixed` (one grid, every token),
+with `,seed=N`. The network starts from a trained run of configs/demo.py, of the same argument. It
+is evaluated on unseen photographs by `--mode=evaluate --workdir=demo/clip`.
 
 Hardware: two CPU cores, six minutes. Expected result: docs/benchmarks.md.
 All numbers are ours, chosen for so small a network and so short a training; none is the paper's.
