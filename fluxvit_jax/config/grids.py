@@ -20,6 +20,12 @@ def admissible_grids(config: ConfigDict) -> tuple[Grid, ...]:
         raise UserError(f"config.data.grids: {error}") from error
 
 
+def image_grids(config: ConfigDict) -> tuple[Grid, ...]:
+    """The grids that images are trained on, where they have steps of their own: one frame."""
+    sides = sorted({grid.rows for grid in admissible_grids(config)})
+    return tuple(Grid(1, side, side) for side in sides)
+
+
 def evaluation_grids(config: ConfigDict) -> tuple[Grid, ...]:
     """The grid of each of `eval.settings`."""
     return tuple(Grid.square(*size) for _, *size in config.eval.settings)

@@ -26,10 +26,11 @@ def open_clip(source: str | os.PathLike | bytes, name: str | None = None) -> "Vi
 
     Raises as `Video` does.
     """
-    return (Image if _is_image(source) else Video)(source, name)
+    return (Image if is_image(source) else Video)(source, name)
 
 
-def _is_image(source: str | os.PathLike | bytes) -> bool:
+def is_image(source: str | os.PathLike | bytes) -> bool:
+    """Whether a path's suffix, or the beginning of a file's bytes, is that of an image."""
     if isinstance(source, bytes):
         return image_format(source[:16]) in IMAGE_FORMATS
     return os.path.splitext(os.fspath(source))[1].lower() in IMAGE_SUFFIXES

@@ -10,7 +10,9 @@ list: what `annotations.open_source` takes; labels are ignored. root: what the p
 relative to. weight: how often each video is drawn relative to videos of other sources: with 2,
 twice as often as with 1. flip: whether training may mirror the videos; "no" where hands and
 directions matter, as in Something-Something. Lists and roots are relative to the folder of the
-mixture.
+mixture. Images are videos of one frame; those with captions have steps of their own.
+
+Images among videos are videos of one frame. Images with captions have steps of their own.
 """
 
 import csv
@@ -25,8 +27,17 @@ from typing import Any
 import grain
 import numpy as np
 
-from fluxvit_jax.data.annotations import Record, Source, digest, open_source, split_of, text_of
+from fluxvit_jax.data.annotations import (
+    Record,
+    Source,
+    Subset,
+    digest,
+    open_source,
+    split_of,
+    text_of,
+)
 from fluxvit_jax.data.caption_lists import open_captions
+from fluxvit_jax.data.images import is_image
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
@@ -42,6 +53,12 @@ class Part:
     source: Source
     weight: float = 1.0
     flip: bool = True
+    images: bool = False  # whether it has steps of its own, as one-frame clips
+
+    @property
+    def share(self) -> float:
+        """Its share of the draws, relative to other parts."""
+        return len(self.source) * self.weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +103,42 @@ class Mixture:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number = int(np.searchsorted(self._ends, index, side="right"))
+        number = self._part_of(index)
         part = self.parts[number]
         record = part.source[index - int(self._ends[number]) + len(part.source)]
         return record._replace(id=f"{part.name}/{record.id}", flip=part.flip)
 
-    def order(self, seed: int) -> Any:
+    @property
+    def image_share(self) -> float:
+        """The share of steps that show images, where they have steps of their own."""
+        return sum(p.share for p in self.parts if p.images) / sum(p.share for p in self.parts)
+
+    def order(self, seed: int, images: bool = False) -> Any:
         """The endless drawing order: a `grain.MapDataset` of numbers of videos.
 
         Each source runs through seeded permutations of its videos. The sources are interleaved by
         their weights: any run of draws holds each source's share to within about one draw.
+
+        images: the order of the images that have steps of their own, not of the rest.
         """
-        orders = []
+        orders, shares = [], []
         for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
-            numbers = grain.MapDataset.range(int(end) - len(part.source), int(end))
-            orders.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
-        return grain.MapDataset.mix(orders, [len(part.source) * part.weight for part in self.parts])
+            if part.images == images:
+                numbers = grain.MapDataset.range(int(end) - len(part.source), int(end))
+                orders.append(numbers.seed((seed + number) % 2**32).shuffle().repeat())
+                shares.append(part.share)
+        return grain.MapDataset.mix(orders, shares)
+
+    def like(self, index: int) -> np.ndarray:
+        """The numbers of all that are drawn in the steps of video `index`: int [n]."""
+        own = self.parts[self._part_of(index)].images
+        ends = zip(self.parts, self._ends, strict=True)
+        return np.concatenate(
+            [np.arange(end - len(part.source), end) for part, end in ends if part.images == own]
+        )
+
+    def _part_of(self, index: int) -> int:
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     @cached_property
     def _ends(self) -> np.ndarray:
@@ -122,7 +159,8 @@ def open_mixture(
     """
     open_list = open_captions if captioned else partial(open_source, labelled=False)
     if not _is_mixture(path):
-        return Mixture((Part(name=storage.display_name(path), source=open_list(path, root)),))
+        part = Part(name=storage.display_name(path), source=open_list(path, root))
+        return _mixed([part], captioned)
     text = text_of(path, errors="surrogateescape")
     rows = csv.reader(io.StringIO(text), skipinitialspace=True)
     columns = [column.strip() for column in next(rows)]
@@ -131,7 +169,22 @@ def open_mixture(
     parts = [_part(open_list, path, rows.line_num, columns, row) for row in rows if row]
     if not parts:
         raise UserError(f"{path}: names no source; write one a line: {','.join(COLUMNS)}")
-    return Mixture(tuple(parts))
+    return _mixed(parts, captioned)
+
+
+def _mixed(parts: Sequence[Part], captioned: bool) -> Mixture:
+    """The mixture of parts; images with captions become parts of their own."""
+    if not captioned:
+        return Mixture(tuple(parts))
+    split = []
+    for part in parts:
+        images = np.array([is_image(file) for file in part.source.files or ()])
+        for own in (False, True):
+            numbers = np.flatnonzero(images == own)
+            if len(numbers):
+                source = Subset(part.source, numbers)
+                split.append(dataclasses.replace(part, source=source, images=own))
+    return Mixture(tuple(split))
 
 
 def _is_mixture(path: str | os.PathLike) -> bool:

@@ -25,7 +25,7 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data import captions
 from fluxvit_jax.data.annotations import Label, Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
@@ -34,6 +34,7 @@ from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.grid_sampling import grid_of_group
 from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.media import turn_of_step
 from fluxvit_jax.data.mixture import Mixture, open_mixture
 from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
@@ -166,12 +167,14 @@ def train_batches(
         clip_data=clip_data,
         balanced=config.data.sampling == "balanced",
         multi_hot=multi_hot_classes(config),
+        image_grids=image_grids(config),
+        per_step=config.train.batch_size // group,
         quarantine=quarantine,
     )
     _check_multiple(
         "config.train.batch_size of data.clips_per_grid", config.train.batch_size, group
     )
-    share = HostShare(items, config.train.batch_size // group, groups, start_step)
+    share = HostShare(items, items.per_step, groups, start_step)
     item_bytes = group * items.capacity * PATCH_VALUES
     item_bytes += group * clip_data.bytes_a_clip if clip_data else 0
     return Batches(
@@ -376,18 +379,25 @@ class TrainGroups:
     clip_data: ClipData | None = None
     balanced: bool = False  # whether all classes are drawn equally often
     multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
+    image_grids: tuple[Grid, ...] = ()  # for steps that show images
+    per_step: int = 1  # groups of a training step
     open_video: Callable[..., Any] = open_clip
     quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_multiple("config.data.clips_per_grid of data.repeated_aug", self.group, self.repeats)
         self.capacity = capacity(self.grids)
+        self._image_share = 0.0
         # The numbers of the videos in drawing order, epoch after epoch.
         self._order: Any  # a grain.MapDataset, which ships no types
         if self.balanced:
             self._order = BalancedOrder(source_labels(self.source, "data.sampling"), self.seed)
         elif isinstance(self.source, Mixture):
-            self._order = self.source.order(self.seed)
+            self._image_share = self.source.image_share
+            if self._image_share < 1:
+                self._order = self.source.order(self.seed)
+            if self._image_share:
+                self._image_order = self.source.order(self.seed, images=True)
         else:
             numbers = grain.MapDataset.range(len(self.source))
             self._order = numbers.seed(self.seed).shuffle().repeat()
@@ -398,14 +408,21 @@ class TrainGroups:
 
     def __getitem__(self, number: int) -> Arrays:
         number = number % self.period if self.period else number
-        grid = grid_of_group(self.grids, self.seed, number)
+        step = number // self.per_step
+        turn = turn_of_step(step, self._image_share)
+        grids = self.image_grids if turn.images else self.grids
+        grid = grid_of_group(grids, self.seed, number)
         samples = np.arange(number * self.group, (number + 1) * self.group)
-        patches = np.zeros((self.group, self.capacity, PATCH_VALUES), np.uint8)
+        # Positions in the order of the medium: other steps show the other one.
+        positions = samples + (turn.before - step) * self.per_step * self.group
+        order = self._image_order if turn.images else self._order
+        patches = np.zeros((self.group, capacity(grids), PATCH_VALUES), np.uint8)
         records: list[Record] = []
         failures: list[str] = []
         for first in range(0, self.group, self.repeats):
             rows = slice(first, first + self.repeats)
-            clips, record, failure = self._read_or_replace(samples[rows], grid)
+            position = int(positions[first]) // self.repeats
+            clips, record, failure = self._read_or_replace(order, position, samples[rows], grid)
             for target, clip in zip(patches[rows], clips, strict=True):
                 target[: grid.tokens] = patchify(clip)
             records += [record] * self.repeats
@@ -430,11 +447,11 @@ class TrainGroups:
         }
 
     def _read_or_replace(
-        self, samples: np.ndarray, grid: Grid
+        self, order: Any, position: int, samples: np.ndarray, grid: Grid
     ) -> tuple[list[np.ndarray], Record, str]:
         """Clips of a video's samples, its record, and a line for each video that failed before."""
         failures: list[str] = []
-        for video in self._candidates(int(samples[0]) // self.repeats):
+        for video in self._candidates(order, position):
             try:
                 with reading_video(self.source, video, self.quarantine) as record:
                     clips = self._clips(record, samples, grid)
@@ -445,13 +462,15 @@ class TrainGroups:
             f"config.data.train: {len(failures)} videos in a row cannot be read; {failures[0]}"
         )
 
-    def _candidates(self, position: int) -> Iterator[int]:
+    def _candidates(self, order: Any, position: int) -> Iterator[int]:
         """The video at a position of the order, then its replacements, all different."""
-        video = int(self._order[position])
+        video = int(order[position])
         yield video
         rng = stream_rng(self.seed, position, REPLACEMENT_STREAM)
-        count = len(self.source)
-        others = rng.choice(count, min(REPLACEMENTS + 1, count), replace=False)
+        among = np.arange(len(self.source))
+        if isinstance(self.source, Mixture):
+            among = self.source.like(video)
+        others = rng.choice(among, min(REPLACEMENTS + 1, len(among)), replace=False)
         yield from [int(other) for other in others if other != video][:REPLACEMENTS]
 
     def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:

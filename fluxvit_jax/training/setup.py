@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints.workdir import check_workdir
 from fluxvit_jax.config.checks import validate_for_training
-from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_balance import balanced_weights, describe_balance, source_labels
+from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import ClipData, training_source
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
@@ -65,6 +66,8 @@ class Setup:
     identity: of the data, see `splits.describe_data`; checkpoints hold it.
     balance: a line about the balance of the classes, or "".
     frozen: parameters of other networks, on the devices.
+    image_grids: of steps that show images; () where none do. Such steps are a program of their own,
+        with an objective of their own, since their clips are so much shorter.
     rates: learning rate of each step, float64 [schedule.total].
     """
 
@@ -75,8 +78,10 @@ class Setup:
     mesh: Mesh
     schedule: Schedule
     grids: tuple[Grid, ...]
+    image_grids: tuple[Grid, ...]
     balance: str
     objective: Objective
+    image_objective: Objective
     frozen: Tree
     optimizer: optax.GradientTransformation
     rates: np.ndarray
@@ -108,8 +113,10 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
         class_weights, balance = class_balance(config, data.training)
     splits.check_same_videos(training=data.training, validation=data.validation)
 
-    grids = admissible_grids(config)
-    objective = make_objective(config, grids, platform_of(mesh))
+    grids, platform = admissible_grids(config), platform_of(mesh)
+    has_images = isinstance(data.training, Mixture) and data.training.image_share > 0
+    of_images = image_grids(config) if has_images else ()
+    objective = make_objective(config, grids, platform)
     return Setup(
         config=config,
         workdir=folder,
@@ -118,8 +125,10 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
         mesh=mesh,
         schedule=schedule,
         grids=grids,
+        image_grids=of_images,
         balance=balance,
         objective=objective.weighted(class_weights) if class_weights else objective,
+        image_objective=make_objective(config, of_images or grids, platform),
         frozen=objective_class(config).load_frozen(config, mesh),
         optimizer=make_optimizer(config, schedule.total, abstract_params(config)),
         rates=learning_rates(config, schedule.total),

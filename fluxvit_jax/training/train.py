@@ -7,6 +7,7 @@ leaves the same numbers as a run that was never stopped.
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -43,8 +44,8 @@ from fluxvit_jax.distributed.mesh import host_index, local_row_indices, say, sha
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
-from fluxvit_jax.grids import capacity
-from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.grids import Grid, capacity
+from fluxvit_jax.objectives.base import Objective, objective_class
 from fluxvit_jax.training.goodput import Goodput
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.nonfinite import NonfiniteSteps
@@ -336,21 +337,32 @@ def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
 def compile_step(setup: Setup, state: Tree) -> ProfiledStep:
     """The compiled step, on all hosts: a program must begin on all of them within seconds.
 
-    It refuses batches of other shapes, so there is one program for all grids.
+    It refuses batches of other shapes, so there is one program for all grids, and another one for
+    steps that show images.
     """
-    config, grids, mesh = setup.config, setup.grids, setup.mesh
     say("compiling the training step, once; a large network takes minutes")
-    begin = time.monotonic()
-    train_step = make_train_step(config, setup.objective, setup.optimizer, mesh)
-    lowered = train_step.lower(state, setup.frozen, abstract_batch(config, grids, mesh))
-    step_fn = ProfiledStep(lowered.compile(), config, setup.workdir)
-    seconds = time.monotonic() - begin
+    step_fns = {capacity(setup.grids): _compiled(setup, state, setup.objective, setup.grids)}
+    if setup.image_grids:
+        program = _compiled(setup, state, setup.image_objective, setup.image_grids)
+        step_fns[capacity(setup.image_grids)] = program
     barrier()
+    return ProfiledStep(step_fns, setup.config, setup.workdir)
+
+
+def _compiled(
+    setup: Setup, state: Tree, objective: Objective, grids: tuple[Grid, ...]
+) -> Callable[..., tuple[Tree, Tree]]:
+    """The compiled step for clips on any of `grids`."""
+    begin = time.monotonic()
+    train_step = make_train_step(setup.config, objective, setup.optimizer, setup.mesh)
+    batch = abstract_batch(setup.config, grids, setup.mesh)
+    compiled = train_step.lower(state, setup.frozen, batch).compile()
+    images = " of images" if grids == setup.image_grids else ""
     say(
-        f"1 compiled training step for {len(grids)} grids, capacity P={capacity(grids)}, "
-        f"in {seconds:.0f} s"
+        f"1 compiled training step{images} for {len(grids)} grids, capacity P={capacity(grids)}, "
+        f"in {time.monotonic() - begin:.0f} s"
     )
-    return step_fn
+    return compiled
 
 
 # ---------------------------------------------------------------------------------------------

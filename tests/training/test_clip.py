@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -86,6 +87,21 @@ def test_other_captions_are_other_data(trained, tiny_data, captions, tmp_path):
     config = tiny.make_clip(tmp_path / "other.json", tiny_data, train__epochs=12)
     with pytest.raises(UserError, match="begun with other data: other captions for the same vid"):
         train.train(config, trained)
+
+
+def test_images_have_steps_of_their_own(tiny_data, captions, tmp_path, capfd):
+    entries = json.loads(captions.read_text())
+    for number in range(16):
+        name = str(tmp_path / f"{number}.png")
+        cv2.imwrite(name, np.full((40, 50, 3), 15 * number, np.uint8))
+        entries.append({"image": name, "caption": f"gray {number}"})
+    (tmp_path / "both.json").write_text(json.dumps(entries))
+    config = tiny.make_clip(tmp_path / "both.json", "/", train__epochs=2)
+    assert train.train(config, tmp_path / "run") == 0
+    err = capfd.readouterr().err
+    assert "compiled training step for 20 grids" in err
+    assert "compiled training step of images for 2 grids, capacity P=9," in err
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
 # --- A frozen text encoder
@@ -255,7 +271,7 @@ def test_classes_by_their_names(trained, tiny_data, captions, tmp_path, capfd):
     assert report["budgets"]["24"]["top1"] > 0.3
     assert "4 classes by 2 prompts each" in capfd.readouterr().err
     (tmp_path / "prompts.txt").write_text("a class\n")
-    with pytest.raises(UserError, match="a prompt has .. once, for the class"):
+    with pytest.raises(UserError, match=r"a prompt has \{\} once"):
         tasks.run(tiny.make_clip(captions, tiny_data, **changes), str(workdir))
 
 
