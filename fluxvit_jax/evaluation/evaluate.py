@@ -575,7 +575,7 @@ def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> in
         check_readable(source, config.data.validation, config.data.clip_seconds)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
-    settings = _planned(config, loaded.params) if config.eval.plan else settings_of(config)
+    settings = planned_or_given(config, loaded.params)
     say(f"evaluating {loaded.origin} on {len(source)} videos")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
         evaluation = evaluate(
@@ -648,10 +648,15 @@ def report_words(data: str) -> str:
     return re.sub(r"[^\w.]+", "-", f"{path.parent.name}-{name}")[-NAME_LENGTH:].strip("-.")
 
 
-def _planned(config: ConfigDict, params: dict) -> list[Setting]:
-    """The setting that the report `eval.plan` chose for each budget."""
+def planned_or_given(config: ConfigDict, params: dict) -> list[Setting]:
+    """The setting that the report `eval.plan` chose for each budget; without one, `eval.settings`.
+
+    Raises UserError: a report of other weights, or one that chose nothing.
+    """
+    if not config.eval.plan:
+        return settings_of(config)
     report = compute_on_host0(lambda: planner.read_report(config.eval.plan))
-    planner.check_weights(report, params, config.eval.plan)
+    planner.check_weights(report, fluxvit.network_params(params), config.eval.plan)
     cells = planner.chosen_cells(report)
     if not cells:
         raise UserError(f"{config.eval.plan}: chose no cells that select; let --mode=search finish")

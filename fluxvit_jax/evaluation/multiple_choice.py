@@ -25,7 +25,7 @@ from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import average_precision, retrieve, vectors
-from fluxvit_jax.evaluation.evaluate import report_words, settings_of
+from fluxvit_jax.evaluation.evaluate import Setting, planned_or_given, report_words
 from fluxvit_jax.evaluation.zero_shot import option_shares
 from fluxvit_jax.objectives.flux_clip import TEMPERATURE
 from fluxvit_jax.reports.confidence_intervals import mean_interval
@@ -88,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     with raise_on_all_hosts():
         if not config.data.validation:
             raise UserError("no questions: add --config.data.validation=LIST, a JSON file")
-        root = config.data.root or os.path.dirname(os.path.abspath(config.data.validation))
+        root = retrieve.root_of(config, config.data.validation)
         questions = read_questions(config.data.validation, root)
         weights = retrieve.read_weights(config, folder)
         mesh = make_mesh(config)
@@ -99,13 +99,14 @@ def run(config: ConfigDict, workdir: str) -> int:
         number = {text: n for n, text in enumerate(texts)}
         by_text = vectors.of_texts(weights.params, own, texts, mesh)
         watchdog.alive()
-        found = retrieve.embed_videos(own, weights, questions.videos, mesh, watchdog)
+        settings = planned_or_given(own, weights.params)
+        found = retrieve.embed_videos(own, weights, settings, questions.videos, mesh, watchdog)
     options = by_text[np.array([[number[text] for text in own] for own in questions.options])]
     temperature = float(weights.params[TEMPERATURE])
     budgets = {
         str(setting.budget): retrieve.about_setting(own, setting)
         | measures(option_shares(videos, options, temperature), questions, list(found.failures))
-        for setting, videos in zip(settings_of(own), found.by_setting, strict=True)
+        for setting, videos in zip(settings, found.by_setting, strict=True)
     }
     report = {
         "task": "multiple_choice",
@@ -116,7 +117,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         **retrieve.about_failures(config, questions.videos, found.failures),
     }
     if host_index() == 0:
-        name = f"{report_words(config.data.validation)}-multiple_choice-{_digits(own, questions)}"
+        digits = _digits(own, settings, questions)
+        name = f"{report_words(config.data.validation)}-multiple_choice-{digits}"
         retrieve.write(report, table(report), retrieve.failure_notes(report), folder, name)
     return 0
 
@@ -152,7 +154,6 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _digits(config: ConfigDict, questions: Questions) -> str:
+def _digits(config: ConfigDict, settings: Sequence[Setting], questions: Questions) -> str:
     """A hash of what tells reports of a list apart."""
-    settings = f"{settings_of(config)} {views_of(config)}"
-    return digest([settings, str(questions.options), *questions.videos])[:8]
+    return digest([f"{settings} {views_of(config)}", str(questions.options), *questions.videos])[:8]

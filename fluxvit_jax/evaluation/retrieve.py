@@ -34,8 +34,8 @@ from fluxvit_jax.evaluation.evaluate import (
     NothingReadableError,
     Setting,
     describe_failures,
+    planned_or_given,
     report_words,
-    settings_of,
     tokens_kept,
     warn_of_failures,
 )
@@ -98,7 +98,7 @@ def read_pairs(config: ConfigDict) -> RetrievalSet:
             "no pairs to evaluate on: add --config.data.validation=LIST, JSON or CSV of videos "
             "and captions"
         )
-    root = config.data.root or os.path.dirname(os.path.abspath(config.data.validation))
+    root = root_of(config, config.data.validation)
     pairs = read_retrieval_set(config.data.validation, root, config.eval.paragraphs)
     for what, expected, found in _counts(config, pairs):
         if expected not in (0, found) and not config.eval.allow_missing:
@@ -108,6 +108,11 @@ def read_pairs(config: ConfigDict) -> RetrievalSet:
                 "takes it all the same, and the report says so"
             )
     return pairs
+
+
+def root_of(config: ConfigDict, path: str) -> str:
+    """The folder that the paths of a list are relative to: `data.root`, or that of the list."""
+    return config.data.root or os.path.dirname(os.path.abspath(path))
 
 
 def _counts(config: ConfigDict, pairs: RetrievalSet) -> list[tuple[str, int, int]]:
@@ -127,11 +132,12 @@ def evaluate(
     own = with_evaluation(config, weights.config)
     texts = vectors.of_texts(weights.params, own, pairs.texts, mesh)
     watchdog.alive()
-    found = embed_videos(own, weights, pairs.videos, mesh, watchdog)
+    settings = planned_or_given(own, weights.params)
+    found = embed_videos(own, weights, settings, pairs.videos, mesh, watchdog)
     budgets = {
         str(setting.budget): about_setting(own, setting)
         | both_scores(videos, texts, pairs, found.failures, config.eval.dual_temperature)
-        for setting, videos in zip(settings_of(own), found.by_setting, strict=True)
+        for setting, videos in zip(settings, found.by_setting, strict=True)
     }
     return {
         "task": "retrieval",
@@ -149,14 +155,19 @@ def evaluate(
 
 
 def embed_videos(
-    own: ConfigDict, weights: ClipWeights, videos: Sequence[str], mesh: Mesh, watchdog: Watchdog
+    own: ConfigDict,
+    weights: ClipWeights,
+    settings: Sequence[Setting],
+    videos: Sequence[str],
+    mesh: Mesh,
+    watchdog: Watchdog,
 ) -> VideoVectors:
-    """The vectors of videos, paths, on the settings of a config of `with_evaluation`.
+    """The vectors of videos, paths. own: a config of `with_evaluation`.
 
     Raises NothingReadableError if no video can be read.
     """
     source = FileSource([Example(os.path.basename(path), 0, path) for path in videos])
-    found = vectors.of_videos(weights.params, own, source, settings_of(own), mesh, watchdog.alive)
+    found = vectors.of_videos(weights.params, own, source, settings, mesh, watchdog.alive)
     if len(found.failures) == len(source):
         first = found.failures[0]
         raise NothingReadableError(own.data.validation, len(source), source[0], first)
@@ -197,7 +208,7 @@ def about_failures(config: ConfigDict, videos: Sequence[str], failures: dict[int
 def with_evaluation(config: ConfigDict, trained: ConfigDict) -> ConfigDict:
     """The config of a trained network, measured as another config says."""
     own = trained.copy_and_resolve_references()
-    for section in ("eval", "data", "parallel"):
+    for section in ("eval", "search", "data", "parallel"):
         own[section] = config[section]
     own.model.selector, own.seed = config.model.selector, config.seed
     own.model.dtype = config.model.dtype
@@ -299,13 +310,15 @@ def failure_notes(report: Report) -> list[str]:
 
 def report_name(config: ConfigDict, report: Report) -> str:
     """The name of a report's file; its digits are a hash of what tells reports apart."""
+    rows = report["budgets"].items()
     about = {
         "pairs": report["pairs"],
         "views": report["views"],
-        "settings": settings_of(config),
+        "settings": [[budget, row["frames"], row["resolution"]] for budget, row in rows],
         "paragraphs": report["paragraphs"],
         "dual_temperature": report["dual_temperature"],
         "selector": config.model.selector.to_dict(),
     }
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    return f"{report_words(config.data.validation)}-retrieval-{digits}"
+    plan = "plan-" if config.eval.plan else ""
+    return f"{report_words(config.data.validation)}-retrieval-{plan}{digits}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from fluxvit_jax.data.annotations import read_class_names, text_of
@@ -43,6 +44,15 @@ def run_zero_shot(config: ConfigDict, workdir: str) -> int:
     Returns the exit status, 0. Raises UserError: no run of Flux-CLIP, no data, no class names.
     """
     folder = storage.path_of(workdir)
+    own, loaded = zero_shot_weights(config, folder)
+    return evaluate.run_weights(own, folder, loaded)
+
+
+def zero_shot_weights(config: ConfigDict, folder: epath.Path) -> tuple[ConfigDict, Weights]:
+    """The weights of a run with a classifier of texts, and the config of its network.
+
+    Raises UserError: as `run_zero_shot`.
+    """
     with raise_on_all_hosts():
         if not config.data.validation:
             raise UserError("no data to evaluate on: add --config.data.validation=LIST")
@@ -56,8 +66,8 @@ def run_zero_shot(config: ConfigDict, workdir: str) -> int:
         weights.params[HEAD], float(weights.params[TEMPERATURE]), texts, len(prompts)
     )
     own.model.classes = len(names)
-    loaded = Weights(weights.params | classifier, weights.origin, own.to_dict(), tuple(names))
-    return evaluate.run_weights(own, folder, loaded)
+    params = weights.params | classifier
+    return own, Weights(params, weights.origin, own.to_dict(), tuple(names))
 
 
 def class_names(config: ConfigDict) -> Sequence[str]:

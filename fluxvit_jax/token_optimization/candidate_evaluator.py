@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
+from fluxvit_jax.data.annotations import labels_of
 from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.data.views import cut_views, views_of
 from fluxvit_jax.distributed import devices, partition_rules
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import evaluate, zero_shot
 from fluxvit_jax.evaluation.evaluate import Setting
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization.candidates import Candidate
@@ -42,7 +43,9 @@ class CandidateEvaluator:
         self._view_settings, self._seed = views_of(config), config.seed
         self._mesh = mesh or make_mesh(config)
         self._model = model_config(config, platform_of(self._mesh))
-        self._params = device_put_global(params, partition_rules.shardings(params, self._mesh))
+        self._params = device_put_global(
+            params, partition_rules.shardings(params, self._mesh, zero_shot.RULES)
+        )
         self._programs: dict[Candidate, Callable] = {}
         # OpenCV releases the interpreter lock.
         self._cutters = ThreadPoolExecutor(max(1, config.data.workers))
@@ -135,7 +138,7 @@ def _outcome(video: DecodedVideo, failure: str, top: Sequence[tuple[int, float]]
         return ""
     if failure:
         return FAILED
-    classes = [c for c, _ in top]
-    if video.label == classes[0]:
+    classes, right = [c for c, _ in top], labels_of(video.label)
+    if classes[0] in right:
         return TOP1
-    return TOP5 if video.label in classes else WRONG
+    return WRONG if set(right).isdisjoint(classes) else TOP5

@@ -9,7 +9,7 @@ this device is measured. Results are on disk at once (`results_log`), and a stop
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Source, held_out_part, shuffled
+from fluxvit_jax.data.annotations import held_out_part, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import devices, storage
@@ -35,13 +35,15 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import evaluate, retrieve, tasks, zero_shot
 from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
+from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
-from fluxvit_jax.token_optimization import latency, planner, report
+from fluxvit_jax.token_optimization import latency, pairs, planner, report
 from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
 from fluxvit_jax.token_optimization.candidates import Candidate, candidates, stages, top_half
 from fluxvit_jax.token_optimization.frame_reader import DecodedVideo, FrameReader, Task
+from fluxvit_jax.token_optimization.pairs import Split
 from fluxvit_jax.token_optimization.results_log import (
     CHOOSE,
     REPORT,
@@ -73,10 +75,12 @@ def run(config: ConfigDict, workdir: str) -> int:
             "choose eval.settings by --mode=evaluate instead"
         )
     path = storage.path_of(workdir)
-    weights = evaluate.load_weights(config, path)
-    config = evaluate.with_classes(config, weights.params)
+    config, weights = load_weights(config, path)
     with raise_on_all_hosts():
-        splits, notes = splits_of(config, weights)
+        if tasks.task_of(config) == "retrieval":
+            config, weights, splits, notes = pairs.splits_of(config, weights)
+        else:
+            splits, notes = splits_of(config, weights)
         for split in splits:
             evaluate.check_readable(split.source, split.data, config.data.clip_seconds)
     check_same_videos(**{split.name: split.source for split in splits})
@@ -100,17 +104,28 @@ def run(config: ConfigDict, workdir: str) -> int:
     return 0
 
 
+def load_weights(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, Weights]:
+    """The weights to search for, and the config of their network with what it is measured on.
+
+    Raises UserError: there are none, or they do not fit the task.
+    """
+    match tasks.task_of(config):
+        case "retrieval":
+            found = retrieve.read_weights(config, workdir)
+            own = retrieve.with_evaluation(config, found.config)
+            return own, Weights(found.params, found.origin, own.to_dict())
+        case "zero_shot":
+            return tasks.zero_shot_weights(config, workdir)
+        case "multiple_choice":
+            raise UserError(
+                "config.eval.task: a search ranks by top-1 or by retrieval, not multiple_choice"
+            )
+    weights = evaluate.load_weights(config, workdir)
+    return evaluate.with_classes(config, weights.params), weights
+
+
 # ---------------------------------------------------------------------------------------------
 # The choosing and the reporting split
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Videos to evaluate candidates on. data: what they are, in words."""
-
-    name: str
-    source: Source
-    data: str
 
 
 def splits_of(config: ConfigDict, weights: Weights) -> tuple[list[Split], list[str]]:
@@ -190,7 +205,7 @@ class Search:
         self._candidates = candidates(config, self._model)
         self._budgets = sorted(set(config.search.budgets), reverse=True)
         self._splits = {split.name: split for split in splits}
-        self._fingerprint = planner.fingerprint(weights.params)
+        self._fingerprint = planner.fingerprint(fluxvit.network_params(weights.params))
         self._views = str(views_of(config))
         self._work = {
             c.name: gflops(c.network(self._model), c.grid, c.budget) for c in self._candidates
@@ -201,6 +216,8 @@ class Search:
             "views": self._views,
             **{f"split to {split.name} on": split.source.fingerprint for split in splits},
         }
+        if classifier := zero_shot.classifier_in(weights.params):
+            about["texts"] = planner.fingerprint(classifier)
         self._results = ResultsLog(folder, about)
         self._earlier_costs = compute_on_host0(self._read_earlier_costs)
         self._num_compared = 0  # videos of the choosing split that all remaining candidates share
@@ -219,7 +236,11 @@ class Search:
     def _evaluator(self) -> CandidateEvaluator:
         """Made when the first chunk needs it: a finished search puts no weights on the devices."""
         return CandidateEvaluator(
-            self._config, self._weights.params, self._mesh, self._watchdog.pause
+            self._config,
+            fluxvit.network_params(self._weights.params)
+            | zero_shot.classifier_in(self._weights.params),
+            self._mesh,
+            self._watchdog.pause,
         )
 
     def _close_evaluator(self) -> None:
@@ -272,7 +293,8 @@ class Search:
         )
         bar = progress_bar(len(missing), desc="timing", unit="cell")
         with bar, devices.enough_memory(too_much):
-            costs = latency.measure(self._weights.params, passes, batch)
+            params = fluxvit.network_params(self._weights.params)
+            costs = latency.measure(params, passes, batch)
             for candidate, cost in zip(missing, costs, strict=True):
                 self._results.add_cost(device, batch, candidate.program, asdict(cost))
                 bar.update()

@@ -21,6 +21,7 @@ from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from fluxvit_jax.objectives import flux_clip_weights
 from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE, TEXT
+from fluxvit_jax.token_optimization import search
 from fluxvit_jax.training import train
 from tests import tiny
 
@@ -301,6 +302,33 @@ def test_multiple_choice(trained, tiny_data, captions, tmp_path, capfd):
     path.write_text(json.dumps([{"video": "0.mp4", "option": options, "answer": 4}]))
     with pytest.raises(UserError, match="entry 0: the answer 4 is no number of an option"):
         tasks.run(config, str(workdir))
+
+
+def test_a_search_finds_grids_for_retrieval(trained, tiny_data, captions, tmp_path, capfd):
+    """Its cells are ranked by video to text R@1; the evaluation of its plan measures both ways."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    entries = json.loads(captions.read_text())
+    for name, own in (("choose", entries[:8]), ("report", entries[8:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(own))
+    changes = {
+        **{"data__validation": str(tmp_path / "report.json"), "search__resolutions": "28..42..14"},
+        **{"search__split": str(tmp_path / "choose.json"), "search__frames": "4..6..2"},
+    }
+    config = tiny.make_clip(captions, tiny_data, **changes)
+    assert search.run(config, str(workdir)) == 0
+    summary = json.loads((workdir / "search/report.json").read_text())
+    assert any("R@1 and R@5 from video to text, among 32 texts" in n for n in summary["notes"])
+    chosen = summary["chosen"]["24"]["select"]
+    config.eval.plan = str(workdir)
+    assert tasks.run(config, str(workdir)) == 0
+    row = report_of(workdir, "retrieval-plan")["budgets"]["24"]
+    cell = summary["cells"][chosen]
+    assert (row["frames"], row["resolution"]) == (cell["frames"], cell["resolution"])
+    # Among its own list's texts a video finds its text at least as often as among those of both.
+    assert row["plain"]["video_to_text"]["recall"]["1"] >= cell["report"]["top1"]
+    config.search.split = ""
+    with pytest.raises(UserError, match=r"nothing to choose on: add --config\.search\.split=PAIRS"):
+        search.run(config, str(workdir))
 
 
 def test_a_classifier_retrieves_nothing(finished, tiny_data, captions, tmp_path):
