@@ -57,6 +57,8 @@ PADDED = f"{GOLDEN}::test_padded_in_a_batch_of_differing_grids"
 LOSS = "objectives/test_flux_multi.py::test_loss_and_gradients"
 GROUPS = "training/test_optimizer.py::test_groups_equal_the_official"
 ADAMW = "training/test_optimizer.py::test_adamw_step_by_step"
+CLIP = "objectives/test_flux_clip.py"
+CLIP_RUN = "training/test_clip.py"
 CHUNKED = "models/test_attention.py::test_equals_the_plain_one"
 CHUNKED_BIAS = "models/test_attention.py::test_chunks_with_a_bias"
 DROP_PATH = "models/test_drop_path.py"
@@ -424,8 +426,8 @@ MUTATIONS = {
         Mutation(
             "frames-of-clips-interleaved",
             "data/views.py",
-            "for clip in index.reshape(clips, grid.frames)",
-            "for clip in index.reshape(grid.frames, clips).T",
+            "clips = index.reshape(-1, grid.frames)",
+            "clips = index.reshape(grid.frames, -1).T",
             (VIEWS,),
         ),
     ],
@@ -577,6 +579,113 @@ MUTATIONS = {
             'even if self.mask == "random" else attention',
             "even",
             (DISTILLED,),
+        ),
+    ],
+    "clip": [
+        Mutation(
+            "a-part-has-its-own-loss",
+            "objectives/micro_batches.py",
+            'parts (n g) ... -> (n parts g) ..."',
+            'parts (n g) ... -> (parts n g) ..."',
+            (f"{CLIP}::test_a_batch_in_parts_has_the_gradients_of_the_whole",),
+        ),
+        Mutation(
+            "temperature-below-its-floor",
+            "objectives/flux_clip.py",
+            "jnp.maximum(params[TEMPERATURE], self.least_temperature)",
+            "params[TEMPERATURE]",
+            (f"{CLIP}::test_golden_training",),
+        ),
+        Mutation(
+            "one-pooling-head-for-all-budgets",
+            "objectives/flux_clip.py",
+            "kept, head)\n        return to_text(pooled), pooled",
+            "kept, 0)\n        return to_text(pooled), pooled",
+            (f"{CLIP}::test_each_budget_has_its_pooling_head",),
+        ),
+        Mutation(
+            "duplicates-are-negatives",
+            "objectives/contrastive_loss.py",
+            ".reshape(B, B, -1).all(axis=-1)",
+            ".reshape(B, B, -1).all(axis=-1) * jnp.eye(B)",
+            ("objectives/test_contrastive_loss.py::test_golden_loss_and_gradients",),
+        ),
+        Mutation(
+            "part-of-an-identity",
+            "objectives/contrastive_loss.py",
+            ".reshape(B, B, -1).all(axis=-1)",
+            ".reshape(B, B, -1).any(axis=-1)",
+            ("objectives/test_contrastive_loss.py::test_an_identity_of_two_numbers",),
+        ),
+        Mutation(
+            "one-loss-direction",
+            "objectives/contrastive_loss.py",
+            "cross_entropy(logits.T)) / 2",
+            "cross_entropy(logits)) / 2",
+            ("objectives/test_contrastive_loss.py::test_golden_loss_and_gradients",),
+        ),
+        Mutation(
+            "floor-of-the-rate",
+            "training/optimizer.py",
+            "np.maximum(minimum, base",
+            "np.maximum(0.0, base",
+            (f"{CLIP}::test_golden_learning_rates",),
+        ),
+        Mutation(
+            "names-of-files-collide",
+            "data/captions.py",
+            'f"{record.id} {record.segment}"',
+            "f\"{record.id.rpartition('/')[2]} {record.segment}\"",
+            ("data/test_media.py::test_the_identity_of_a_clip_is_its_files",),
+        ),
+        Mutation(
+            "a-clip-from-the-whole-video",
+            "data/pipeline.py",
+            "first, end = record.segment or (0, length)",
+            "first, end = 0, length",
+            ("data/test_media.py::test_a_clip_inside_a_long_video",),
+        ),
+        Mutation(
+            "image-steps-repeat-videos",
+            "data/pipeline.py",
+            "positions = samples + (turn.before - step)",
+            "positions = samples + 0 * (turn.before - step)",
+            ("data/test_media.py::test_each_batch_is_of_one_medium_and_captions_go_with_clips",),
+        ),
+        Mutation(
+            "any-frozen-text-encoder",
+            "data/splits.py",
+            "if name in frozen and frozen[name] != checksum:",
+            "if name in frozen and not checksum:",
+            (f"{CLIP_RUN}::test_another_one_is_refused",),
+        ),
+        Mutation(
+            "a-broken-video-is-found",
+            "evaluation/retrieve.py",
+            "to_text = np.where(failed[:, None], -np.inf, to_text)",
+            "to_text = np.where(failed[:, None], 0.0, to_text)",
+            (f"{CLIP_RUN}::test_a_broken_video_fails_whatever_its_scores",),
+        ),
+        Mutation(
+            "any-split",
+            "evaluation/retrieve.py",
+            "if expected not in (0, found)",
+            "if expected < 0",
+            (f"{CLIP_RUN}::test_another_split_is_refused_by_its_count",),
+        ),
+        Mutation(
+            "prompts-averaged-before-they-are-unit",
+            "evaluation/zero_shot.py",
+            "classes = unit(texts).reshape",
+            "classes = texts.reshape",
+            ("evaluation/test_zero_shot.py::test_a_classifier_of_texts_has_the_scores",),
+        ),
+        Mutation(
+            "frames-not-in-the-middle",
+            "data/frame_sampling.py",
+            "(borders[:-1] + borders[1:] - 1) // 2",
+            "(borders[:-1] + borders[1:]) // 2",
+            ("data/test_frame_sampling.py::test_the_middle_frames_of_the_official_retrieval",),
         ),
     ],
     "optimizer": [
@@ -791,15 +900,15 @@ MUTATIONS = {
         Mutation(
             "last-view-only",
             "evaluation/evaluate.py",
-            "return total + probabilities",
-            "return 0 * total + 2 * probabilities",
+            "return total + answer(params, output)",
+            "return 0 * total + 2 * answer(params, output)",
             (MEAN_OF_VIEWS,),
         ),
         Mutation(
             "logits-not-probabilities",
             "evaluation/evaluate.py",
-            "return total + probabilities",
-            "return total + output.logits",
+            "return (jax.nn.sigmoid if multi_label else jax.nn.softmax)(logits)",
+            "return logits",
             (MEAN_OF_VIEWS,),
         ),
         Mutation(

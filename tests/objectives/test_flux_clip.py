@@ -16,6 +16,7 @@ from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.convert.text_encoder_names import TEXT_ENCODER, text_state
 from fluxvit_jax.data.captions import clean
 from fluxvit_jax.data.tokenizer import tokenize
+from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.grids import capacity
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.clip_head import ClipHead
@@ -95,6 +96,27 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(freeze):
     compare(parts, whole)
     assert np.linalg.norm(whole[TEXT]["token_embed"]) > 0
     assert ("patch_embed" in whole) == (freeze == "none")
+
+
+def test_each_budget_has_its_pooling_head():
+    config = clip_config(train__align_weight=0.0)
+    objective, params = objective_and_params(config)
+    prepared = fluxvit.prepare_params(params, model_config(config))
+    gradients, _ = jax.jit(objective.value_and_grad)(prepared, {}, random_batch(config))
+    kernels = gradients["pool"]["proj"]["kernel"]
+    assert [bool(np.any(kernel)) for kernel in kernels] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    "case",
+    json.loads((GOLDEN / "clip/loss_cases.json").read_text())["temperature_clamp"],
+    ids=lambda case: str(case["before"]),
+)
+def test_the_floor_of_the_temperature(case):
+    config = clip_config(clip__least_temperature=0.01)
+    objective, _ = objective_and_params(config)
+    kept = objective.constrained({TEMPERATURE: jnp.float32(case["before"]), HEAD: 1})
+    assert kept[TEMPERATURE] == pytest.approx(case["after"], rel=1e-6) and kept[HEAD] == 1
 
 
 GRADIENTS = """
@@ -222,14 +244,16 @@ def embed(head: dict, pooled):
     return module(pooled)
 
 
-def official_texts():
+def official_texts(texts=None):
+    """Vectors of texts, by default of the captions of the cases."""
     encoder = TextEncoderConfig(width=16, depth=2, heads=2, hidden=64, out=24)
     module = nnx.eval_shape(lambda: TextEncoder(encoder, nnx.Rngs(0)))
     params = official_names.from_official(text_state(STATE), of=TEXT_ENCODER)
     nnx.update(module, nnx.State(jax.tree.map(jnp.asarray, params)))
-    ids = tokenize([clean(caption) for caption in CASES["captions"]])
-    assert np.array_equal(ids, ARRAYS["ids"])
-    return module(ids)
+    if texts is None:
+        texts = [clean(caption) for caption in CASES["captions"]]
+        assert np.array_equal(tokenize(texts), ARRAYS["ids"])
+    return module(tokenize(texts))
 
 
 def close(found, expected, tolerance: float) -> None:
@@ -338,3 +362,16 @@ def test_golden_weight_decay():
     for sizes in OPTIMIZER["param_groups"].values():
         (group,) = (one for one in sizes["groups"] if one["weight_decay"])
         assert len(group["params"]) == len(decayed)
+
+
+def test_golden_zero_shot_classes_end_to_end():
+    """Texts of classes and clips through the tiny model, to the official similarities."""
+    told = json.loads((GOLDEN / "clip/zeroshot_cases.json").read_text())
+    arrays = np.load(GOLDEN / "clip/zeroshot_cases.npz")
+    texts = zero_shot.texts_of_classes(told["class_order"])
+    vectors = official_texts(texts)
+    close(vectors, arrays["e2e.text_embed"], 1e-5)
+    _, videos = pooled_and_embedded(official_params(STATE), arrays["e2e.clips_times8"] / 8)
+    close(videos, arrays["e2e.video_embed"], 1e-5)
+    scores = zero_shot.class_scores(np.asarray(videos), np.asarray(vectors), told["num_prompts"])
+    close(scores, arrays["e2e.sim_v2t"], 1e-5)
