@@ -27,7 +27,7 @@ from fluxvit_jax.convert.config_json import (
     describe_assumption,
     to_json,
 )
-from fluxvit_jax.deploy.exported import MANIFEST, VERSION, WEIGHTS, sha256
+from fluxvit_jax.deploy.exported import MANIFEST, VERSION, WEIGHTS
 from fluxvit_jax.deploy.pretrained import PretrainedModel, forward, from_pretrained
 from fluxvit_jax.distributed import checksums
 from fluxvit_jax.errors import UserError
@@ -90,9 +90,9 @@ def _write(
             "frames": frames,
             "resolution": resolution,
             "head": head,
-            "sha256": sha256(program),
+            "sha256": checksums.sha256(program),
         }
-    manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
+    manifest = describe(model.config, budgets, checksums.sha256(folder / WEIGHTS))
     if report:
         manifest["plan"] = describe_plan(budgets, report)
     content = json.dumps(checksums.add_checksum(manifest), indent=1)

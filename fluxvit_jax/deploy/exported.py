@@ -1,7 +1,6 @@
 """Runs what `--mode=export` wrote. Of all that this package needs, it needs JAX and NumPy only."""
 
 import contextlib
-import hashlib
 import json
 import os
 import statistics
@@ -181,7 +180,7 @@ class ExportedModel:
         """The path of a file of the folder, after comparing its checksum."""
         path = self._folder / Path(name).name
         try:
-            found = sha256(path)
+            found = checksums.sha256(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
         if found != checksum:
@@ -226,9 +225,3 @@ def middle_square(video: np.ndarray, resolution: int) -> np.ndarray:
     y, x = test_crops(height, width, 1)[0]
     square = resized[:, :, y : y + resolution, x : x + resolution]
     return np.asarray(square.round().clip(0, 255)).astype(np.uint8)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
