@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data.class_names import DATASETS, dataset_of
 from fluxvit_jax.grids import Grid
@@ -51,10 +51,17 @@ def model_card(
             *_retrieval(evaluations),
             *("", "## Use", "", "```python", "import fluxvit_jax", ""),
             'model = fluxvit_jax.from_pretrained("FOLDER")  # or hf://OWNER/NAME',
-            f'model.predict("a.mp4", tokens={config.asked()[-1][0]}, top=5)',
+            _example(config),
             *("```", ""),
         ]
     )
+
+
+def _example(config: PretrainedConfig) -> str:
+    tokens = config.asked()[-1][0]
+    if config.model.classes == NO_CLASSES:
+        return f'model(fluxvit_jax.read_video("a.mp4"), tokens={tokens}).pooled'
+    return f'model.predict("a.mp4", tokens={tokens}, top=5)'
 
 
 def _classes(config: PretrainedConfig) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxvit_jax.checkpoints.weights import read_weights
-from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert import clip_parts, official_names, weight_files
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data import decoding
@@ -165,6 +165,11 @@ class PretrainedModel:
         return self.config.class_names
 
     @property
+    def has_classifier(self) -> bool:
+        """Whether there are classes to predict, as Flux-CLIP's training gives none."""
+        return self.space is None or self.config.model.classes != NO_CLASSES
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """`class_names`, or without them "class 0" and so on."""
         return self.class_names or numbered(self.config.model.classes)
@@ -217,6 +222,8 @@ class PretrainedModel:
         """
         if top < 1:
             raise ValueError(f"top is 1 or more, not {top}")
+        if not self.has_classifier:
+            raise UserError("these weights have no classes of their own; name some: classify(...)")
         found = [
             own
             for output in self._outputs(video, tokens, head)
