@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -26,6 +25,7 @@ from fluxvit_jax.find.moment_reader import read_parts
 from fluxvit_jax.find.search import Found
 from tests import tiny
 from tests.data.videos import moving_texture, write_video
+from tests.find.bad_reader import open_badly
 
 SETTINGS = Settings("0" * 64, 12, 4, 28, 0.0, 0.0)
 
@@ -163,16 +163,6 @@ def test_an_index_follows_its_folder(made, videos, clip_folder, tmp_path):
     found = index_file.load(out)
     assert set(found.moments) == {*GOOD[1:], "z.mp4", "broken.mp4"} and not found.failures
     np.testing.assert_allclose(found.vectors["broken.mp4"], found.vectors["b.mp4"], atol=1e-5)
-
-
-def open_badly(path: str) -> Video:
-    """Crashes the process or hangs, by the name of the video."""
-    name = os.path.basename(path)
-    if name.startswith("a"):
-        os.abort()
-    if name.startswith("b.") or name == "broken.mp4":
-        time.sleep(60)
-    return Video(path)
 
 
 def test_videos_that_hang_or_crash_their_reader(videos):
