@@ -193,7 +193,8 @@ def write_clip_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
     workdir.mkdir(parents=True)
     with checkpointer.Checkpoints(workdir, keep=1, every=1) as checkpoints:
         state = {"params": params, "step": np.int32(0)}
-        checkpoints.save(0, state, {"class_names": []}, config)
+        about = {"class_names": [], "frozen": FluxCLIP.frozen_identity(config)}
+        checkpoints.save(0, state, about, config)
     write_config(workdir, config)
     return workdir
 

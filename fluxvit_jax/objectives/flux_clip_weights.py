@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints import checkpointer, download
+from fluxvit_jax.checkpoints.checkpointer import RestoredCheckpoint
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.checkpoints.workdir import read_config
 from fluxvit_jax.config.loading import from_dict
@@ -56,17 +57,30 @@ def read(source: storage.PathLike, text_encoder: str = "") -> ClipWeights:
     params = dict(found.params)
     if TEXT not in params:
         config.clip.text_encoder = text_encoder or config.clip.text_encoder
-        params[TEXT] = flux_clip_text.read(config)
-        if flux_clip_text.checksum(params[TEXT]) != found.frozen.get(TEXT):
-            raise UserError(
-                f"{config.clip.text_encoder}: is not the text encoder that {found.step} was "
-                "trained with; --config.clip.text_encoder=FILE names it where it was moved"
-            )
+        params[TEXT] = _read_frozen(config, found)
     params = {
         name: jax.tree.map(lambda x: np.asarray(x, np.float32), params[name]) for name in PARAMS
     }
     workdir_of = found.step.parents[1]
     return ClipWeights(params, config, str(found.step.relative_to(workdir_of)))
+
+
+def _read_frozen(config: ConfigDict, found: RestoredCheckpoint) -> dict[str, Any]:
+    """The parameters of the frozen text encoder that a run was trained with."""
+    file = config.clip.text_encoder
+    moved = (
+        "where it is now, --config.clip.text_encoder=FILE tells, --text-encoder=FILE of "
+        "fluxvit_jax.convert and .find, or text_encoder= of from_pretrained"
+    )
+    try:
+        params = flux_clip_text.read(config)
+    except UserError as error:
+        raise UserError(f"the text encoder of {found.step}: {error}; {moved}") from error
+    if flux_clip_text.checksum(params) != found.frozen.get(TEXT):
+        raise UserError(
+            f"{file}: is not the text encoder that {found.step} was trained with; {moved}"
+        )
+    return params
 
 
 def _read_folder(folder: Path) -> ClipWeights:

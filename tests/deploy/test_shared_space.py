@@ -235,6 +235,29 @@ def leaves(tree) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+def test_a_frozen_text_encoder(saved, model, tmp_path, tiny_data, capsys):
+    """It is read from its own file, wherever that is now, and must be the right one."""
+    file, elsewhere = tmp_path / "text.safetensors", tmp_path / "elsewhere.safetensors"
+    shutil.copy(saved / "clip.safetensors", file)
+    own = {"clip__train_text": False, "clip__text_encoder": str(file)}
+    run = tiny.write_clip_run(tmp_path / "run", tiny.make_clip("", "", **own))
+    frozen = fluxvit_jax.from_pretrained(run)
+    np.testing.assert_array_equal(frozen.encode_text(TEXTS), model.encode_text(TEXTS))
+    file.rename(elsewhere)
+    with pytest.raises(UserError, match=r"no such file.*text_encoder= of from_pretrained") as error:
+        fluxvit_jax.from_pretrained(run)
+    assert "\n" not in str(error.value)
+    again = fluxvit_jax.from_pretrained(run, text_encoder=elsewhere)
+    np.testing.assert_array_equal(again.encode_text(TEXTS), model.encode_text(TEXTS))
+    assert not convert.main([str(run), str(tmp_path / "folder"), f"--text-encoder={elsewhere}"])
+    assert fluxvit_jax.from_pretrained(tmp_path / "folder").space
+    state, texts = weight_files.read_safetensors(elsewhere)
+    state["text_encoder.final_layer_norm.bias"] += 1
+    safetensors.numpy.save_file(state, file, metadata=texts)
+    with pytest.raises(UserError, match=r"is not the text encoder that .* was trained with"):
+        fluxvit_jax.from_pretrained(run)
+
+
 def test_retrieval_is_in_the_card(saved):
     recall = {"recall": {"1": 0.25, "5": 0.5, "10": 1.0}}
     row = {"frames": 4, "resolution": 28}
