@@ -1,7 +1,6 @@
 """The space that the videos and texts of Flux-CLIP share: vectors, and classes by their names."""
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 
 from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.data import captions
-from fluxvit_jax.data.tokenizer import CONTEXT, token_count, tokenize
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.evaluation.zero_shot import CLASSIFIER, PROMPTS
@@ -21,7 +19,6 @@ from fluxvit_jax.models.blocks import l2_normalize
 from fluxvit_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 TEXTS_AT_ONCE = 64
-SHOWN = 60  # letters of a text in a warning
 
 
 class SharedSpace:
@@ -46,21 +43,14 @@ class SharedSpace:
 
     def vectors_of_pooled(self, pooled: jax.Array) -> np.ndarray:
         """Unit vectors float32 [B, D] of clip vectors [B, pool_width]."""
-        return np.asarray(_project(self.parts.head, pooled, self.parts.network.dtype))
+        return np.asarray(project(self.parts.head, pooled, self.parts.network.dtype))
 
     def vectors_of_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors float32 [T, D] of texts, which are cleaned as in training.
 
         Warns of texts that are cut, as longer than the encoder reads.
         """
-        cleaned = [captions.clean(text) for text in texts]
-        if long := [text for text in cleaned if token_count(text) > CONTEXT]:
-            warnings.warn(
-                f"{len(long)} of {len(cleaned)} texts are longer than {CONTEXT} tokens and are "
-                f"cut; the first: {long[0][:SHOWN]!r}",
-                stacklevel=3,
-            )
-        ids = tokenize(cleaned)
+        ids = captions.tokenize_cleaned(texts)
         parts = [
             self._encode(ids[first : first + TEXTS_AT_ONCE])
             for first in range(0, len(ids), TEXTS_AT_ONCE)
@@ -70,7 +60,7 @@ class SharedSpace:
     def _encode(self, ids: np.ndarray) -> np.ndarray:
         padding = (1 << (len(ids) - 1).bit_length()) - len(ids)
         padded = np.pad(ids, ((0, padding), (0, 0)))
-        found = _encode_texts(self.parts.text_encoder, padded, self.parts.network)
+        found = encode_texts(self.parts.text_encoder, padded, self.parts.network)
         return np.asarray(found)[: len(ids)]
 
     def classifier(
@@ -123,14 +113,16 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def _encode_texts(params: dict, ids: jax.Array, network: TextEncoderConfig) -> jax.Array:
+def encode_texts(params: dict, ids: jax.Array, network: TextEncoderConfig) -> jax.Array:
+    """Unit vectors [B, D] of texts, ids int32 [B, 77], by a text encoder's parameters."""
     graph = blocks.graphdef(functools.partial(TextEncoder, network))
     encoder: TextEncoder = fluxvit.from_params(graph, params)
     return l2_normalize(encoder(jnp.asarray(ids)))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _project(head: dict, pooled: jax.Array, dtype: str) -> jax.Array:
+def project(head: dict, pooled: jax.Array, dtype: str) -> jax.Array:
+    """Unit vectors [B, D] of clip vectors [B, pool_width], by a head's parameters."""
     return l2_normalize(zero_shot.to_text(head, pooled, dtype))
 
 
