@@ -190,6 +190,7 @@ def write_clip_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
     params |= FluxCLIP.init_params(config, keys[1])
     rng = np.random.default_rng(seed)  # initial biases are 0, and hide what leaves them out
     params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.02, x.shape)), params)
+    params["temperature"] = np.float32(config.clip.temperature)
     workdir.mkdir(parents=True)
     with checkpointer.Checkpoints(workdir, keep=1, every=1) as checkpoints:
         state = {"params": params, "step": np.int32(0)}
