@@ -59,7 +59,10 @@ EXAMPLES = {
     "preflight": (
         "--mode=preflight --config=configs/k400.py:base --config.preflight.topology=v5e:4x4",
     ),
-    "predict": ("--mode=predict --workdir=runs/mine --video=video.mp4 --tokens=1024,512",),
+    "predict": (
+        "--mode=predict --workdir=runs/mine --video=video.mp4 --tokens=1024,512",
+        '--mode=predict --workdir=runs/clip --video=video.mp4 --classes="a cat,a dog"',
+    ),
     "export": ("--mode=export --workdir=runs/mine --out=exported",),
 }
 HELP = ("-h", "-?", "-help", "--help", "--helpshort")
@@ -114,6 +117,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
     flags.DEFINE_string(
         "class_names", "", "predict: class names, a file of one a line, or k400 etc."
+    )
+    flags.DEFINE_list(
+        "classes", [], "predict: names of any classes, for Flux-CLIP: opening a door,closing it."
     )
     flags.DEFINE_float("milliseconds", None, "predict: the best setting of a search in this time.")
 

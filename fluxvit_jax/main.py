@@ -139,6 +139,7 @@ def _run_weights(options: "flags.FlagValues") -> int:
         top=options.top,
         features=options.features,
         class_names=options.class_names,
+        classes=options.classes,
         milliseconds=options.milliseconds,
         workdir=options.workdir,
         window=options.window,

@@ -15,7 +15,7 @@ ROWS = (
     ("convert", "data", "reports"),
     ("checkpoints", "objectives"),
     ("training", "evaluation", "token_optimization", "deploy", "preflight"),
-    ("command_line", "main", "doctor", ""),  # "": the package itself
+    ("command_line", "main", "doctor", "find", ""),  # "": the package itself
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
 # Commands, which stand on top wherever they lie.

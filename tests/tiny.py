@@ -16,13 +16,18 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.checkpoints.workdir import write_config
 from fluxvit_jax.config.checks import validate
 from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import TEACHERS
 from fluxvit_jax.convert import official_names, teacher
 from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.distributed import checksums
+from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
+from fluxvit_jax.objectives.flux_clip import FluxCLIP
 from tests.data.videos import moving_texture, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +181,23 @@ def make_clip(captions: Path, root: Path, **changes) -> ConfigDict:
         **{"clip__temperature": 0.1, "optim__eps": 1e-5, "train__ema_decay": 0.0},
     }
     return make_config(root, **own | changes)
+
+
+def write_clip_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
+    """A workdir of `make_clip`'s config with random weights, as if a run had ended there."""
+    keys = jax.random.split(jax.random.key(seed))
+    params = fluxvit.init_params(model_config(config), keys[0])
+    params |= FluxCLIP.init_params(config, keys[1])
+    rng = np.random.default_rng(seed)  # initial biases are 0, and hide what leaves them out
+    params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.02, x.shape)), params)
+    params["temperature"] = np.float32(config.clip.temperature)
+    workdir.mkdir(parents=True)
+    with checkpointer.Checkpoints(workdir, keep=1, every=1) as checkpoints:
+        state = {"params": params, "step": np.int32(0)}
+        about = {"class_names": [], "frozen": FluxCLIP.frozen_identity(config)}
+        checkpoints.save(0, state, about, config)
+    write_config(workdir, config)
+    return workdir
 
 
 def caching(cache: Path) -> dict[str, str]:

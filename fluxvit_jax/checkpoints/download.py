@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fluxvit_jax.convert import weight_files
+from fluxvit_jax.data.tokenizer import VOCABULARY
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
@@ -18,6 +19,8 @@ HUB = "hf://"
 WEB = ("https://", "http://")
 _HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([^@]+))?")
 _CHUNK = 1 << 20
+# What a folder of weights may hold besides: the last two of Flux-CLIP.
+BESIDE = (weight_files.CONFIG, weight_files.PREPROCESSOR, weight_files.CLIP, VOCABULARY.name)
 
 
 def local_copy(source: storage.PathLike) -> storage.PathLike:
@@ -52,7 +55,7 @@ def _from_hub(source: str) -> Path:
             return Path(hf_hub_download(repository, file, revision=revision))
         weights = Path(hf_hub_download(repository, weight_files.WEIGHTS, revision=revision))
         folder = weights.parent  # it bears the name of the commit
-        for other in (weight_files.CONFIG, weight_files.PREPROCESSOR):
+        for other in BESIDE:
             try:
                 hf_hub_download(repository, other, revision=folder.name)
             except LocalEntryNotFoundError:

@@ -4,7 +4,8 @@ SOURCE is a .pth file as the official code or DeepSpeed writes it, a .safetensor
 with config.json and model.safetensors, or a workdir (its best step) of this program. TARGET is
 likewise a .pth file, a .safetensors file or a folder, by its name; --workdir makes it a workdir.
 All but workdirs hold the tensors under the official names, in SOURCE's dtype, bit for bit. A folder
-also holds the network in plain PyTorch, torch_fluxvit.py, and needs nothing of this program.
+also holds the network in plain PyTorch, torch_fluxvit.py, and needs nothing of this program; of
+Flux-CLIP it holds clip.safetensors as well, with all that maps videos and texts into one space.
 
 --network=internvideo2 is for the vision encoder of InternVideo2 (1B, 6B): SOURCE is an official
 file of stage 1 or stage 2, or what this command made of one; TARGET a folder or .safetensors.
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxvit_jax.checkpoints.weights import read_weights, write_workdir
-from fluxvit_jax.convert import adapt, teacher, weight_files
+from fluxvit_jax.convert import adapt, clip_parts, teacher, weight_files
 from fluxvit_jax.convert.config_json import describe_assumption
 from fluxvit_jax.convert.weight_files import Pretrained
 from fluxvit_jax.data.annotations import read_class_names
@@ -29,6 +30,7 @@ from fluxvit_jax.errors import ArgumentParser, UserError
 from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
+from fluxvit_jax.objectives import flux_clip_weights
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -81,6 +83,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FRAMESxPIXELS",
         help="resize the position table to another native grid: 16x224, or 16x224x336",
     )
+    add(
+        "--text-encoder",
+        metavar="FILE",
+        default="",
+        help="where the frozen text encoder of a run of Flux-CLIP is now, if it was moved",
+    )
     add("--dtype", choices=tuple(adapt.DTYPES), help="cast the tensors (default: SOURCE's dtype)")
     return parser.parse_args(argv)
 
@@ -121,13 +129,19 @@ def _convert(args: argparse.Namespace) -> None:
     if assumption := describe_assumption(pretrained.config, args.source):
         print(f"{assumption}; --class-names=FILE names others", file=sys.stderr)
     adapted = _adapt(pretrained, args.classes, grid, args.dtype)
+    parts = flux_clip_weights.read_parts(args.source, args.text_encoder)
     write = write_workdir if args.workdir else weight_files.write
     write(adapted, args.target)
     print(f"{args.target}: {describe(adapted)}")
+    if parts and Path(args.target).is_dir() and not args.workdir:
+        clip_parts.write(parts, Path(args.target))
+        print(f"{args.target}: with the head and the text encoder of Flux-CLIP")
+    elif parts:
+        print(f"{args.target}: the network alone; a folder would hold the text encoder as well")
 
 
 def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
-    for option in ("workdir", "classes", "class_names", "allow_missing"):
+    for option in ("workdir", "classes", "class_names", "allow_missing", "text_encoder"):
         if getattr(args, option):
             raise UserError(f"--{option.replace('_', '-')}: not for --network=internvideo2")
     given = weight_files.read_config(args.config) if args.config else None

@@ -35,8 +35,16 @@ BEHAVIOUR = {
 NUMBERS = (*SIZES, *POOL, "groups")
 # Values of "problem_type", absent for one label a video.
 MULTI_LABEL, SINGLE_LABEL = "multi_label_classification", "single_label_classification"
-# Written by others into files of this name; of no meaning here.
-FOREIGN = ("architectures", "dtype", "torch_dtype", "transformers_version", "label2id")
+# Of no meaning for the network: of Flux-CLIP (`clip_parts`), and written by others into files of
+# this name.
+FOREIGN = (
+    "text_encoder",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "label2id",
+)
 HEAD_BUDGETS = (3072, 2048, 1024)  # of the released weights
 RELEASED = ("S", "B")  # sizes of the released weights
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data.class_names import DATASETS, dataset_of
 from fluxvit_jax.grids import Grid
 
 NAMED = 20  # classes that are listed
+RECALLS = ("1", "5", "10")  # of retrieval
 
 
 def model_card(
@@ -47,12 +48,20 @@ def model_card(
             *("", "## Budgets", "", "| Tokens | Frames | Resolution |", "|---|---|---|", *settings),
             *("", "## Accuracy", ""),
             *(_accuracy(evaluations) or ["Not measured by this program."]),
+            *_retrieval(evaluations),
             *("", "## Use", "", "```python", "import fluxvit_jax", ""),
             'model = fluxvit_jax.from_pretrained("FOLDER")  # or hf://OWNER/NAME',
-            f'model.predict("a.mp4", tokens={config.asked()[-1][0]}, top=5)',
+            _example(config),
             *("```", ""),
         ]
     )
+
+
+def _example(config: PretrainedConfig) -> str:
+    tokens = config.asked()[-1][0]
+    if config.model.classes == NO_CLASSES:
+        return f'model(fluxvit_jax.read_video("a.mp4"), tokens={tokens}).pooled'
+    return f'model.predict("a.mp4", tokens={tokens}, top=5)'
 
 
 def _classes(config: PretrainedConfig) -> str:
@@ -72,6 +81,7 @@ def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
 
     All evaluations are of weights with one label a video, or all of weights with several.
     """
+    evaluations = [report for report in evaluations if "task" not in report]
     several = any("multi_label" in report for report in evaluations)
     measures = {"map": "mAP"} if several else {"top1": "Top-1", "top5": "Top-5"}
     heads = ["Videos", "Views", "Tokens", "Frames", "Resolution", *measures.values()]
@@ -89,3 +99,26 @@ def _accuracy(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
                 + " |"
             )
     return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows] if rows else []
+
+
+def _retrieval(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of a row for each evaluation of retrieval and budget; none without evaluations."""
+    heads = ["Pairs", "Tokens", "Frames", "Resolution"]
+    heads += [f"{way} R@{k}" for way in ("Text to video", "Video to text") for k in RECALLS]
+    rows = []
+    for report in evaluations:
+        if report.get("task") != "retrieval":
+            continue
+        pairs = f"{report['videos']} videos and {report['texts']} texts of {report['dataset']}"
+        for tokens, row in report["budgets"].items():
+            recalls = [
+                f"{row['plain'][way]['recall'][k]:.1%}"
+                for way in ("text_to_video", "video_to_text")
+                for k in RECALLS
+            ]
+            cells = [pairs, tokens, str(row["frames"]), f"{row['resolution']} px", *recalls]
+            rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return []
+    table = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows]
+    return ["", "## Retrieval", "", "By cosines.", "", *table]

@@ -7,19 +7,23 @@ This file needs PyTorch and, to load weights, safetensors. In a folder with `con
     video = torch.from_numpy(frames)             # uint8 [T, Y, X, 3], Y and X multiples of 14
     logits, pooled = model(video, tokens=1024)   # [1, classes], [1, 768]
     kept = model.select(video, tokens=1024)      # bool [1, T, Y / 14, X / 14]
+    vectors = model.encode_video(video, tokens=1024)  # unit, [1, D], with clip.safetensors
     torch.onnx.export(model, (video,), "model.onnx", kwargs={"tokens": 1024}, dynamo=True)
 
 An exported program is for videos of one shape and for one budget. The parameters have the names
-and shapes of the official release, so its state dict loads as well.
+and shapes of the official release, so its state dict loads as well. Of Flux-CLIP, the folder has
+`clip.safetensors` too. Its tensors `text_encoder.*` are those of MobileCLIP-B's text encoder, which
+MobileCLIP's own code runs: texts' vectors, once normalized, compare with these by dot products.
 
 Letters in shapes: B clips, T frames, H W patch rows and columns, N kept tokens, C width.
 """
 
+import hashlib
 import inspect
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +199,7 @@ class FluxViT(nn.Module):
     cls: "outside" adds the CLS token to a budget, "inside" lets it take one place.
     groups: groups of frames that share a budget; 0: as many as the clip's frames allow, up to 4.
     rounding: "exact" fills a budget; "official" keeps up to four tokens fewer, as the release does.
+    text_encoder: of Flux-CLIP, its sizes; "out" is the width of the vectors of videos and texts.
     """
 
     def __init__(
@@ -203,6 +208,7 @@ class FluxViT(nn.Module):
         gelu: str = "tanh", cls: str = "outside", selector: str = "group_dynamic",
         groups: int = 0, rounding: str = "exact",
         head_budgets: Sequence[int] = (3072, 2048, 1024),
+        text_encoder: Mapping[str, int] | None = None,
     ):  # fmt: skip
         super().__init__()
         check(gelu=gelu, cls=cls, selector=selector, rounding=rounding)
@@ -222,13 +228,18 @@ class FluxViT(nn.Module):
         self.final_clip_decoder_for_projs = nn.ModuleList(
             AlignProjector(pool_width) for _ in range(max(budgets - 1, 1))
         )
+        if text_encoder:
+            self.vision_align = nn.Sequential(
+                nn.LayerNorm(pool_width), nn.Linear(pool_width, text_encoder["out"])
+            )
 
     @classmethod
     def from_folder(cls, folder: str | Path, /, **changes: Any) -> "FluxViT":
         """The model of `config.json` with the weights of `model.safetensors`, in eval mode.
 
         changes: fields that differ from the config's. The weights become float32, whatever the
-        file holds. RuntimeError names every tensor that is missing, unexpected or misshapen.
+        file holds. RuntimeError names every tensor that is missing, unexpected or misshapen, or
+        says that `clip.safetensors` belongs to other weights.
         """
         from safetensors.torch import load_file
 
@@ -237,6 +248,8 @@ class FluxViT(nn.Module):
         with torch.device("meta"):  # every tensor comes from the file, so none is made here
             model = cls(**{key: config[key] for key in known if key in config} | changes)
         state = load_file(Path(folder) / "model.safetensors")
+        if hasattr(model, "vision_align"):
+            state |= read_video_head(Path(folder))
         model.load_state_dict({name: x.float() for name, x in state.items()}, assign=True)
         return model.eval()
 
@@ -260,6 +273,20 @@ class FluxViT(nn.Module):
             head = self.nearest_head(math.prod(patches.shape[1:4]) if tokens is None else tokens)
         pooled = self.clip_projector[head](self.encode(patches, index))
         return self.head[head](self.fc_norm(pooled)), pooled
+
+    def encode_video(
+        self,
+        video: Tensor,
+        tokens: int | None = None,
+        head: int | None = None,
+        rounding: str | None = None,
+        normalized: bool = False,
+    ) -> Tensor:
+        """Unit vectors in the space of texts, [B, D], of Flux-CLIP. Arguments as `forward`."""
+        if not hasattr(self, "vision_align"):
+            raise ValueError("these weights have no text encoder: they are not of Flux-CLIP")
+        _, pooled = self(video, tokens, head, rounding, normalized)
+        return F.normalize(self.vision_align(pooled), dim=-1)
 
     def select(
         self, video: Tensor, tokens: int, rounding: str | None = None, normalized: bool = False
@@ -338,6 +365,22 @@ class FluxViT(nn.Module):
         order = 1 if self.selector == "dynamic_l1" else 2
         distance = torch.linalg.vector_norm(change, ord=order, dim=-1)
         return torch.cat([distance[:, :1], distance], dim=1)
+
+
+def read_video_head(folder: Path) -> dict[str, Tensor]:
+    """The tensors that lead from clip vectors into the space of texts, of a folder of Flux-CLIP.
+
+    RuntimeError if they belong to another network than the folder's.
+    """
+    from safetensors import safe_open
+
+    with safe_open(folder / "clip.safetensors", framework="pt") as file:
+        belongs_to = json.loads(file.metadata()["fluxvit_jax"])["model_sha256"]
+        names = [name for name in file.keys() if name.startswith("vision_align.")]  # noqa: SIM118
+        head = {name: file.get_tensor(name) for name in names}
+    if hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() != belongs_to:
+        raise RuntimeError(f"{folder}: clip.safetensors belongs to another model.safetensors")
+    return head
 
 
 def check(**chosen: str) -> None:

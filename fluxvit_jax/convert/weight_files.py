@@ -34,6 +34,7 @@ CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
 WEIGHTS = "model.safetensors"
+CLIP = "clip.safetensors"  # beside it, of Flux-CLIP; see `clip_parts`
 NETWORK = "torch_fluxvit.py"  # goes along, so that PyTorch can run the folder without us
 EMBEDDED = "fluxvit_jax"  # where a single file keeps both configs, as JSON
 PTH = (".pth", ".pt", ".bin")
@@ -144,7 +145,7 @@ def _find_file(source: Path) -> FoundWeights:
 
 
 def _find_folder(folder: Path) -> FoundWeights:
-    tensors, _ = _read_safetensors(folder / WEIGHTS)
+    tensors, _ = read_safetensors(folder / WEIGHTS)
     config, preprocessor = (
         read_config(folder / name) if (folder / name).exists() else {}
         for name in (CONFIG, PREPROCESSOR)
@@ -166,18 +167,19 @@ def read_tensors(source: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict
     if not (source / WEIGHTS).exists():
         raise UserError(f"{source}: a folder without {WEIGHTS}")
     config = read_config(source / CONFIG) if (source / CONFIG).exists() else {}
-    return _read_safetensors(source / WEIGHTS)[0], config
+    return read_safetensors(source / WEIGHTS)[0], config
 
 
 def _reader(path: Path) -> Callable[[Path], tuple[dict[str, np.ndarray], dict[str, str]]]:
     if path.suffix == ".safetensors":
-        return _read_safetensors
+        return read_safetensors
     if path.suffix in PTH:
         return read_pth
     raise UserError(f"{path}: is neither {', '.join(PTH)} nor .safetensors, a folder or a workdir")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a file. Raises UserError if it cannot be read."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -246,6 +248,7 @@ def write(pretrained: Pretrained, target: str | os.PathLike) -> None:
 
 def _write_folder(pretrained: Pretrained, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
+    (folder / CLIP).unlink(missing_ok=True)  # of the weights that were here
     _write_safetensors(pretrained, folder / WEIGHTS)
     for name, content in _configs(pretrained.config).items():
         text = json.dumps(content, indent=2) + "\n"

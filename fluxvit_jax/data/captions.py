@@ -1,4 +1,4 @@
-"""Captions: cleaned as in the official code, drawn, and whose they are.
+"""Captions: cleaned as in the official code, tokenized, drawn, and whose they are.
 
 Source of the cleaning, in training and evaluation: InternVideo2, multi_modality, dataset/utils.py
 (pre_text).
@@ -6,11 +6,19 @@ Source of the cleaning, in training and evaluation: InternVideo2, multi_modality
 
 import hashlib
 import re
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Record
 from fluxvit_jax.data.random_streams import CAPTION_STREAM, stream_rng
+from fluxvit_jax.data.tokenizer import CONTEXT, token_count, tokenize
+
+if TYPE_CHECKING:  # a server that loads an exported folder does without
+    from fluxvit_jax.data.annotations import Record
+
+SHOWN = 60  # letters of a text in a warning
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _JOINTS = str.maketrans("-/", "  ")
@@ -25,13 +33,25 @@ def clean(caption: str) -> str:
     return re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ")
 
 
-def drawn(record: Record, seed: int, sample: int) -> str:
+def tokenize_cleaned(texts: Sequence[str]) -> np.ndarray:
+    """Ids of texts, which are cleaned: int32 [T, 77]. Warns of those that are cut."""
+    cleaned = [clean(text) for text in texts]
+    if long := [text for text in cleaned if token_count(text) > CONTEXT]:
+        warnings.warn(
+            f"{len(long)} of {len(cleaned)} texts are longer than {CONTEXT} tokens and are cut; "
+            f"the first: {long[0][:SHOWN]!r}",
+            stacklevel=3,
+        )
+    return tokenize(cleaned)
+
+
+def drawn(record: "Record", seed: int, sample: int) -> str:
     """One of a record's captions, by the seed and the number of the sample."""
     rng = stream_rng(seed, sample, CAPTION_STREAM)
     return record.captions[rng.integers(len(record.captions))]
 
 
-def identity(record: Record) -> np.ndarray:
+def identity(record: "Record") -> np.ndarray:
     """Numbers that records of one file, or of one segment of it, share, and no others: int32 [2].
 
     A record's id names its list and its file. The official code takes the index in a list, or the

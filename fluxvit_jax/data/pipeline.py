@@ -14,8 +14,6 @@ processes are spawned and import `__main__`, so the program needs its `__main__`
 
 import contextlib
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -41,10 +39,10 @@ from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
 from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.supervised_workers import (
-    SHARED_MEMORY,
     Quarantine,
     SupervisedWorkers,
     WorkerDeathError,
+    check_shared_memory,
     reading,
 )
 from fluxvit_jax.data.tokenizer import tokenize
@@ -265,7 +263,7 @@ class Batches(Iterator[Arrays]):
         self._ahead = workers * BUFFERED_ITEMS
         self._workers: SupervisedWorkers | None = None
         if workers:
-            _check_shared_memory((self._ahead + per_batch) * item_bytes)
+            check_shared_memory("config.data.workers", (self._ahead + per_batch) * item_bytes)
             self._workers = SupervisedWorkers(
                 items.__getitem__,
                 workers,
@@ -610,15 +608,3 @@ def _check_multiple(what: str, value: int, unit: int) -> None:
     if value % unit:
         nearest = max(1, round(value / unit)) * unit
         raise UserError(f"{what}: {value} is no multiple of {unit}; the nearest is {nearest}")
-
-
-def _check_shared_memory(needed: int) -> None:
-    """Raises UserError if shared memory is short; a worker would just die of a bus error."""
-    if not os.path.isdir(SHARED_MEMORY):
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"config.data.workers: the workers need {needed >> 20} MB of shared memory and "
-            f"{SHARED_MEMORY} has {free >> 20} free; enlarge it (docker: --shm-size) or use fewer"
-        )

@@ -21,6 +21,7 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -53,6 +54,21 @@ Number = Any  # a number, or another small value with an order, such as a tuple 
 Make = Callable[[Number], Any]
 Quarantine = dict[str, str]  # clip -> why it is not to be read
 Received = tuple[tuple[Any, ...], int | None]  # a message, and the descriptor of a file with it
+
+
+def check_shared_memory(setting: str, needed: int) -> None:
+    """Raises UserError if shared memory is short; a worker would just die of a bus error.
+
+    setting: the number of workers, as users call it; needed: bytes.
+    """
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"{setting}: the workers need {needed >> 20} MB of shared memory and "
+            f"{SHARED_MEMORY} has {free >> 20} free; enlarge it (docker: --shm-size) or use fewer"
+        )
 
 
 class WorkerDeathError(Exception):

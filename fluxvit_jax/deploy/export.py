@@ -3,7 +3,8 @@
 It holds the weights once, a StableHLO program for each budget, and a manifest. A program takes the
 weights and a batch of any size; it is lowered for CPU, CUDA and TPU. `fluxvit_jax.load_exported`
 reads the folder. Weights that were searched are exported on the grids that the search chose, and
-the manifest says how accurate they are, so that a server can be asked by time as well.
+the manifest says how accurate they are, so that a server can be asked by time as well. Of Flux-CLIP
+there are two programs more, which map clip vectors and texts into one space.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from fluxvit_jax.convert.config_json import (
     describe_assumption,
     to_json,
 )
-from fluxvit_jax.deploy.exported import MANIFEST, VERSION, WEIGHTS, sha256
+from fluxvit_jax.deploy import export_space
+from fluxvit_jax.deploy.exported import MANIFEST, VERSION, WEIGHTS
 from fluxvit_jax.deploy.pretrained import PretrainedModel, forward, from_pretrained
 from fluxvit_jax.distributed import checksums
 from fluxvit_jax.errors import UserError
@@ -90,9 +92,11 @@ def _write(
             "frames": frames,
             "resolution": resolution,
             "head": head,
-            "sha256": sha256(program),
+            "sha256": checksums.sha256(program),
         }
-    manifest = describe(model.config, budgets, sha256(folder / WEIGHTS))
+    manifest = describe(model.config, budgets, checksums.sha256(folder / WEIGHTS))
+    if model.space:
+        manifest["space"] = export_space.write(model.space, folder, PLATFORMS)
     if report:
         manifest["plan"] = describe_plan(budgets, report)
     content = json.dumps(checksums.add_checksum(manifest), indent=1)

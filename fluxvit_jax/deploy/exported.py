@@ -1,12 +1,11 @@
 """Runs what `--mode=export` wrote. Of all that this package needs, it needs JAX and NumPy only."""
 
 import contextlib
-import hashlib
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import jax
 import jax.export
 import numpy as np
 
+from fluxvit_jax.data import captions
 from fluxvit_jax.data.frame_sampling import resized_size, test_crops, test_frames
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.distributed import atomic, checksums, storage
@@ -55,8 +55,9 @@ class ExportedModel:
         path = self._checked(weights["file"], weights["sha256"])
         with np.load(path) as arrays:
             self._params = {name: jax.device_put(array) for name, array in arrays.items()}
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[str, Any] = {}
         self._milliseconds: dict[str, float] = {}
+        self._space_params: dict[str, dict[str, jax.Array]] = {}
 
     def __call__(
         self, video: np.ndarray, tokens: int | None = None, milliseconds: float | None = None
@@ -155,13 +156,60 @@ class ExportedModel:
         with contextlib.suppress(OSError):
             atomic.write(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")
 
+    def encode_video(
+        self, video: np.ndarray, tokens: int | None = None, milliseconds: float | None = None
+    ) -> np.ndarray:
+        """Unit vectors of clips in the space of texts: float32 [B, D]. For Flux-CLIP.
+
+        Arguments as in a call of the model. Raises ValueError likewise, or if the weights had no
+        text encoder.
+        """
+        params, space = self._space()
+        pooled = self(video, tokens, milliseconds).pooled
+        return np.asarray(self._loaded(**space["head"])(params["head"], pooled))
+
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts: float32 [T, D]. For Flux-CLIP; it needs the extra `clip`.
+
+        They are cleaned as in training; those of more than 77 tokens are cut, with a warning.
+        Raises ValueError if the weights had no text encoder.
+        """
+        params, space = self._space()
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return np.zeros((0, space["width"]), np.float32)
+        ids = captions.tokenize_cleaned(texts)
+        return np.asarray(self._loaded(**space["text"])(params["text"], ids))
+
+    @property
+    def temperature(self) -> float:
+        """By which Flux-CLIP divides cosines. Raises ValueError without a text encoder."""
+        return self._space()[1]["temperature"]
+
+    def _space(self) -> tuple[dict[str, dict[str, jax.Array]], dict[str, Any]]:
+        """The parameters of head and text encoder, and what the manifest says of them."""
+        space = self.manifest.get("space")
+        if space is None:
+            raise ValueError(f"{self._folder}: was exported from weights without a text encoder")
+        if not self._space_params:
+            path = self._checked(space["weights"]["file"], space["weights"]["sha256"])
+            with np.load(path) as arrays:
+                for name, array in arrays.items():
+                    part, _, rest = name.partition(".")
+                    self._space_params.setdefault(part, {})[rest] = jax.device_put(array)
+        return self._space_params, space
+
     def _program(self, budget: int) -> Callable:
-        """The program of a budget, loaded once. Raises ValueError if it is damaged."""
-        if budget not in self._programs:
-            own = self.manifest["budgets"][str(budget)]
-            program = self._checked(own["program"], own["sha256"]).read_bytes()
-            self._programs[budget] = jax.jit(jax.export.deserialize(bytearray(program)).call)
-        return self._programs[budget]
+        """The program of a budget."""
+        own = self.manifest["budgets"][str(budget)]
+        return self._loaded(own["program"], own["sha256"])
+
+    def _loaded(self, file: str, sha256: str) -> Callable:
+        """A program of the folder, loaded once. Raises ValueError if it is damaged."""
+        if file not in self._programs:
+            program = self._checked(file, sha256).read_bytes()
+            self._programs[file] = jax.jit(jax.export.deserialize(bytearray(program)).call)
+        return self._programs[file]
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self._folder / MANIFEST
@@ -181,7 +229,7 @@ class ExportedModel:
         """The path of a file of the folder, after comparing its checksum."""
         path = self._folder / Path(name).name
         try:
-            found = sha256(path)
+            found = checksums.sha256(path)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
         if found != checksum:
@@ -226,9 +274,3 @@ def middle_square(video: np.ndarray, resolution: int) -> np.ndarray:
     y, x = test_crops(height, width, 1)[0]
     square = resized[:, :, y : y + resolution, x : x + resolution]
     return np.asarray(square.round().clip(0, 255)).astype(np.uint8)
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

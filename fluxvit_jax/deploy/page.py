@@ -175,7 +175,7 @@ def _frames(one: Shown) -> Iterator[str]:
         alt = f"frame at {time:.2f} s, {count} of {H * W} patches kept"
         label = f"<span>{time:.2f} s</span> <span>{count} of {H * W}</span>"
         yield (
-            f'<li><img {size} alt="{alt}" src="{_data_uri(picture)}">'
+            f'<li><img {size} alt="{alt}" src="{data_uri(picture)}">'
             f'<div class="row">{label}</div>{_bar(share)}</li>\n'
         )
 
@@ -190,7 +190,7 @@ def _bar(share: float) -> str:
     return f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>'
 
 
-def _data_uri(picture: np.ndarray) -> str:
+def data_uri(picture: np.ndarray) -> str:
     """A picture uint8 [height, width, 3] as an address that holds all of it."""
     _, data = cv2.imencode(".jpg", picture[..., ::-1], JPEG)
     return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

@@ -26,6 +26,7 @@ from fluxvit_jax.data.clips import Clip, read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.page import Shown, write_film, write_page
 from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained
+from fluxvit_jax.deploy.shared_space import TextClassifier
 from fluxvit_jax.deploy.windows import read_windows, seconds_of, windows_of
 from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.errors import UserError
@@ -51,13 +52,17 @@ def predict(
     top: int,
     timed: bool = False,
     head: int | None = None,
+    classifier: TextClassifier | None = None,
 ) -> Shown:
     """The likeliest classes of a clip at a budget, and the patches that were kept.
 
     head: by default the one that was trained at the nearest budget.
+    classifier: of Flux-CLIP, whose classes then are named; by default those of the weights.
     timed: whether the pass is run again, without compiling, for its time; otherwise that is 0.
     """
     out = model(clip.frames, budget, head)
+    if classifier:
+        out = out._replace(logits=classifier.logits(out.pooled))
     (found,) = model.likeliest(out, class_names, top)
     seconds = _seconds(model, clip, budget, head) if timed else 0.0
     return Shown(budget, clip.frames, np.asarray(out.kept[0]), clip.times, found, out.head, seconds)
@@ -105,6 +110,7 @@ class Options(NamedTuple):
     top: int = 5
     features: str | None = None
     class_names: str = ""  # file or data set; goes before the names in the weights
+    classes: Sequence[str] = ()  # named by texts, in place of those of the weights
     milliseconds: float | None = None  # of one clip; instead of `tokens`
     workdir: str | None = None  # whose search then plans, before that of the weights
     window: str = ""  # length of a window, such as "4s"; none: no timeline
@@ -135,15 +141,17 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     head = None
     if options.milliseconds is not None:
         model, settings, head = _planned(model, options)
+    classifier = _text_classifier(model, options)
     job = _Job(
         model,
         settings,
         head,
-        _class_names(model, options, config),
+        classifier.names if classifier else _class_names(model, options, config),
         options.top,
         options.features,
         Path(options.out),
         windows,
+        classifier,
     )
     try:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -175,6 +183,12 @@ class _Job(NamedTuple):
     features: str | None
     out: Path
     windows: tuple[float, float] | None  # seconds of a window, and from window to window
+    classifier: TextClassifier | None  # of classes by their names
+
+    def predict(self, clip: Clip, budget: int, top: int, timed: bool = False) -> Shown:
+        """What `predict` finds."""
+        names, classifier = self.class_names, self.classifier
+        return predict(self.model, clip, budget, names, top, timed, self.head, classifier)
 
     def read(self, path: Path) -> list[Clip]:
         """The clip of each setting. Raises DecodeError."""
@@ -184,7 +198,7 @@ class _Job(NamedTuple):
     def answers(self, clips: Sequence[Clip], timed: bool = False) -> Iterator[Shown]:
         """What `predict` finds at each setting."""
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
-            yield predict(self.model, clip, budget, self.class_names, self.top, timed, self.head)
+            yield self.predict(clip, budget, self.top, timed)
 
     def timelines(self, path: Path) -> "list[Timeline]":
         """The windows of a video at each setting. Raises DecodeError."""
@@ -224,8 +238,7 @@ class _Job(NamedTuple):
         """
         if isinstance(clip, DecodeError):
             return [], clip.reason
-        names = self.class_names
-        top = predict(self.model, clip, budget, names, len(names), head=self.head).top
+        top = self.predict(clip, budget, len(self.class_names)).top
         return [own for i, own in enumerate(top) if i < self.top or own[1] >= LEAST], ""
 
     def write_features(self, clips: Sequence[Clip], name: Path) -> None:
@@ -373,6 +386,28 @@ def _rows(job: _Job, name: Path, clips: Sequence[Clip]) -> Iterator[list[Any]]:
     """The lines of a video in the table, one a budget."""
     for setting, one in zip(job.settings, job.answers(clips), strict=True):
         yield [cell(name), *setting, one.head, *_class_cells(one.top), ""]
+
+
+def _text_classifier(model: PretrainedModel, options: Options) -> TextClassifier | None:
+    """The classifier of `--classes`, by the official prompts; None without them.
+
+    Raises UserError: the weights have no text encoder, or no classes where none are named.
+    """
+    if not options.classes:
+        if not model.has_classifier:
+            raise UserError(
+                f"{options.weights}: has no classes of its own; name some, such as "
+                '--classes="opening a door,closing a door"'
+            )
+        return None
+    if options.class_names:
+        raise UserError("--classes and --class_names both name classes; give one of them")
+    if model.space is None:
+        raise UserError(
+            f"--classes: {options.weights} has no text encoder, so its classes are those it was "
+            "trained on; weights of Flux-CLIP name any, see configs/clip.py"
+        )
+    return model.space.classifier(options.classes)
 
 
 def _class_names(

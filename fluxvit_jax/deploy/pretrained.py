@@ -2,10 +2,10 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import jax
@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from fluxvit_jax.checkpoints.weights import read_weights
-from fluxvit_jax.config.variants import VARIANTS
-from fluxvit_jax.convert import official_names, weight_files
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
+from fluxvit_jax.convert import clip_parts, official_names, weight_files
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data import decoding
 from fluxvit_jax.data.class_names import numbered
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.deploy.shared_space import SharedSpace
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, nearest_head
 from fluxvit_jax.models import fluxvit, token_selection
 from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS, Rounding
+from fluxvit_jax.objectives import flux_clip_weights
 
 Video = str | os.PathLike | np.ndarray | jax.Array  # a file, or its frames
 
@@ -82,6 +84,7 @@ def from_pretrained(
     path: str | os.PathLike,
     config: Mapping[str, Any] | str | os.PathLike | None = None,
     dtype: str = "float32",
+    text_encoder: str | os.PathLike = "",
 ) -> "PretrainedModel":
     """The network in `path`, ready to be called.
 
@@ -92,6 +95,7 @@ def from_pretrained(
         config: fields of `config.json`, or the path of such a file: what a bare file does not tell,
             or what is to be otherwise than the file says, such as {"gelu": "erf"}.
         dtype: of the computation, "float32" or "bfloat16". Parameters are float32.
+        text_encoder: of a run of Flux-CLIP with a frozen one: its file, if it was moved.
 
     Raises:
         UserError: there are no such weights, or they do not fit.
@@ -106,7 +110,9 @@ def from_pretrained(
     found = read_weights(path, config)
     model = replace(found.config.model, dtype=dtype)
     described = replace(found.config, model=model)
-    return PretrainedModel(found.params(np.float32), described, found.evaluations)
+    parts = flux_clip_weights.read_parts(path, os.fspath(text_encoder))
+    space = SharedSpace(parts, dtype) if parts else None
+    return PretrainedModel(found.params(np.float32), described, found.evaluations, space)
 
 
 class PretrainedModel:
@@ -122,6 +128,7 @@ class PretrainedModel:
         params: nested dict of float32 arrays.
         config: `PretrainedConfig`: the network, the budgets of its heads, its classes.
         evaluations: reports of `--mode=evaluate` that are of these weights.
+        space: of weights of Flux-CLIP, what maps videos and texts into one space; else None.
     """
 
     def __init__(
@@ -129,10 +136,12 @@ class PretrainedModel:
         params: dict[str, Any],
         config: PretrainedConfig,
         evaluations: Sequence[dict[str, Any]] = (),
+        space: SharedSpace | None = None,
     ):
         self.params = jax.device_put(params)
         self.config = config
         self.evaluations = tuple(evaluations)
+        self.space = space
 
     def __repr__(self) -> str:
         model, parameters = self.config.model, sum(x.size for x in jax.tree.leaves(self.params))
@@ -143,7 +152,8 @@ class PretrainedModel:
         return (
             f"PretrainedModel({sizes.get((model.width, model.depth), '')}{parameters / 1e6:.1f} M "
             f"parameters, heads trained at {', '.join(map(str, self.config.head_budgets))} tokens, "
-            f"{model.classes} classes{names if self.class_names else ' without names'})"
+            f"{model.classes} classes{names if self.class_names else ' without names'}"
+            f"{', with a text encoder' if self.space else ''})"
         )
 
     @property
@@ -153,6 +163,11 @@ class PretrainedModel:
         `config.assumed_names` tells of names that the weights do not hold themselves.
         """
         return self.config.class_names
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether there are classes to predict, as Flux-CLIP's training gives none."""
+        return self.space is None or self.config.model.classes != NO_CLASSES
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -207,24 +222,102 @@ class PretrainedModel:
         """
         if top < 1:
             raise ValueError(f"top is 1 or more, not {top}")
-        if isinstance(video, Sequence) and not isinstance(video, str):
-            return [self._predict_one(one, tokens, top, head) for one in video]
-        if not isinstance(video, str | os.PathLike) and np.ndim(video) == 5:
-            return self.likeliest(self(video, tokens, head), self.labels, top)
-        return self._predict_one(video, tokens, top, head)
+        if not self.has_classifier:
+            raise UserError("these weights have no classes of their own; name some: classify(...)")
+        found = [
+            own
+            for output in self._outputs(video, tokens, head)
+            for own in self.likeliest(output, self.labels, top)
+        ]
+        return found if _are_several(video) else found[0]
 
-    def _predict_one(
-        self, video: Video, tokens: int | None, top: int, head: int | None
-    ) -> list[Prediction]:
-        if isinstance(video, str | os.PathLike):
-            (tokens, *grid), *_ = self.config.asked(() if tokens is None else (tokens,))
-            try:
-                with decoding.Video(video) as opened:
-                    video = read_clip(opened, *grid).frames
-            except decoding.DecodeError as error:
-                raise UserError(str(error)) from error
-        (found,) = self.likeliest(self(video, tokens, head), self.labels, top)
-        return found
+    def _outputs(
+        self, video: Video | Sequence[Video], tokens: int | None, head: int | None = None
+    ) -> Iterator[Output]:
+        """The answer to each of several videos, or one to all of an array."""
+        several = isinstance(video, Sequence) and not isinstance(video, str)
+        videos = cast("Sequence[Video]", video if several else [video])
+        for one in videos:
+            if isinstance(one, str | os.PathLike):
+                yield self(*self._read(one, tokens), head)
+            else:
+                yield self(one, tokens, head)
+
+    def _read(self, path: str | os.PathLike, tokens: int | None) -> tuple[np.ndarray, int]:
+        """The frames of a file on the grid of the nearest setting, and the budget."""
+        (budget, *grid), *_ = self.config.asked(() if tokens is None else (tokens,))
+        try:
+            with decoding.Video(path) as opened:
+                return read_clip(opened, *grid).frames, budget
+        except decoding.DecodeError as error:
+            raise UserError(str(error)) from error
+
+    def encode_video(self, video: Video | Sequence[Video], tokens: int | None = None) -> np.ndarray:
+        """Unit vectors of videos in the space of texts: float32 [B, D]. For Flux-CLIP.
+
+        Arguments as in `predict`; one video is [1, D]. The product with the vectors of
+        `encode_text` is the cosine.
+
+        Raises UserError: the weights have no text encoder, or as `predict`.
+        """
+        space = self._space()
+        pooled = [output.pooled for output in self._outputs(video, tokens)]
+        none = np.zeros((0, space.parts.network.out), np.float32)
+        return np.concatenate([none, *map(space.vectors_of_pooled, pooled)])
+
+    def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts: float32 [T, D]. For Flux-CLIP.
+
+        They are cleaned as in training: lower case, without punctuation. A text of more than 77
+        tokens is cut, with a warning.
+
+        Raises UserError if the weights have no text encoder.
+        """
+        return self._space().vectors_of_texts([texts] if isinstance(texts, str) else list(texts))
+
+    def classify(
+        self,
+        video: Video | Sequence[Video],
+        names: Sequence[str],
+        tokens: int | None = None,
+        top: int = 5,
+        prompts: Sequence[str] | None = None,
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """The likeliest of classes that have names alone, as `predict` gives them. For Flux-CLIP.
+
+        A probability is the softmax over `names` of the mean cosine with a name's texts, divided
+        by the learned temperature.
+
+        Args:
+            names: of the classes, such as ["opening a door", "closing a door"].
+            prompts: the texts of a name, with {} for it; by default the official 16.
+
+        Raises:
+            UserError: the weights have no text encoder, names or prompts that cannot be, or as
+                `predict`.
+        """
+        classes = self._space().classifier(names, prompts)
+        found = [
+            own
+            for output in self._outputs(video, tokens)
+            for own in self.likeliest(
+                output._replace(logits=classes.logits(output.pooled)), classes.names, top
+            )
+        ]
+        return found if _are_several(video) else found[0]
+
+    @property
+    def temperature(self) -> float:
+        """By which Flux-CLIP divides cosines. Raises UserError without a text encoder."""
+        return self._space().temperature
+
+    def _space(self) -> SharedSpace:
+        if self.space is None:
+            raise UserError(
+                "these weights have no text encoder; texts need weights of Flux-CLIP, which "
+                "configs/clip.py trains"
+            )
+        return self.space
 
     def likeliest(self, output: Output, names: Sequence[str], top: int) -> list[list[Prediction]]:
         """The `top` likeliest classes of each clip, likeliest first.
@@ -282,13 +375,19 @@ class PretrainedModel:
         """Writes config.json, model.safetensors (official names), and the network for PyTorch.
 
         And README.md, a model card with the accuracy, if the weights are of a workdir that has
-        evaluated them.
+        evaluated them. And of Flux-CLIP clip.safetensors, with the head, the temperature and the
+        text encoder, and the vocabulary of texts.
 
         Raises UserError if the folder cannot be written.
         """
         state = official_names.to_official(jax.tree.map(np.asarray, self.params))
         found = weight_files.Pretrained(state, self.config, evaluations=self.evaluations)
         weight_files.write(found, Path(folder))
+        if self.space:
+            parts = jax.tree.map(np.asarray, (self.space.parts.head, self.space.parts.text_encoder))
+            clip_parts.write(
+                self.space.parts._replace(head=parts[0], text_encoder=parts[1]), Path(folder)
+            )
 
     def _run(
         self,
@@ -316,6 +415,13 @@ class PretrainedModel:
         if rounding is not None:
             model = replace(model, rounding=rounding)
         return *_compiled(self.params, patches, model, grid, budget, head), head
+
+
+def _are_several(video: Video | Sequence[Video]) -> bool:
+    """Whether answers come as a list: of a list of videos, or of an array of them."""
+    if isinstance(video, str | os.PathLike):
+        return False
+    return isinstance(video, Sequence) or np.ndim(video) == 5
 
 
 def as_patches(video: np.ndarray | jax.Array, normalized: bool = False) -> tuple[np.ndarray, Grid]:

@@ -1,9 +1,11 @@
-"""JSON objects that carry a checksum of themselves, alone or a line each in a file."""
+"""Checksums of files, and of JSON objects that carry one, alone or a line each in a file."""
 
+import hashlib
 import json
 import logging
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxvit_jax.distributed import atomic, storage
@@ -12,6 +14,12 @@ if TYPE_CHECKING:  # a server that loads an exported folder does without
     from etils import epath
 
 KEY = "crc32"
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def add_checksum(values: Mapping[str, Any]) -> dict[str, Any]:

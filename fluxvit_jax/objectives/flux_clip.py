@@ -9,19 +9,23 @@ has one vector whatever budget a video is seen at.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.checkpoints import checkpointer, download
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.config.variants import NO_CLASSES, TEXT_ENCODERS, VARIANTS
+from fluxvit_jax.convert import clip_parts
+from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.data.tokenizer import CONTEXT
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.partition_rules import Rules
@@ -46,11 +50,12 @@ from fluxvit_jax.objectives.micro_batches import mapped
 
 Tree = dict[str, Any]
 
+OBJECTIVE = "flux_clip"
 HEAD, TEMPERATURE = "clip_head", "temperature"  # names among the trained parameters
 ADDED = (HEAD, TEMPERATURE, TEXT)
 
 
-@register("flux_clip")
+@register(OBJECTIVE)
 @dataclass(frozen=True)
 class FluxCLIP(Objective):
     """The symmetric contrastive loss over all clips and captions of a step, at every budget.
@@ -162,14 +167,12 @@ class FluxCLIP(Objective):
 
     @classmethod
     def load_initial(cls, config: ConfigDict) -> Tree:
-        """The head and the temperature of a run that `train.init_from` names, and the text encoder.
+        """The head and the temperature of a run or a folder of one, and the text encoder.
 
-        The text encoder is that of `clip.text_encoder`, or without it that of the run.
+        `train.init_from` names it. The text encoder is that of `clip.text_encoder`, or without it
+        that of the run, if it has trained one, or of the folder.
         """
-        run, initial = config.train.init_from, {}
-        if run and (storage.path_of(run) / checkpointer.FOLDER).exists():
-            stored = checkpointer.restore(run).params
-            initial = {name: stored[name] for name in ADDED if name in stored}
+        initial = _added_in(config.train.init_from) if config.train.init_from else {}
         text = initial.pop(TEXT, None)
         if config.clip.train_text:
             if config.clip.text_encoder:
@@ -290,6 +293,22 @@ class FluxCLIP(Objective):
             return self._mapped(encode, params[TEXT], ids)
         with jax.named_scope(FROZEN_SCOPE):
             return self._mapped(encode, frozen[TEXT], ids)
+
+
+def _added_in(source: str) -> Tree:
+    """What a run or a folder of Flux-CLIP has beside the network; {} for other weights."""
+    path = storage.path_of(download.local_copy(source))
+    if (path / checkpointer.FOLDER).exists():
+        stored = checkpointer.restore(path).params
+        return {name: stored[name] for name in ADDED if name in stored}
+    if storage.is_remote(path) or not clip_parts.is_in(Path(path)):
+        return {}
+    return added_params(clip_parts.read(Path(path)))
+
+
+def added_params(parts: ClipParts) -> Tree:
+    """What a folder has beside the network, by the names among parameters."""
+    return {HEAD: parts.head, TEMPERATURE: np.float32(parts.temperature), TEXT: parts.text_encoder}
 
 
 def _head(config: ConfigDict, rngs: nnx.Rngs) -> ClipHead:

@@ -537,7 +537,8 @@ def as_searched(model: "PretrainedModel", report: Report) -> "PretrainedModel":
     from fluxvit_jax.deploy.pretrained import PretrainedModel
 
     network = replace(model.config.model, dtype=report["dtype"])
-    return PretrainedModel(model.params, replace(model.config, model=network))
+    changed = replace(model.config, model=network)
+    return PretrainedModel(model.params, changed, space=model.space)
 
 
 def _unmeasured(source: str | os.PathLike, report: Report, device: str) -> str:

@@ -15,6 +15,7 @@ from fluxvit_jax.checkpoints import download
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
 from fluxvit_jax.errors import UserError
+from tests import tiny
 
 NAME = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -173,3 +174,13 @@ def test_a_file_of_a_web_server_is_checked_and_kept(server, tmp_path, monkeypatc
             read_weights(source)
         assert "\n" not in str(error.value)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@needs_hub
+def test_a_folder_of_flux_clip(hub, tmp_path, monkeypatch):
+    """Its text encoder and vocabulary come along."""
+    own = fluxvit_jax.from_pretrained(tiny.write_clip_run(tmp_path / "run", tiny.make_clip("", "")))
+    own.save_pretrained(tmp_path / "folder")
+    monkeypatch.setattr(hub, "folder", tmp_path / "folder")
+    found = fluxvit_jax.from_pretrained(f"hf://{NAME}")
+    np.testing.assert_array_equal(found.encode_text("red"), own.encode_text("red"))
