@@ -273,7 +273,6 @@ def test_the_recipes_of_its_evaluations():
         ("data.repeated_aug=2", "clips of one video would be each other's positives"),
         ("data.holdout_fraction=0.1", "leaves no videos out"),
         ("model.selector.rounding=official", "exact budgets only"),
-        ("train.early_stopping_epochs=2", "not evaluated on the way"),
         ("train.multi_label=True", "no more than one label a video"),
         ("eval.clips=4", "no frames in the middle of its segments"),
         ("eval.crops=3", "squeeze makes one view, not 3"),

@@ -155,7 +155,7 @@ class NothingReadableError(UserError):
         where = ""
         if isinstance(first.video, str):
             root = first.video.removesuffix(first.id).rstrip("/")
-            where = f"; they were looked for in {root}, see config.data.root"
+            where = f"; they were looked for in {root}, see config.data.root" if root else ""
         super().__init__(
             f"{data}: not one of {videos} videos can be read; {first.id}: {reason}{where}"
         )

@@ -100,7 +100,10 @@ def run(config: ConfigDict, workdir: str) -> int:
         by_text = vectors.of_texts(weights.params, own, texts, mesh)
         watchdog.alive()
         settings = planned_or_given(own, weights.params)
-        found = retrieve.embed_videos(own, weights, settings, questions.videos, mesh, watchdog)
+        found = retrieve.embed_videos(
+            own, weights.params, settings, questions.videos, mesh, watchdog.alive
+        )
+    assert found is not None  # nothing stops it
     options = by_text[np.array([[number[text] for text in own] for own in questions.options])]
     temperature = float(weights.params[TEMPERATURE])
     budgets = {

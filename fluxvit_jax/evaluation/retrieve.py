@@ -8,8 +8,8 @@ be read stays in the gallery, and is never found.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -21,6 +21,7 @@ from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Example, FileSource, digest
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import CONTEXT, token_count
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, storage
@@ -130,15 +131,9 @@ def evaluate(
     Raises NothingReadableError if no video can be read.
     """
     own = with_evaluation(config, weights.config)
-    texts = vectors.of_texts(weights.params, own, pairs.texts, mesh)
-    watchdog.alive()
     settings = planned_or_given(own, weights.params)
-    found = embed_videos(own, weights, settings, pairs.videos, mesh, watchdog)
-    budgets = {
-        str(setting.budget): about_setting(own, setting)
-        | both_scores(videos, texts, pairs, found.failures, config.eval.dual_temperature)
-        for setting, videos in zip(settings, found.by_setting, strict=True)
-    }
+    found = measure(weights.params, own, pairs, settings, mesh, watchdog.alive)
+    assert found is not None  # nothing stops it
     return {
         "task": "retrieval",
         **about_run(config, weights),
@@ -149,29 +144,87 @@ def evaluate(
         "paragraphs": config.eval.paragraphs,
         "cut_texts": sum(token_count(text) > CONTEXT for text in pairs.texts),
         "dual_temperature": config.eval.dual_temperature,
-        "budgets": budgets,
-        **about_failures(config, pairs.videos, found.failures),
+        **found.report,
     }
 
 
-def embed_videos(
-    own: ConfigDict,
-    weights: ClipWeights,
+class Retrieval(NamedTuple):
+    """Results of retrieval. report: {"budgets", "failures", "warning"}, as in `run`'s file."""
+
+    report: Report
+
+    def scalars(self) -> dict[str, float]:
+        """{"t2v_r1_1024": .., "v2t_r1_1024": .., ..., "failed": ..}: R@1 by plain scores."""
+        names = {"t2v_r1": "text_to_video", "v2t_r1": "video_to_text"}
+        budgets = self.report["budgets"].items()
+        return {
+            f"{name}_{budget}": row["plain"][direction]["recall"]["1"]
+            for budget, row in budgets
+            for name, direction in names.items()
+        } | {"failed": len(self.report["failures"])}
+
+    def told(self) -> dict[str, float]:
+        """The scalars that people are told."""
+        return self.scalars()
+
+
+def measure(
+    params: dict,
+    config: ConfigDict,
+    pairs: RetrievalSet,
     settings: Sequence[Setting],
-    videos: Sequence[str],
     mesh: Mesh,
-    watchdog: Watchdog,
-) -> VideoVectors:
-    """The vectors of videos, paths. own: a config of `with_evaluation`.
+    after_batch: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    quarantine: Quarantine | None = None,
+) -> Retrieval | None:
+    """Retrieval between videos and texts at each of `settings`; None if `stop` ended it.
+
+    params: as in `flux_clip_weights`; config: of their network; the rest as in `evaluate.evaluate`.
 
     Raises NothingReadableError if no video can be read.
     """
-    source = FileSource([Example(os.path.basename(path), 0, path) for path in videos])
-    found = vectors.of_videos(weights.params, own, source, settings, mesh, watchdog.alive)
-    if len(found.failures) == len(source):
+    texts = vectors.of_texts(params, config, pairs.texts, mesh)
+    after_batch()
+    found = embed_videos(
+        config, params, settings, pairs.videos, mesh, after_batch, stop, quarantine
+    )
+    if found is None:
+        return None
+    budgets = {
+        str(setting.budget): about_setting(config, setting)
+        | both_scores(videos, texts, pairs, found.failures, config.eval.dual_temperature)
+        for setting, videos in zip(settings, found.by_setting, strict=True)
+    }
+    failures = about_failures(config, pairs.videos, found.failures)
+    return Retrieval({"budgets": budgets, **failures})
+
+
+def embed_videos(
+    config: ConfigDict,
+    params: dict,
+    settings: Sequence[Setting],
+    videos: Sequence[str],
+    mesh: Mesh,
+    after_batch: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    quarantine: Quarantine | None = None,
+) -> VideoVectors | None:
+    """The vectors of videos, paths; arguments as in `measure`.
+
+    Raises NothingReadableError if no video can be read.
+    """
+    source = source_of(videos)
+    found = vectors.of_videos(params, config, source, settings, mesh, after_batch, stop, quarantine)
+    if found is not None and len(found.failures) == len(source):
         first = found.failures[0]
-        raise NothingReadableError(own.data.validation, len(source), source[0], first)
+        raise NothingReadableError(config.data.validation, len(source), source[0], first)
     return found
+
+
+def source_of(videos: Sequence[str]) -> FileSource:
+    """Videos of paths, which are their ids as well, without labels."""
+    return FileSource([Example(path, 0, path) for path in videos])
 
 
 def about_setting(own: ConfigDict, setting: Setting) -> Report:

@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.mesh import (
     compiler_options,
     device_put_global,
     gather,
+    host_count,
     local_row_indices,
     platform_of,
     replicated,
@@ -62,10 +64,12 @@ def of_videos(
     settings: Sequence[Setting],
     mesh: Mesh,
     after_batch: Callable[[], None] = lambda: None,
-) -> VideoVectors:
+    stop: Callable[[], bool] = lambda: False,
+    quarantine: Quarantine | None = None,
+) -> VideoVectors | None:
     """The vectors of all videos of a source, the means of their views' unit vectors.
 
-    params: as in `flux_clip_weights`; after_batch: called after each batch.
+    params: as in `flux_clip_weights`; after_batch, stop, quarantine: as in `evaluate.evaluate`.
 
     Raises UserError if there is too little shared memory.
     """
@@ -82,10 +86,12 @@ def of_videos(
         [setting.grid for setting in settings],
         batch_size=batch_size,
         rows=local_row_indices(mesh, batch_size).tolist(),
+        quarantine=quarantine,
     )
+    stop_waiting = stop if host_count() == 1 else (lambda: False)
     rows: list[tuple[int, str, list[list[float]]]] = []
     with batches, progress_bar(len(source), desc="embedding", unit="video") as bar:
-        for batch in batches:
+        for batch in batches.until(stop_waiting):
             found = [
                 mean_over_views(
                     [program], params, width, batch["video"], batch[f"patches{k}"], mesh
@@ -99,6 +105,10 @@ def of_videos(
             ]
             bar.update(min(batch_size, len(source) - bar.n))
             after_batch()
+            if stop():
+                return None
+        if stop_waiting():
+            return None
     vectors = np.zeros((len(settings), len(source), width), np.float32)
     failures = {}
     for number, failure, own in gather(rows):

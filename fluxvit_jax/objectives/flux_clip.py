@@ -140,10 +140,6 @@ class FluxCLIP(Objective):
             )
         if config.data.holdout_fraction:
             raise UserError("config.data.holdout_fraction: flux_clip leaves no videos out; set 0")
-        if config.train.early_stopping_epochs:
-            raise UserError(
-                "config.train.early_stopping_epochs: flux_clip is not evaluated on the way; set 0"
-            )
 
     @classmethod
     def check_for_training(cls, config: ConfigDict) -> None:

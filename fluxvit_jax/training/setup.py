@@ -17,10 +17,12 @@ from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_balance import balanced_weights, describe_balance, source_labels
 from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import ClipData, training_source
+from fluxvit_jax.data.retrieval_set import RetrievalSet
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import clip_shards, make_mesh, platform_of, say
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import retrieve
 from fluxvit_jax.evaluation.evaluate import check_readable
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.objectives.base import Objective, check_objective, objective_class
@@ -37,11 +39,13 @@ Tree = dict[str, Any]
 class RunData:
     """Data of a run.
 
+    pairs: the validation videos with their captions, where the objective learns from captions.
     clip_data: arrays beside the training videos, where the objective reads such.
     """
 
     training: Source
     validation: Source | None
+    pairs: RetrievalSet | None
     clip_data: ClipData | None
 
 
@@ -140,13 +144,18 @@ def open_data(config: ConfigDict) -> RunData:
     objective = objective_class(config)
     training = training_source(config, objective.labelled, objective.captioned)
     clip_data = objective.open_clip_data(config, training)
-    validation = None
-    if config.data.validation and objective.labelled:
-        validation = splits.open_validation(config, training)
+    validation: Source | None = None
+    pairs = None
+    if config.data.validation:
+        if objective.captioned:
+            pairs = retrieve.read_pairs(config)
+            validation = retrieve.source_of(pairs.videos)
+        else:
+            validation = splits.open_validation(config, training)
         check_readable(validation, config.data.validation, config.data.clip_seconds)
-    elif objective.labelled:
+    elif objective.labelled or objective.captioned:
         say("no config.data.validation: the model is not evaluated on the way")
-    return RunData(training=training, validation=validation, clip_data=clip_data)
+    return RunData(training=training, validation=validation, pairs=pairs, clip_data=clip_data)
 
 
 def run_length(config: ConfigDict, videos: int) -> Schedule:

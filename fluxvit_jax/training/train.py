@@ -474,31 +474,40 @@ def describe_end(setup: Setup, validation: Validation, step: int) -> str:
 
 def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
     """The accuracy of the best checkpoint, and what to type next."""
-    command = "python -m fluxvit_jax.main"
-    if objective_class(config).captioned:
-        measure = f"{command} --mode=evaluate --workdir={workdir} --config.data.validation=PAIRS"
-        return f"next, retrieval between videos and captions: {measure}"
-    if not objective_class(config).labelled:
+    command, objective = "python -m fluxvit_jax.main", objective_class(config)
+    if not objective.labelled and not objective.captioned:
         return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
+    measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
+    if objective.captioned:
+        measure, word = "t2v_r1_", "text to video R@1"
     lines = []
     step = best_step(workdir)
     if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
-        measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
         shares = [
             f"{value:.2%} at {name.removeprefix(measure)} tokens"
             for name, value in numbers.items()
             if name.startswith(measure)
         ]
         lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
+    return "\n".join([*lines, "next:", *_next_commands(config, workdir)])
+
+
+def _next_commands(config: ConfigDict, workdir: epath.Path) -> list[str]:
+    """What to type after a finished run, a command a line."""
+    command = "  python -m fluxvit_jax.main"
+    if objective_class(config).captioned:
+        pairs = "" if config.data.validation else " --config.data.validation=PAIRS"
+        return [
+            f"{command} --mode=evaluate --workdir={workdir}{pairs}",
+            f"{command} --mode=search --workdir={workdir}{pairs} --config.search.split=PAIRS",
+            f"  python -m fluxvit_jax.find index VIDEOS --checkpoint={workdir} "
+            f"--tokens={config.train.budgets[0]} --out=INDEX.npz",
+        ]
     searchable = config.data.holdout_fraction or config.search.split
     split = "" if searchable else " --config.search.split=LIST"
-    search = [f"  {command} --mode=search --workdir={workdir}{split}"]
-    return "\n".join(
-        [
-            *lines,
-            "next:",
-            f"  {command} --mode=evaluate --workdir={workdir}",
-            *(search if not config.train.multi_label else ()),
-            f"  {command} --mode=predict --workdir={workdir} --video=VIDEO",
-        ]
-    )
+    search = [f"{command} --mode=search --workdir={workdir}{split}"]
+    return [
+        f"{command} --mode=evaluate --workdir={workdir}",
+        *(search if not config.train.multi_label else ()),
+        f"{command} --mode=predict --workdir={workdir} --video=VIDEO",
+    ]

@@ -9,7 +9,8 @@ from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.watchdog import Watchdog
-from fluxvit_jax.evaluation.evaluate import evaluate
+from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate, settings_of
+from fluxvit_jax.evaluation.retrieve import Retrieval, measure
 from fluxvit_jax.training.kept_patches import KeptPatches
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.setup import Setup
@@ -33,8 +34,10 @@ class Validation:
         self._setup = setup
         self._metrics = metrics
         self._watchdog = watchdog
-        measure = "map" if config.train.multi_label else "top1"
-        self._metric = f"{measure}_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        name = "map" if config.train.multi_label else "top1"
+        if setup.data.pairs is not None:
+            name = "t2v_r1"
+        self._metric = f"{name}_{config.eval.settings[0][0]}"  # it ranks checkpoints
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         found = compute_on_host0(lambda: metrics_by_step(workdir, VALIDATION))
@@ -67,20 +70,10 @@ class Validation:
 
         Raises NothingReadableError if no video can be read.
         """
-        config, mesh, videos = self._setup.config, self._setup.mesh, self._setup.data.validation
-        assert videos is not None
         params = state["ema"] if "ema" in state else state["params"]
         self._watchdog.pause()  # until the first batch: it has to be compiled
         with progress.paused():
-            evaluation = evaluate(
-                params,
-                config,
-                videos,
-                mesh,
-                interrupted,
-                quarantine=quarantine,
-                after_batch=self._watchdog.alive,
-            )
+            evaluation = self._measure(params, interrupted, quarantine)
         self._watchdog.pause()  # the pictures have to be compiled as well
         if evaluation is None:
             return None
@@ -93,6 +86,28 @@ class Validation:
             say(f"warning: step {step}: {warning}")
         self._history.append([step, scalars[self._metric]])
         return {BEST: scalars[self._metric]}
+
+    def _measure(
+        self, params: Tree, interrupted: Callable[[], bool], quarantine: Quarantine
+    ) -> Evaluation | Retrieval | None:
+        """Accuracy, or retrieval between videos and captions; None if `interrupted` ended it."""
+        setup, alive = self._setup, self._watchdog.alive
+        config, mesh, videos = setup.config, setup.mesh, setup.data.validation
+        assert videos is not None
+        if setup.data.pairs is None:
+            return evaluate(
+                params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
+            )
+        return measure(
+            setup.frozen | params,
+            config,
+            setup.data.pairs,
+            settings_of(config),
+            mesh,
+            alive,
+            interrupted,
+            quarantine,
+        )
 
     def _kept_patches(self, failed: Quarantine) -> KeptPatches:
         """Made at the first validation. failed: the reason for each video that failed in it."""

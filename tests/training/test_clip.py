@@ -105,6 +105,20 @@ def test_images_have_steps_of_their_own(tiny_data, captions, tmp_path, capfd):
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
+def test_retrieval_is_measured_on_the_way(tiny_data, captions, tmp_path, capfd):
+    """As `--mode=evaluate` measures it afterwards; the best checkpoint stays."""
+    changes = {"data__validation": str(captions), "eval__every_epochs": 5}
+    config = tiny.make_clip(captions, tiny_data, **changes)
+    assert train.train(config, tmp_path / "run") == 0
+    (line,) = lines(tmp_path / "run", "validation")
+    assert line["step"] == 10 and line["failed"] == 0
+    assert "best checkpoint: step 10, text to video R@1 " in capfd.readouterr().err
+    assert tasks.run(config, str(tmp_path / "run")) == 0
+    for budget, row in report_of(tmp_path / "run", "retrieval")["budgets"].items():
+        for name, direction in (("t2v_r1", "text_to_video"), ("v2t_r1", "video_to_text")):
+            assert line[f"{name}_{budget}"] == row["plain"][direction]["recall"]["1"]
+
+
 # --- A frozen text encoder
 
 
