@@ -59,6 +59,8 @@ GROUPS = "training/test_optimizer.py::test_groups_equal_the_official"
 ADAMW = "training/test_optimizer.py::test_adamw_step_by_step"
 CLIP = "objectives/test_flux_clip.py"
 CLIP_RUN = "training/test_clip.py"
+SPACE = "deploy/test_shared_space.py"
+FIND = "find/test_find.py"
 CHUNKED = "models/test_attention.py::test_equals_the_plain_one"
 CHUNKED_BIAS = "models/test_attention.py::test_chunks_with_a_bias"
 DROP_PATH = "models/test_drop_path.py"
@@ -1222,6 +1224,64 @@ MUTATIONS = {
             "setup.rates[step - 1 - nonfinite.total]",
             "setup.rates[max(step - 2 - nonfinite.total, 0)]",
             ("training/test_train.py::test_the_logged_learning_rate_is_that_of_the_step",),
+        ),
+    ],
+    "find": [
+        Mutation(
+            "texts-not-cleaned",
+            "data/captions.py",
+            "    return tokenize(cleaned)",
+            "    return tokenize(texts)",
+            (f"{SPACE}::test_vectors_are_those_of_the_evaluation",),
+        ),
+        Mutation(
+            "cosines-not-divided-by-temperature",
+            "evaluation/zero_shot.py",
+            '    return cosines / params["temperature"]',
+            "    return cosines",
+            (f"{SPACE}::test_classes_by_their_names",),
+        ),
+        Mutation(
+            "parts-of-another-network",
+            "convert/clip_parts.py",
+            "    _check_belonging(path, texts)\n",
+            "",
+            (f"{SPACE}::test_a_folder_mixed_from_two_models_is_refused",),
+        ),
+        Mutation(
+            "parts-left-behind",
+            "convert/weight_files.py",
+            "    (folder / CLIP).unlink(missing_ok=True)",
+            "    (folder / CLIP).exists()",
+            (f"{SPACE}::test_other_weights_take_the_place_of_the_parts",),
+        ),
+        Mutation(
+            "index-of-any-model",
+            "find/__main__.py",
+            "    if weights.checksum(model) != index.settings.model:",
+            "    if False:",
+            (f"{FIND}::test_an_index_of_another_model_is_refused",),
+        ),
+        Mutation(
+            "index-begun-anew",
+            "find/indexing.py",
+            "    todo = [name for name in paths if name not in index.moments]",
+            "    todo = list(paths)",
+            (f"{FIND}::test_a_killed_index_goes_on",),
+        ),
+        Mutation(
+            "overlapping-windows-found-twice",
+            "find/search.py",
+            "    return one.start < other.end and other.start < one.end",
+            "    return one == other",
+            (f"{FIND}::test_overlapping_windows_are_found_once",),
+        ),
+        Mutation(
+            "padding-of-a-batch-embedded-as-a-moment",
+            "find/indexing.py",
+            "clips += clips[-1:] * (self._batch_size - len(clips))",
+            "clips = clips[-1:] * (self._batch_size - len(clips)) + clips",
+            (f"{FIND}::test_an_index_holds_the_vectors_of_encode_video",),
         ),
     ],
 }
