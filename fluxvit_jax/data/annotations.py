@@ -309,6 +309,7 @@ class PreparedSource:
     fingerprint: str
     identity: dict[str, int | str]
     classes: int  # as many as there are names, or as the largest label tells
+    images: bool = False  # whether it is of images with captions
     ids: None = None
     labels: None = None
     files: None = None
@@ -325,7 +326,16 @@ class PreparedSource:
             shown = f"{os.path.basename(self.folder)}, record {index}"
             return Record(shown, 0, b"", failure=f"the shard is damaged here: {error}")
         name = record["id"].decode(errors="backslashreplace")
-        return Record(name, int(record["label"]), record["video"])
+        if "captions" not in record:
+            return Record(name, int(record["label"]), record["video"])
+        first, end = map(int, record["segment"])
+        return Record(
+            name,
+            int(record["label"]),
+            record["video"],
+            captions=tuple(text.decode() for text in record["captions"]),
+            segment=(first, end) if first >= 0 else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -758,6 +768,7 @@ def _open_prepared(folder: str, split: str | None, classes: int | None) -> Prepa
         classes=len(names or ()) or 1 + about[split]["max_label"],
         fingerprint=about[split]["fingerprint"],
         identity=_prepared_identity(about[split]),
+        images=bool(about[split].get("images", False)),
     )
 
 
@@ -765,7 +776,7 @@ def _prepared_identity(about: Any) -> dict[str, int | str]:
     """`Source.identity` by the metadata of a prepared split."""
     if "ids" not in about:  # prepared by a version without ids
         return {"videos": about["videos"], "content": about["fingerprint"]}
-    return {name: about[name] for name in ("videos", "ids", "labels")}
+    return {n: about[n] for n in ("videos", "ids", "captions" if "captions" in about else "labels")}
 
 
 def _chosen_split(folder: str, split: str | None, splits: list[str]) -> str:

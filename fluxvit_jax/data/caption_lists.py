@@ -20,8 +20,11 @@ from fluxvit_jax.data import captions
 from fluxvit_jax.data.annotations import (
     Example,
     FileSource,
+    PreparedSource,
     Segment,
     digest,
+    is_list,
+    open_source,
     path_inside,
     text_of,
 )
@@ -43,7 +46,27 @@ class CaptionSource(FileSource):
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest([super().fingerprint, str(self.identity["captions"])])
+        return with_captions(super().fingerprint, str(self.identity["captions"]))
+
+
+def with_captions(fingerprint: str, captions: str) -> str:
+    """The fingerprint of captioned videos; captions: of their identity, "" for none."""
+    return digest([fingerprint, captions]) if captions else fingerprint
+
+
+def open_captioned(
+    path: storage.PathLike, root: storage.PathLike | None = None
+) -> CaptionSource | PreparedSource:
+    """A list as `open_captions` reads it, or a folder written by `prepare --captions`.
+
+    Raises UserError: as `open_captions` and `annotations.open_source`; a folder without captions.
+    """
+    if is_list(path):
+        return open_captions(path, root)
+    source = open_source(path)
+    if not isinstance(source, PreparedSource) or "captions" not in source.identity:
+        raise UserError(f"{path}: is a folder without captions; name a list, JSON or CSV, of them")
+    return source
 
 
 def open_captions(path: storage.PathLike, root: storage.PathLike | None = None) -> CaptionSource:

@@ -28,6 +28,7 @@ import grain
 import numpy as np
 
 from fluxvit_jax.data.annotations import (
+    PreparedSource,
     Record,
     Source,
     Subset,
@@ -36,7 +37,7 @@ from fluxvit_jax.data.annotations import (
     split_of,
     text_of,
 )
-from fluxvit_jax.data.caption_lists import open_captions
+from fluxvit_jax.data.caption_lists import open_captioned
 from fluxvit_jax.data.images import is_image
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
@@ -154,10 +155,10 @@ def open_mixture(
     root: what the paths of a single source are relative to. captioned: whether the lists are of
     videos with captions.
 
-    Raises UserError: as `annotations.open_source`, or as `caption_lists.open_captions`; a line of
+    Raises UserError: as `annotations.open_source`, or as `caption_lists.open_captioned`; a line of
     the mixture is not as it should be.
     """
-    open_list = open_captions if captioned else partial(open_source, labelled=False)
+    open_list = open_captioned if captioned else partial(open_source, labelled=False)
     if not _is_mixture(path):
         part = Part(name=storage.display_name(path), source=open_list(path, root))
         return _mixed([part], captioned)
@@ -178,11 +179,15 @@ def _mixed(parts: Sequence[Part], captioned: bool) -> Mixture:
         return Mixture(tuple(parts))
     split = []
     for part in parts:
+        if isinstance(part.source, PreparedSource):  # of one medium
+            split.append(dataclasses.replace(part, images=part.source.images))
+            continue
         images = np.array([is_image(file) for file in part.source.files or ()])
         for own in (False, True):
             numbers = np.flatnonzero(images == own)
             if len(numbers):
-                source = Subset(part.source, numbers)
+                whole = len(numbers) == len(part.source)
+                source = part.source if whole else Subset(part.source, numbers)
                 split.append(dataclasses.replace(part, source=source, images=own))
     return Mixture(tuple(split))
 

@@ -43,7 +43,9 @@ from fluxvit_jax.data.annotations import (
     read_class_names,
     read_named,
 )
+from fluxvit_jax.data.caption_lists import open_captions, with_captions
 from fluxvit_jax.data.class_names import KnownNames
+from fluxvit_jax.data.images import is_image
 from fluxvit_jax.data.prepared_format import shard_paths, write_metadata
 from fluxvit_jax.data.shard_writer import Report, Shard, write_shards
 from fluxvit_jax.distributed import storage
@@ -71,6 +73,7 @@ def prepare(
     shard_mb: float = 200,
     names: Sequence[str] | None = None,
     clip_seconds: float = CLIP_SECONDS,
+    captioned: bool = False,
 ) -> Prepared:
     """Writes one split of a prepared folder; resumes an interrupted run.
 
@@ -84,6 +87,7 @@ def prepare(
       names: names of the classes (default: of the class folders, those of the other splits, or the
         labels of a list).
       clip_seconds: time limit for a video, which counts as bad then; 0: none.
+      captioned: whether the list is of captions, see `caption_lists`, all of one medium.
 
     Raises:
       UserError: bad annotations; no video is there, or none can be decoded; `out` is no folder,
@@ -103,15 +107,21 @@ def prepare(
     with _one_run_at_a_time(out):
         exists = (out / "dataset_info.json").exists()
         info = prepared_builder(out).info if exists else None  # of the finished splits
-        names = _names(out, info, annotations, names)
-        examples, names = _read(out, info, annotations, root, names)
+        if info and ("captions" in info.features) != captioned:
+            kind = "labels" if captioned else "captions"
+            raise UserError(f"{out}: its other splits have {kind}; choose another --out")
+        if captioned:
+            captions, examples = _read_captions(annotations, root)
+        else:
+            captions, names = {}, _names(out, info, annotations, names)
+            examples, names = _read(out, info, annotations, root, names)
         sizes = storage.file_sizes([example.source for example in examples])
         if not any(sizes):
             raise UserError(
                 f"{annotations}: none of its {len(examples)} videos is there; the first would be "
                 f"{examples[0].source}; is the root right?"
             )
-        plan = _plan(examples, sizes, shard_mb)
+        plan = _plan(examples, sizes, shard_mb, captions)
         if info and split in info.splits:
             about = info.metadata["splits"][split]
             if about["plan"] != plan:
@@ -138,7 +148,8 @@ def prepare(
             split,
             about={
                 **identity([id for id, _, _ in rows], [label for _, label, _ in rows]),
-                "fingerprint": fingerprint(rows),
+                **captions,
+                "fingerprint": with_captions(fingerprint(rows), captions.get("captions", "")),
                 "max_label": max(label for _, label, _ in rows),
                 "plan": plan,
                 "quarantined": quarantined,
@@ -155,10 +166,31 @@ def prepare(
 # The plan
 
 
-def _plan(examples: list[Example], sizes: list[int], shard_mb: float) -> str:
+def _plan(
+    examples: list[Example], sizes: list[int], shard_mb: float, captions: dict[str, Any]
+) -> str:
     """Hex digest of everything that the bytes of the shards depend on."""
     rows = fingerprint((e.id, e.label, size) for e, size in zip(examples, sizes, strict=True))
+    rows = with_captions(rows, captions.get("captions", ""))
     return hashlib.sha256(f"{rows} {float(shard_mb)}".encode()).hexdigest()
+
+
+def _read_captions(
+    annotations: str | os.PathLike, root: str | os.PathLike | None
+) -> tuple[dict[str, Any], list[Example]]:
+    """What metadata.json keeps of a list of captions, and its videos.
+
+    Raises UserError: as `caption_lists.open_captions`; videos and images in one list.
+    """
+    source = open_captions(annotations, root)
+    examples = list(source.examples)
+    images = {is_image(example.source) for example in examples}
+    if len(images) > 1:
+        raise UserError(
+            f"{annotations}: has videos and images, which are trained on in steps of their own; "
+            "write two lists, and prepare a folder of each"
+        )
+    return {"captions": source.identity["captions"], "images": images.pop()}, examples
 
 
 def _shards(
@@ -314,6 +346,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="time limit for a video, which counts as bad then; 0: none (default: %(default)g)",
     )
     parser.add_argument(
+        "--captions",
+        action="store_true",
+        help="the list is of captions (JSON, or CSV of path,caption), for configs/clip.py",
+    )
+    parser.add_argument(
         "--class_names",
         metavar="FILE",
         help="name of a class a line, in the order of the labels, or k400 etc.",
@@ -334,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shard_mb=args.shard_mb,
             names=read_class_names(args.class_names) if args.class_names else None,
             clip_seconds=args.clip_seconds,
+            captioned=args.captions,
         )
     except UserError as error:
         print(f"prepare: {error}", file=sys.stderr)

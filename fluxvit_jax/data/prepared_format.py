@@ -18,20 +18,36 @@ from fluxvit_jax.data.durable_files import move
 DATASET = "videos"  # its name in TFDS, with which the names of shards begin
 
 
-def features(class_names: Sequence[str] | None) -> tfds.features.FeaturesDict:
-    """Features of a record: id, label and the content of the video file."""
+def features(
+    class_names: Sequence[str] | None, captioned: bool = False
+) -> tfds.features.FeaturesDict:
+    """Features of a record: id, label and the content of the video file.
+
+    captioned: with captions and segment, the frame numbers of `Example.segment` or -1, -1.
+    """
     label = tfds.features.ClassLabel(names=list(class_names)) if class_names else np.int64
     video = tfds.features.Scalar(np.bytes_)
-    return tfds.features.FeaturesDict({"id": tfds.features.Text(), "label": label, "video": video})
+    own = {"id": tfds.features.Text(), "label": label, "video": video}
+    if captioned:
+        own["captions"] = tfds.features.Sequence(tfds.features.Text())
+        own["segment"] = tfds.features.Tensor(shape=(2,), dtype=np.int64)
+    return tfds.features.FeaturesDict(own)
 
 
-_SERIALIZER = ExampleSerializer(features(None).get_serialized_info())
+_SERIALIZERS = {
+    captioned: ExampleSerializer(features(None, captioned).get_serialized_info())
+    for captioned in (False, True)
+}
 
 
 def serialize(example: Example, video: bytes) -> bytes:
     """The record of a video, always the same bytes."""
-    values = {"id": example.id.encode(), "label": example.label, "video": video}
-    return _SERIALIZER.get_tf_example(values).SerializeToString(deterministic=True)
+    values: dict[str, Any] = {"id": example.id.encode(), "label": example.label, "video": video}
+    if example.captions:
+        values["captions"] = np.array([text.encode() for text in example.captions], object)
+        values["segment"] = np.array(example.segment or (-1, -1), np.int64)
+    serializer = _SERIALIZERS[bool(example.captions)]
+    return serializer.get_tf_example(values).SerializeToString(deterministic=True)
 
 
 def shard_paths(out: Path, split: str, count: int) -> list[Path]:
@@ -70,7 +86,7 @@ def write_metadata(
         builder=tfds.core.DatasetIdentity(
             name=DATASET, version=tfds.core.Version("1.0.0"), data_dir=str(out), module_name=""
         ),
-        features=features(class_names),
+        features=features(class_names, "captions" in about),
         metadata=tfds.core.MetadataDict(splits={name: metadata[name] for name in sorted(splits)}),
     )
     new.set_file_format("array_record")

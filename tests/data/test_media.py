@@ -11,6 +11,7 @@ from fluxvit_jax.data.captions import clean
 from fluxvit_jax.data.media import turn_of_step
 from fluxvit_jax.data.mixture import open_mixture
 from fluxvit_jax.data.pipeline import train_batches
+from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.errors import UserError
 from tests import tiny
@@ -80,6 +81,37 @@ def test_each_batch_is_of_one_medium_and_captions_go_with_clips(mixed):
     # 14 steps of 8 clips, 12 images and 16 videos: four times each.
     assert sorted(seen[True]) == sorted(4 * [8 * n for n in range(12)])
     assert sorted(seen[False]) == sorted(4 * [8 * n for n in range(12, 28)])
+
+
+def test_prepared_folders_give_the_same_batches(mixed, tmp_path):
+    """One of videos and one of images, in a mixture, against two lists."""
+    entries = json.loads((mixed / "list.json").read_text())
+    entries[20] |= {"video_start_frame": 1, "video_end_frame": 5}
+    kinds = {kind: [e for e in entries if kind in e] for kind in ("video", "image")}
+    for kind, own in kinds.items():
+        (tmp_path / f"{kind}.json").write_text(json.dumps(own))
+        prepare(tmp_path / f"{kind}.json", tmp_path / kind, root=mixed, captioned=True)
+    batches, identities = [], []
+    for ending in (".json", ""):
+        mixture = tmp_path / f"mixture{ending}.csv"
+        rows = [f"{kind}{ending},{mixed}" for kind in kinds]
+        mixture.write_text("\n".join(["list,root", *rows]) + "\n")
+        source = open_mixture(mixture, captioned=True)
+        identities.append(source.identity)
+        with train_batches(tiny.make_clip(mixture, mixed), source) as made:
+            batches.append([next(made) for _ in range(7)])
+    assert identities[0] == identities[1]
+    for own, other in zip(*batches, strict=True):
+        for name in ("patches", "grid", "text"):
+            assert np.array_equal(own[name], other[name])
+    with pytest.raises(UserError, match="has videos and images, which are trained on in steps of"):
+        prepare(mixed / "list.json", tmp_path / "both", captioned=True)
+    with pytest.raises(UserError, match="its other splits have captions; choose another --out"):
+        prepare(tmp_path / "video.json", tmp_path / "video", split="val")
+    (mixed / "class").mkdir()
+    (mixed / "class/12.mp4").symlink_to(mixed / "12.mp4")
+    with pytest.raises(UserError, match="is a folder without captions"):
+        open_mixture(mixed, captioned=True)
 
 
 def test_the_identity_of_a_clip_is_its_files(mixed, tmp_path):
