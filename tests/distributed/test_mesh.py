@@ -12,7 +12,7 @@ from tests import tiny
 
 # data, fsdp, tensor
 MESHES = {"data x fsdp x tensor": (2, 2, 2), "data x fsdp x tensor, taught, two parts": (2, 2, 2)}
-# Where only the state is made. Steps of eight devices of data are in test_two_processes.py.
+# Where only the state is made. Steps of data parallel devices are in test_two_processes.py.
 OTHER_MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2)}
 
 

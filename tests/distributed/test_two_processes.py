@@ -53,7 +53,7 @@ def options(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def pair(tiny_data, compiled, tmp_path_factory) -> Path:
-    """The workdir of the run by two processes with four devices each. Read only."""
+    """The workdir of the run by two processes with two devices each. Read only."""
     folder = tmp_path_factory.mktemp("pair")
     for ended in hosts.run(folder / "logs", compiled, *arguments(tiny_data, folder / "run")):
         assert ended.status == 0, ended.err
@@ -245,7 +245,7 @@ def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
 
 
 def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_path):
-    """Thirteen videos for eight devices of two hosts."""
+    """Thirteen videos for four devices of two hosts."""
     found = []
     for name in ("pair", "alone"):
         workdir = shutil.copytree(pair, tmp_path / name)

@@ -709,7 +709,7 @@ def test_each_clip_draws_for_itself(tiny_data, compiled):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_data):
     """With all that is random, since that goes with the clips."""
-    config = tiny.make_config(tiny_data, train__random_erasing=0.25)
+    config = tiny.make_config(tiny_data, train__random_erasing=0.25, train__budgets=(24,))
     assert config.train.mixup and config.model.drop_path
     grids = admissible_grids(config)
     objective = steps.make_objective(config, grids, "cpu")
