@@ -1,7 +1,6 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
 import fcntl
-import gc
 import os
 import shutil
 import signal
@@ -20,14 +19,13 @@ CHECKED = ["fluxvit_jax.models", "fluxvit_jax.objectives"]
 jaxtyping.install_import_hook(CHECKED, f"{type_checks.__name__}.check")
 
 from tests import tiny  # noqa: E402
+from tests.start import sitecustomize  # noqa: E402, F401
 
 # For this process and those that it starts, before XLA looks.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK_TO_COMPILE])
 # A shell starts its background jobs with SIGINT ignored, and processes that tests start and then
 # interrupt would inherit that. A handler is not inherited: they begin with the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Tracing makes many small objects, and each collection would look at all that came before.
-gc.set_threshold(50_000, 20, 20)
 
 
 # The files that take longest, to be run first: two processes then end at about the same time.

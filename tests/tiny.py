@@ -26,6 +26,7 @@ from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from tests.data.videos import moving_texture, write_video
 
 ROOT = Path(__file__).parents[1]
+START = ROOT / "tests" / "start"
 # XLA_FLAGS of all tests: most of their time would be compiling. Programs are
 # slower and rounded otherwise. Later versions of XLA lack the second, and are quicker.
 QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0"]
@@ -162,7 +163,8 @@ def caching(cache: Path) -> dict[str, str]:
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     """Of a process on so many simulated devices. `cache`: keeps compiled programs."""
-    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | caching(cache)
+    path = f"{ROOT}{os.pathsep}{START}"
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path} | caching(cache)
     options = [f"--xla_force_host_platform_device_count={devices}"] * (devices > 1)
     own["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *options])
     return os.environ | own
