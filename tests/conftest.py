@@ -31,16 +31,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, to be run first: two processes then end at about the same time.
 LONGEST = (
     "training/test_train.py",
+    "distributed/test_two_processes.py",
     "token_optimization/test_search.py",
+    "training/test_pretrain.py",
     "training/test_trouble.py",
     "data/test_pipeline.py",
-    "training/test_pretrain.py",
-    "distributed/test_two_processes.py",
     "benchmarks/test_demo.py",
-    "evaluation/test_evaluate.py",
+    "preflight/test_preflight.py",
     "distributed/test_mesh.py",
     "objectives/test_flux_umt.py",
-    "preflight/test_preflight.py",
+    "evaluation/test_evaluate.py",
 )
 
 
