@@ -1,7 +1,10 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
+import fcntl
 import os
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ CHECKED = ["fluxvit_jax.models", "fluxvit_jax.objectives"]
 jaxtyping.install_import_hook(CHECKED, f"{type_checks.__name__}.check")
 
 from tests import tiny  # noqa: E402
+from tests.start import sitecustomize  # noqa: E402, F401
 
 # For this process and those that it starts, before XLA looks.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK_TO_COMPILE])
@@ -27,16 +31,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The files that take longest, to be run first: two processes then end at about the same time.
 LONGEST = (
     "training/test_train.py",
+    "distributed/test_two_processes.py",
     "token_optimization/test_search.py",
+    "training/test_pretrain.py",
     "training/test_trouble.py",
     "data/test_pipeline.py",
-    "training/test_pretrain.py",
-    "distributed/test_two_processes.py",
     "benchmarks/test_demo.py",
-    "evaluation/test_evaluate.py",
+    "preflight/test_preflight.py",
     "distributed/test_mesh.py",
     "objectives/test_flux_umt.py",
-    "preflight/test_preflight.py",
+    "evaluation/test_evaluate.py",
 )
 
 
@@ -45,15 +49,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """Folder that all processes of pytest-xdist share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made by the first process that asks for it, while the others wait."""
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            making = Path(f"{folder}.unfinished")
+            shutil.rmtree(making, ignore_errors=True)
+            make(making)
+            making.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory) -> Path:
+def compiled(shared) -> Path:
     """Folder of compiled programs: what one test or process has compiled, the next ones load.
 
-    All processes of pytest-xdist share it. JAX_COMPILATION_CACHE_DIR names one that stays.
+    JAX_COMPILATION_CACHE_DIR names one that stays.
     """
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
-    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared)
+    cache = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or shared / "compiled")
     cache.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -62,9 +83,9 @@ def compiled(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory) -> Path:
-    """The videos and lists of `tiny.write_data`."""
-    return tiny.write_data(tmp_path_factory.mktemp("tiny"))
+def tiny_data(shared) -> Path:
+    """The videos and lists of `tiny.write_data`. Read only."""
+    return made_once(shared / "tiny", tiny.write_data)
 
 
 class Run(NamedTuple):
@@ -75,10 +96,19 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_data, compiled, tmp_path_factory) -> Run:
-    """Read only: other tests use it as well."""
+def finished(tiny_data, compiled, shared, tmp_path_factory) -> Run:
+    """Read only: other tests use it as well.
+
+    Each process has a copy of what the first one trained, since a workdir is of one at a time.
+    """
+
+    def train(folder: Path) -> None:
+        process = tiny.start(tiny_data, folder / "run", compiled)
+        _, log = process.communicate()
+        assert process.returncode == 0, log
+        (folder / "log").write_text(log.replace(str(folder / "run"), "WORKDIR"))
+
+    trained = made_once(shared / "finished", train)
     workdir = tmp_path_factory.mktemp("run") / "finished"
-    process = tiny.start(tiny_data, workdir, compiled)
-    _, log = process.communicate()
-    assert process.returncode == 0, log
-    return Run(workdir, log)
+    shutil.copytree(trained / "run", workdir)
+    return Run(workdir, (trained / "log").read_text().replace("WORKDIR", str(workdir)))

@@ -31,7 +31,7 @@ def run(
     cache: Path,
     *arguments: str,
     code: str = "",
-    devices: int = 4,
+    devices: int = 2,
     flags: bool = True,
     folders: Sequence[Path] = ROOTS,
     environments: Sequence[dict[str, str]] = NOTHING,

@@ -10,7 +10,7 @@ SMALL = [
     "--teacher=InternVideo2-Ti",
     *("--batch=2", "--frames=2", "--resolution=56", "--rounds=1"),
     "--config.model.variant=Ti",
-    *("--config.distill.tokens=16", "--config.train.budgets=16,12"),
+    *("--config.distill.tokens=16", "--config.train.budgets=12,"),
     *("--config.distill.student_blocks=0,1", "--config.distill.teacher_blocks=1,3"),
 ]
 

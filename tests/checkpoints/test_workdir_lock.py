@@ -139,10 +139,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_two_runs_in_one_workdir(tiny_data, compiled, tmp_path):
     """Started at the same moment: one trains, undisturbed, and the other is refused."""
-    runs = [tiny.start(tiny_data, tmp_path / "run", compiled) for _ in range(2)]
+    options = (tiny_data, tmp_path / "run", compiled, "--config.train.epochs=1")
+    runs = [tiny.start(*options) for _ in range(2)]
     logs = [run.communicate()[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 2], logs
     refused = logs[[run.returncode for run in runs].index(2)]
     assert "run is in use by process" in refused.splitlines()[-1]
     steps = [line["step"] for line in tiny.read_lines(tmp_path / "run" / "metrics.jsonl")]
-    assert sorted(steps) == sorted([*range(1, 21), 8, 16, 20])
+    assert sorted(steps) == [1, 2, 3, 4, 4]

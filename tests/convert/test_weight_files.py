@@ -78,8 +78,9 @@ def _numpy(tree):
     return {k: _numpy(v) if isinstance(v, dict) else np.asarray(v) for k, v in tree.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["small", "base"])
+@pytest.mark.parametrize(
+    ("variant", "dtype"), [("small", "float32"), ("small", "float16"), ("base", "bfloat16")]
+)
 def test_full_models_come_out_as_they_went_in(tmp_path, variant, dtype):
     """From PyTorch's .pth to a folder to .safetensors to .pth; PyTorch reads the last strictly."""
     torch = pytest.importorskip("torch", reason="makes the .pth file with PyTorch")

@@ -397,7 +397,7 @@ MESHES = {
 def test_hosts_have_the_clips_that_their_devices_see(compiled, tmp_path):
     """On meshes that are cut between hosts along any axis: `parallel` as its users call it."""
     code = f"ORDERS = {json.dumps(list(MESHES))!r}\n" + ROWS
-    for host, ended in enumerate(hosts.run(tmp_path, compiled, code=code)):
+    for host, ended in enumerate(hosts.run(tmp_path, compiled, code=code, devices=4)):
         assert ended.status == 0, ended.err
         told = json.loads(ended.out.splitlines()[-1])
         for (order, shape), rows in MESHES.items():

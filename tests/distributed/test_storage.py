@@ -28,6 +28,7 @@ from fluxvit_jax.data.prepare import Prepared, prepare
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.doctor.outcome import NOT_HERE, OK, Place, outcome_of
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import evaluate
 from fluxvit_jax.token_optimization.results_log import CHOOSE, ResultsLog
 from fluxvit_jax.training.metrics import Metrics
 from tests import tiny
@@ -276,7 +277,9 @@ def test_a_search_goes_on_with_what_is_in_the_bucket(emulator):
 # A whole run
 
 
-def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(emulator, data, compiled, finished):
+def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(
+    emulator, data, compiled, finished, capsys
+):
     workdir = storage.path_of(f"{BUCKET}/run")
     options = (data, workdir, compiled, "--config.checkpoint.every_steps=4")
     killed = tiny.start(*options)
@@ -297,11 +300,10 @@ def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(emulator, data, com
     steps = {name.partition("/")[0] for name in emulator.names("run/checkpoints/")}
     assert "20" in steps and "8" not in steps
 
-    evaluated = tiny.start(*options, "--mode=evaluate")
-    out, log = evaluated.communicate()
-    assert evaluated.returncode == 0, log
+    assert evaluate.run(tiny.make_config(data), str(workdir)) == 0
     written = re.search(
-        r"written to gs://bucket/run/(evaluation/\S+-validation-\w{8}\.json) and ", out
+        r"written to gs://bucket/run/(evaluation/\S+-validation-\w{8}\.json) and ",
+        capsys.readouterr().out,
     )
     report = json.loads((workdir / written[1]).read_text())
     assert report["dataset"]["videos"] == 13

@@ -119,6 +119,7 @@ def test_a_run_on_two_devices(tiny_data, compiled, tmp_path):
     environment = tiny.environment(compiled) | {"PYTHON": sys.executable}
     words = [f"--config={tiny.__file__}:{tiny_data}", f"--workdir={tmp_path}/run"]
     words += ["--config.train.epochs=1", "--config.train.warmup_epochs=0.5"]
+    words += ["--config.train.budgets=(24,)", "--config.data.validation="]
     words += ["--config.parallel.mesh.fsdp=2"]  # refused on one device
     done = subprocess.run(
         [LAUNCH / "local.sh", "--cpu-devices=2", "--", *words],

@@ -74,7 +74,9 @@ def test_it_is_resumed(trained, tiny_data, tmp_path):
 def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
     """The loss compares all clips of a batch, wherever they lie."""
     process = start(
-        *(tiny_data, tmp_path / "run", compiled, *MESH, "--config.train.epochs=5"), devices=8
+        *(tiny_data, tmp_path / "run", compiled, *MESH, "--config.data.validation="),
+        *("--config.checkpoint.every_steps=1000",),
+        devices=4,
     )
     _, log = process.communicate()
     assert process.returncode == 0, log
@@ -82,11 +84,12 @@ def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
 
 
 def test_it_is_preflighted(tiny_data, compiled, tmp_path):
-    options = ("--mode=preflight", "--config.preflight.topology=cpu:8", *MESH)
+    options = ("--mode=preflight", "--config.preflight.topology=cpu:4", *MESH)
+    options += ("--config.eval.settings=((24,6,42),)",)
     process = start(tiny_data, tmp_path, compiled, *options)
     out, log = process.communicate()
     assert process.returncode == 0, out + log
-    report = json.loads((tmp_path / "preflight.json").read_text())["topologies"]["cpu:8"]
+    report = json.loads((tmp_path / "preflight.json").read_text())["topologies"]["cpu:4"]
     assert report["fits"] and report["programs"]
 
 

@@ -32,7 +32,6 @@ def make_config(data: Path, lists: Path, **changes):
         "model__classes": 0,
         "train__multi_label": True,
         "train__label_smoothing": 0.0,
-        "train__random_erasing": 0.0,
         "train__cutmix": 0.0,
         "train__epochs": 3,
         "eval__every_epochs": 1,

@@ -90,7 +90,7 @@ def test_weight_decay_does_not_reach_the_teacher(tiny_data, data, compiled):
     """Steps that decay every kernel by half leave the teacher as it was loaded, to the bit."""
     config = tiny.make_pretraining(
         tiny_data, data.teacher, optim__weight_decay=0.5, optim__learning_rate=1.0,
-        optim__warmup_learning_rate=1.0,
+        optim__warmup_learning_rate=1.0, train__budgets=(24,),
     )  # fmt: skip
     mesh, grids = make_mesh(config), admissible_grids(config)
     optimizer = make_optimizer(config, STEPS, abstract_params(config))
@@ -113,16 +113,17 @@ def test_weight_decay_does_not_reach_the_teacher(tiny_data, data, compiled):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_undisturbed(pretrained, tiny_data, data, compiled, tmp_path):
+def test_stopped_and_resumed_is_as_undisturbed(pretrained, tiny_data, data, compiled, tmp_path):
     """Masks and mixture included: the same metrics and parameters to the bit."""
     workdir = tmp_path / "run"
-    for end, number in [(5, signal.SIGKILL), (13, signal.SIGTERM)]:
-        process = start(tiny_data, data, workdir, compiled, "--config.data.workers=2")
-        while steps_in(workdir) < end and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(number)
-        process.communicate()
-    assert 0 < saved_steps(workdir)[-1] < STEPS
+    process = start(tiny_data, data, workdir, compiled, "--config.data.workers=2")
+    while steps_in(workdir) < 12 and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    _, log = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, log
+    assert f"stopped at step {saved_steps(workdir)[-1]}; the same command goes on" in log
+    assert saved_steps(workdir)[-1] == steps_in(workdir) < STEPS
     process = start(tiny_data, data, workdir, compiled)
     _, log = process.communicate()
     assert process.returncode == 0 and "going on from step" in log, log
@@ -136,6 +137,7 @@ def test_killed_and_resumed_is_as_undisturbed(pretrained, tiny_data, data, compi
 def test_fine_tuning_starts_from_it(pretrained, tiny_data, tmp_path, capsys):
     config = tiny.make_config(
         tiny_data, seed=1, train__init_from=str(pretrained.workdir), train__epochs=1,
+        train__budgets=(24,), data__validation="",
         optim__learning_rate=1e-9, optim__min_learning_rate=0.0, optim__warmup_learning_rate=0.0,
         optim__weight_decay=0.0,
     )  # fmt: skip
@@ -158,13 +160,19 @@ def test_it_has_no_classifier_to_evaluate(pretrained, tiny_data):
 
 
 def test_a_run_of_ours_can_be_the_teacher(pretrained, finished, tiny_data, tmp_path):
-    """A supervised one, and a pre-trained one."""
+    """A supervised one, which has no decoders, is loaded; a step with a pre-trained one is made."""
+    trees = []
     for workdir in (finished.workdir, pretrained.workdir):
         config = tiny.make_pretraining(
             tiny_data, workdir, distill__network="Ti", distill__frames=8, distill__resolution=56,
-            distill__teacher_blocks=(0, 1), train__epochs=1,
+            distill__teacher_blocks=(0, 1), train__epochs=1, train__budgets=(24,),
         )  # fmt: skip
-        assert train.train(config, tmp_path / workdir.parent.name) == 0
+        frozen = objective_class(config).load_frozen(config, make_mesh(config))
+        params = restore_params(workdir)
+        jax.tree.map(np.testing.assert_array_equal, frozen["blocks"], params["blocks"])
+        trees.append(jax.tree.structure(frozen))
+    assert trees[0] == trees[1]
+    assert train.train(config, tmp_path / "run") == 0
 
 
 def refused(config, tmp_path) -> str:
@@ -199,7 +207,7 @@ def test_preflight(tiny_data, data, tmp_path, capsys):
     """The step with its teacher, and no evaluation."""
     from fluxvit_jax import preflight
 
-    config = tiny.make_pretraining(tiny_data, data.teacher)
+    config = tiny.make_pretraining(tiny_data, data.teacher, train__budgets=(24,))
     config.preflight.topology = "cpu:1"
     config.preflight.find_max_batch_size = False
     assert preflight.run(config, tmp_path) == 0
@@ -219,7 +227,7 @@ def cached(tiny_data, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     config = tiny.make_pretraining(
         tiny_data, data.teacher, data__train=data.mixture, data__sampling_period_epochs=2,
-        distill__cache=str(folder),
+        distill__cache=str(folder), train__epochs=3, train__budgets=(24,),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_targets, "SHARD_BYTES", 250_000)

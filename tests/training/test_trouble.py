@@ -106,8 +106,7 @@ def test_a_full_disk_in_training_leaves_earlier_checkpoints(tiny_data, compiled,
 
 @pytest.mark.parametrize("small_disk", [12], indirect=True)
 def test_a_full_disk_for_metrics_is_one_line(tiny_data, compiled, small_disk):
-    options = ["--config.checkpoint.every_steps=1000", "--config.train.epochs=50"]
-    options.append("--config.eval.every_epochs=50")
+    options = ["--config.checkpoint.every_steps=1000", "--config.eval.every_epochs=5"]
     status, _, err = outcome(tiny.start(tiny_data, small_disk / "run", compiled, *options))
     assert status == 2, err
     assert "disk/run: No space left on device; make room and start the same" in error_line(err)
