@@ -35,6 +35,7 @@ LONGEST = (
     "token_optimization/test_search.py",
     "training/test_pretrain.py",
     "training/test_trouble.py",
+    "training/test_clip.py",
     "data/test_pipeline.py",
     "benchmarks/test_demo.py",
     "preflight/test_preflight.py",
