@@ -169,7 +169,7 @@ def test_a_list_may_be_written_in_any_way_and_lacks_nothing_but_videos(emulator)
     lines = "\ufeffpath,label\r\nvideos/a/x.mp4,1\r\n\r\nvideos/./gone.mp4,0"
     put(f"{BUCKET}/lists/a.csv", lines)
     source = open_source(f"{BUCKET}/lists/a.csv", classes=2)
-    assert [tuple(example) for example in source.examples] == [
+    assert [tuple(example[:3]) for example in source.examples] == [
         ("videos/a/x.mp4", 1, f"{BUCKET}/lists/videos/a/x.mp4"),
         ("videos/gone.mp4", 0, f"{BUCKET}/lists/videos/gone.mp4"),
     ]

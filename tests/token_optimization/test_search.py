@@ -194,7 +194,10 @@ def test_more_cells_later_keep_what_is_known(tiny_data, compiled, tmp_path, monk
 
 
 def test_halving_drops_cells_and_says_so(found, tiny_data, tmp_path):
-    """The cells that stay have the numbers of the whole search, by batches of another size."""
+    """The cells that stay have the numbers of the whole search, by batches of another size.
+
+    These round otherwise, and the network is a random one, so one video may fall the other way.
+    """
     report = run(tiny_data, tmp_path, search__strategy="halving", eval__batch_size=2)
     dropped = {one["cell"]: one["videos"] for one in report["skipped"]}
     assert set(dropped.values()) == {2, 4}
@@ -208,8 +211,14 @@ def test_halving_drops_cells_and_says_so(found, tiny_data, tmp_path):
     assert not chosen & set(dropped)
     full = found[0]["cells"]
     for name in set(report["cells"]) - set(dropped):
-        both = report["cells"][name].keys() & full[name].keys()
-        assert all(report["cells"][name][own] == full[name][own] for own in both), name
+        own, other = (dict(cells[name]) for cells in (report["cells"], full))
+        for split in ("choose", "report"):
+            if split in own and split in other:
+                found, expected = own.pop(split), other.pop(split)
+                assert found["videos"] == expected["videos"]
+                assert abs(found["top1"] - expected["top1"]) <= 1 / found["videos"] + 1e-9, name
+        for key in (own.keys() & other.keys()) - {"behind", "choose", "report"}:
+            assert own[key] == other[key], (name, key)
     again = run(tiny_data, tmp_path, search__strategy="halving", eval__batch_size=2)
     assert without_times(again) == without_times(report)
 
