@@ -6,8 +6,8 @@ For each seed, two networks of one size are trained on the demo's classes: Flux-
 ordinary way (a fixed grid, every token). From each of them Flux-CLIP learns from captions
 (configs/demo_clip.py), with a text encoder from scratch. Retrieval is measured at three budgets: on
 a plain grid of just as many tokens, and, of Flux-Multi, on the demo's grids with selection ("+TO").
-Finished runs are kept, so the study can be stopped and started again. About 25 minutes a seed on
-two idle cores.
+Finished runs are kept, so the study can be stopped and started again. About half an hour a seed on
+two idle cores, estimated.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Argument: `multi` (default: three budgets on flexible grids) or `fixed` (one gri
 with `,seed=N`. The network starts from a trained run of configs/demo.py, of the same argument. It
 is evaluated on unseen photographs by `--mode=evaluate --workdir=demo/clip`.
 
-Hardware: two CPU cores, six minutes. Expected result: docs/benchmarks.md.
+Hardware: two CPU cores, about ten minutes. Expected result: docs/clip.md.
 All numbers are ours, chosen for so small a network and so short a training; none is the paper's.
 """
 
