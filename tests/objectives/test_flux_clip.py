@@ -131,7 +131,8 @@ from tests.objectives.test_flux_clip import clip_config, compare, objective_and_
 told = dict(word.lstrip("-").split("=") for word in sys.argv[1:])
 if "hosts" in told:
     jax.distributed.initialize(told["coordinator"], int(told["hosts"]), int(told["host"]))
-config = clip_config(train__grad_accum_steps=int(told["parts"]), train__batch_size=32)
+own = {"train__batch_size": 32, "train__budgets": (24,)}
+config = clip_config(train__grad_accum_steps=int(told["parts"]), **own)
 batch = random_batch(config, 32)
 objective, params = objective_and_params(config)
 

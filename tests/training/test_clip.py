@@ -21,7 +21,7 @@ from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from fluxvit_jax.objectives import flux_clip_weights
 from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE, TEXT
-from fluxvit_jax.token_optimization import search
+from fluxvit_jax.token_optimization import latency, search
 from fluxvit_jax.training import train
 from tests import tiny
 
@@ -97,7 +97,8 @@ def test_images_have_steps_of_their_own(tiny_data, captions, tmp_path, capfd):
         cv2.imwrite(name, np.full((40, 50, 3), 15 * number, np.uint8))
         entries.append({"image": name, "caption": f"gray {number}"})
     (tmp_path / "both.json").write_text(json.dumps(entries))
-    config = tiny.make_clip(tmp_path / "both.json", "/", train__epochs=2)
+    changes = {"train__epochs": 2, "train__budgets": (24,), "eval__settings": ((24, 6, 42),)}
+    config = tiny.make_clip(tmp_path / "both.json", "/", **changes)
     assert train.train(config, tmp_path / "run") == 0
     err = capfd.readouterr().err
     assert "compiled training step for 20 grids" in err
@@ -318,13 +319,18 @@ def test_multiple_choice(trained, tiny_data, captions, tmp_path, capfd):
         tasks.run(config, str(workdir))
 
 
-def test_a_search_finds_grids_for_retrieval(trained, tiny_data, captions, tmp_path, capfd):
+def test_a_search_finds_grids_for_retrieval(
+    trained, tiny_data, captions, tmp_path, capfd, monkeypatch
+):
     """Its cells are ranked by video to text R@1; the evaluation of its plan measures both ways."""
     workdir = shutil.copytree(trained, tmp_path / "run")
     entries = json.loads(captions.read_text())
     for name, own in (("choose", entries[:8]), ("report", entries[8:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(own))
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0.05)
+    monkeypatch.setattr(latency, "SECONDS", 0.1)
     changes = {
+        **{"search__budgets": (24,), "eval__settings": ((24, 6, 42),)},
         **{"data__validation": str(tmp_path / "report.json"), "search__resolutions": "28..42..14"},
         **{"search__split": str(tmp_path / "choose.json"), "search__frames": "4..6..2"},
     }
