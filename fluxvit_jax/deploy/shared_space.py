@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fluxvit_jax.convert.clip_parts import ClipParts
@@ -14,9 +13,7 @@ from fluxvit_jax.data import captions
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.evaluation.zero_shot import CLASSIFIER, PROMPTS
-from fluxvit_jax.models import blocks, fluxvit
-from fluxvit_jax.models.blocks import l2_normalize
-from fluxvit_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from fluxvit_jax.models.text_encoder import TextEncoderConfig, unit_vectors
 
 TEXTS_AT_ONCE = 64
 
@@ -75,8 +72,7 @@ class SharedSpace:
         prompts = PROMPTS if prompts is None else prompts
         _check_names(names)
         for prompt in prompts:
-            if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2:
-                raise UserError(f"{prompt!r}: a prompt has {{}} once, for the class")
+            zero_shot.check_prompt(prompt)
         if not prompts:
             raise UserError("no prompts given: name at least one, such as 'a video of {}'")
         texts = self.vectors_of_texts([prompt.format(name) for name in names for prompt in prompts])
@@ -115,15 +111,13 @@ def _check_names(names: Sequence[str]) -> None:
 @functools.partial(jax.jit, static_argnames="network")
 def encode_texts(params: dict, ids: jax.Array, network: TextEncoderConfig) -> jax.Array:
     """Unit vectors [B, D] of texts, ids int32 [B, 77], by a text encoder's parameters."""
-    graph = blocks.graphdef(functools.partial(TextEncoder, network))
-    encoder: TextEncoder = fluxvit.from_params(graph, params)
-    return l2_normalize(encoder(jnp.asarray(ids)))
+    return unit_vectors(network, params, ids)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def project(head: dict, pooled: jax.Array, dtype: str) -> jax.Array:
     """Unit vectors [B, D] of clip vectors [B, pool_width], by a head's parameters."""
-    return l2_normalize(zero_shot.to_text(head, pooled, dtype))
+    return zero_shot.to_text(head, pooled, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -250,6 +250,61 @@ def evaluate(
         predictor(model, setting, config.seed, mesh, multi_label=multi_label)
         for setting in settings
     ]
+    videos: list[dict[str, Any]] = []
+
+    def take(batch: dict[str, np.ndarray]) -> None:
+        found = [
+            own
+            for k, program in enumerate(programs)
+            for own in probabilities([program], params, batch["video"], batch[f"patches{k}"], mesh)
+        ]
+        likeliest = [_likeliest(own) for own in found]
+        loss_of = _binary_cross_entropy if multi_label else _cross_entropy
+        losses = [loss_of(own, batch["label"]) for own in found]
+        videos.extend(
+            {
+                "number": int(number),
+                "id": str(batch["id"][row]),
+                "label": _label(batch["label"][row]),
+                "failure": str(batch["failure"][row]),
+                "top": [top[row] for top in likeliest],
+                "loss": [loss[row] for loss in losses],
+                "probabilities": [own[row].tolist() for own in found] if multi_label else [],
+            }
+            for row, number in enumerate(batch["video"])
+            if number >= 0
+        )
+
+    if not for_each_batch(
+        take, config, source, settings, mesh, stop, quarantine, after_batch, "evaluating"
+    ):
+        return None
+    # Hosts whose devices share clips have evaluated the same videos.
+    by_number = {video["number"]: video for video in gather(videos)}
+    videos = [by_number[number] for number in sorted(by_number)]
+    if all(video["failure"] for video in videos):
+        raise NothingReadableError(
+            config.data.validation, len(source), source[0], videos[0]["failure"]
+        )
+    report = _report(config, source, settings, videos)
+    return Evaluation(report, _predictions(settings, videos), config.model.classes)
+
+
+def for_each_batch(
+    take: Callable[[dict[str, np.ndarray]], None],
+    config: ConfigDict,
+    source: Source,
+    settings: Sequence[Setting],
+    mesh: Mesh,
+    stop: Callable[[], bool],
+    quarantine: Quarantine | None,
+    after_batch: Callable[[], None],
+    words: str,
+) -> bool:
+    """Gives `take` this host's part of every evaluation batch; False if `stop` ended it.
+
+    Arguments as in `evaluate`; words: before the progress bar.
+    """
     batch_size = round_up_to_shards(config.eval.batch_size, mesh)
     batches = evaluation_batches(
         config,
@@ -261,47 +316,14 @@ def evaluate(
     )
     # Hosts call `stop` together, and so wait for their batches first, however long that takes.
     stop_waiting = stop if host_count() == 1 else (lambda: False)
-    videos: list[dict[str, Any]] = []
-    with batches, progress_bar(len(source), desc="evaluating", unit="video") as bar:
+    with batches, progress_bar(len(source), desc=words, unit="video") as bar:
         for batch in batches.until(stop_waiting):
-            found = [
-                own
-                for k, program in enumerate(programs)
-                for own in probabilities(
-                    [program], params, batch["video"], batch[f"patches{k}"], mesh
-                )
-            ]
-            likeliest = [_likeliest(own) for own in found]
-            loss_of = _binary_cross_entropy if multi_label else _cross_entropy
-            losses = [loss_of(own, batch["label"]) for own in found]
-            videos += [
-                {
-                    "number": int(number),
-                    "id": str(batch["id"][row]),
-                    "label": _label(batch["label"][row]),
-                    "failure": str(batch["failure"][row]),
-                    "top": [top[row] for top in likeliest],
-                    "loss": [loss[row] for loss in losses],
-                    "probabilities": [own[row].tolist() for own in found] if multi_label else [],
-                }
-                for row, number in enumerate(batch["video"])
-                if number >= 0
-            ]
+            take(batch)
             bar.update(min(batch_size, len(source) - bar.n))
             after_batch()
             if stop():
-                return None
-        if stop_waiting():
-            return None
-    # Hosts whose devices share clips have evaluated the same videos.
-    by_number = {video["number"]: video for video in gather(videos)}
-    videos = [by_number[number] for number in sorted(by_number)]
-    if all(video["failure"] for video in videos):
-        raise NothingReadableError(
-            config.data.validation, len(source), source[0], videos[0]["failure"]
-        )
-    report = _report(config, source, settings, videos)
-    return Evaluation(report, _predictions(settings, videos), config.model.classes)
+                return False
+        return not stop_waiting()
 
 
 @functools.lru_cache(MAX_PROGRAMS)

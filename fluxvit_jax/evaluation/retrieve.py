@@ -8,7 +8,7 @@ be read stays in the gallery, and is never found.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,7 +272,7 @@ def both_scores(
     videos: np.ndarray,
     texts: np.ndarray,
     pairs: RetrievalSet,
-    failures: Sequence[int] | dict[int, str],
+    failures: Collection[int],
     dual_temperature: float,
 ) -> Report:
     """{"plain": {"text_to_video": .., "video_to_text": ..}, "dual_softmax": likewise}.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import read_class_names, text_of
+from fluxvit_jax.data.annotations import open_source, read_class_names, text_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import make_mesh, say
@@ -74,8 +74,6 @@ def class_names(config: ConfigDict) -> Sequence[str]:
     """The names in `data.class_names`, or those of the folders or labels of `data.validation`."""
     if config.data.class_names:
         return read_class_names(config.data.class_names)
-    from fluxvit_jax.data.annotations import open_source
-
     names = open_source(config.data.validation, config.data.root).class_names
     if not names:
         raise UserError(
@@ -96,6 +94,8 @@ def read_prompts(path: str) -> Sequence[str]:
     if not lines:
         raise UserError(f"{path}: holds no prompts; write one a line, such as: a video of {{}}")
     for line in lines:
-        if line.count("{}") != 1 or line.count("{") + line.count("}") != 2:
-            raise UserError(f"{path}: {line!r}: a prompt has {{}} once, for the class")
+        try:
+            zero_shot.check_prompt(line)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     return lines

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.distributed import partition_rules
@@ -21,26 +19,22 @@ from fluxvit_jax.distributed.mesh import (
     compiler_options,
     device_put_global,
     gather,
-    host_count,
-    local_row_indices,
     platform_of,
     replicated,
-    round_up_to_shards,
     traced_on_mesh,
 )
 from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.evaluation.evaluate import (
     MAX_PROGRAMS,
     Setting,
+    for_each_batch,
     mean_over_views,
-    progress_bar,
     view_program,
 )
 from fluxvit_jax.evaluation.retrieval import unit
-from fluxvit_jax.models import blocks, fluxvit
-from fluxvit_jax.models.blocks import l2_normalize
+from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
-from fluxvit_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from fluxvit_jax.models.text_encoder import TextEncoderConfig, unit_vectors
 from fluxvit_jax.objectives.flux_clip import HEAD, FluxCLIP
 from fluxvit_jax.objectives.flux_clip_text import TEXT, text_encoder_config
 
@@ -79,36 +73,23 @@ def of_videos(
     model = model_config(config, platform_of(mesh))
     programs = [video_embedder(model, setting, config.seed, mesh) for setting in settings]
     width = params[HEAD]["proj"]["kernel"].shape[1]
-    batch_size = round_up_to_shards(config.eval.batch_size, mesh)
-    batches = evaluation_batches(
-        config,
-        source,
-        [setting.grid for setting in settings],
-        batch_size=batch_size,
-        rows=local_row_indices(mesh, batch_size).tolist(),
-        quarantine=quarantine,
-    )
-    stop_waiting = stop if host_count() == 1 else (lambda: False)
     rows: list[tuple[int, str, list[list[float]]]] = []
-    with batches, progress_bar(len(source), desc="embedding", unit="video") as bar:
-        for batch in batches.until(stop_waiting):
-            found = [
-                mean_over_views(
-                    [program], params, width, batch["video"], batch[f"patches{k}"], mesh
-                )[0]
-                for k, program in enumerate(programs)
-            ]
-            rows += [
-                (int(number), str(batch["failure"][row]), [own[row].tolist() for own in found])
-                for row, number in enumerate(batch["video"])
-                if number >= 0
-            ]
-            bar.update(min(batch_size, len(source) - bar.n))
-            after_batch()
-            if stop():
-                return None
-        if stop_waiting():
-            return None
+
+    def take(batch: dict[str, np.ndarray]) -> None:
+        found = [
+            mean_over_views([program], params, width, batch["video"], batch[f"patches{k}"], mesh)[0]
+            for k, program in enumerate(programs)
+        ]
+        rows.extend(
+            (int(number), str(batch["failure"][row]), [own[row].tolist() for own in found])
+            for row, number in enumerate(batch["video"])
+            if number >= 0
+        )
+
+    if not for_each_batch(
+        take, config, source, settings, mesh, stop, quarantine, after_batch, "embedding"
+    ):
+        return None
     vectors = np.zeros((len(settings), len(source), width), np.float32)
     failures = {}
     for number, failure, own in gather(rows):
@@ -143,7 +124,7 @@ def video_embedder(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh
     """
 
     def vectors(params: dict, output: ModelOutput) -> jax.Array:
-        return l2_normalize(zero_shot.to_text(params[HEAD], output.pooled, model.dtype))
+        return zero_shot.to_text(params[HEAD], output.pooled, model.dtype)
 
     return view_program(vectors, model, setting, seed, mesh)
 
@@ -151,14 +132,8 @@ def video_embedder(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh
 @functools.cache
 def text_embedder(config: TextEncoderConfig, mesh: Mesh) -> Wrapped:
     """The jitted program (parameters, ids int32 [B, 77]) -> unit vectors [B, D], on all devices."""
-    graph = blocks.graphdef(functools.partial(TextEncoder, config))
-
-    def encode(params: dict, ids: jax.Array) -> jax.Array:
-        encoder: TextEncoder = fluxvit.from_params(graph, params)
-        return l2_normalize(encoder(jnp.asarray(ids)))
-
     return jax.jit(
-        traced_on_mesh(encode, mesh),
+        traced_on_mesh(functools.partial(unit_vectors, config), mesh),
         in_shardings=(None, replicated(mesh)),
         out_shardings=replicated(mesh),
         compiler_options=compiler_options(mesh),

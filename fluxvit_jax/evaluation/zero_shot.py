@@ -15,6 +15,7 @@ from scipy.special import softmax
 
 from fluxvit_jax.data import captions
 from fluxvit_jax.distributed.partition_rules import Rules
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.retrieval import similarities, unit
 from fluxvit_jax.models import blocks, fluxvit
 from fluxvit_jax.models.blocks import l2_normalize
@@ -91,14 +92,20 @@ def logits(params: dict, pooled: jax.Array, dtype: str) -> jax.Array:
 
     params: what `classifier` has made.
     """
-    vectors = l2_normalize(to_text(params["head"], pooled, dtype))
+    vectors = to_text(params["head"], pooled, dtype)
     cosines = jnp.matmul(vectors, params["classes"].T, precision="highest")
     return cosines / params["temperature"]
 
 
 def to_text(head: dict, pooled: jax.Array, dtype: str) -> jax.Array:
-    """Clip vectors [B, pool width] in the space of texts: [B, D], not normalized."""
+    """Clip vectors [B, pool width] in the space of texts: unit vectors [B, D]."""
     width, out = head["proj"]["kernel"].shape
     made = blocks.graphdef(lambda rngs: ClipHead(width, out, jnp.dtype(dtype), rngs))
     module: ClipHead = fluxvit.from_params(made, head)
-    return module(pooled)
+    return l2_normalize(module(pooled))
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises UserError unless a prompt has one place for the class."""
+    if prompt.count("{}") != 1 or prompt.count("{") + prompt.count("}") != 2:
+        raise UserError(f"{prompt!r}: a prompt has {{}} once, for the class")

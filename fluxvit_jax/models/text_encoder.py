@@ -5,7 +5,7 @@ InternVideo, InternVideo2/multi_modality, models/backbones/internvideo2/mobilecl
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -101,3 +101,16 @@ class TextBlock(nnx.Module):
         attended = jax.nn.dot_product_attention(*qkv, is_causal=True)
         x = x + self.proj(rearrange(attended, "b l h d -> b l (h d)"))
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+
+
+def unit_vectors(
+    config: TextEncoderConfig, params: dict, ids: Int[Array, "B L"]
+) -> Float[Array, "B out"]:
+    """Vectors of texts by an encoder's parameters, of length 1."""
+    encoder: TextEncoder = nnx.merge(_graphdef(config), nnx.State(params))
+    return blocks.l2_normalize(encoder(jnp.asarray(ids)))
+
+
+@cache
+def _graphdef(config: TextEncoderConfig) -> nnx.GraphDef:
+    return blocks.graphdef(partial(TextEncoder, config))

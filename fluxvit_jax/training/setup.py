@@ -71,7 +71,7 @@ class Setup:
     balance: a line about the balance of the classes, or "".
     frozen: parameters of other networks, on the devices.
     image_grids: of steps that show images; () where none do. Such steps are a program of their own,
-        with an objective of their own, since their clips are so much shorter.
+        since their clips are so much shorter.
     rates: learning rate of each step, float64 [schedule.total].
     """
 
@@ -85,7 +85,6 @@ class Setup:
     image_grids: tuple[Grid, ...]
     balance: str
     objective: Objective
-    image_objective: Objective
     frozen: Tree
     optimizer: optax.GradientTransformation
     rates: np.ndarray
@@ -117,10 +116,10 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
         class_weights, balance = class_balance(config, data.training)
     splits.check_same_videos(training=data.training, validation=data.validation)
 
-    grids, platform = admissible_grids(config), platform_of(mesh)
+    grids = admissible_grids(config)
     has_images = isinstance(data.training, Mixture) and data.training.image_share > 0
     of_images = image_grids(config) if has_images else ()
-    objective = make_objective(config, grids, platform)
+    objective = make_objective(config, grids, platform_of(mesh))
     return Setup(
         config=config,
         workdir=folder,
@@ -132,7 +131,6 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
         image_grids=of_images,
         balance=balance,
         objective=objective.weighted(class_weights) if class_weights else objective,
-        image_objective=make_objective(config, of_images or grids, platform),
         frozen=objective_class(config).load_frozen(config, mesh),
         optimizer=make_optimizer(config, schedule.total, abstract_params(config)),
         rates=learning_rates(config, schedule.total),

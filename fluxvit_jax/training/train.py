@@ -40,7 +40,13 @@ from fluxvit_jax.distributed.hosts import (
     compute_on_host0,
     raise_on_all_hosts,
 )
-from fluxvit_jax.distributed.mesh import host_index, local_row_indices, say, shard_batch
+from fluxvit_jax.distributed.mesh import (
+    host_index,
+    local_row_indices,
+    platform_of,
+    say,
+    shard_batch,
+)
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
@@ -54,7 +60,12 @@ from fluxvit_jax.training.preemption import PreemptionHandler
 from fluxvit_jax.training.profiling import ProfiledStep
 from fluxvit_jax.training.setup import Schedule, Setup, set_up
 from fluxvit_jax.training.train_state import abstract_state, initial_state, parameter_overview
-from fluxvit_jax.training.train_step import abstract_batch, device_batch, make_train_step
+from fluxvit_jax.training.train_step import (
+    abstract_batch,
+    device_batch,
+    make_objective,
+    make_train_step,
+)
 from fluxvit_jax.training.validation import VALIDATION, Validation
 
 Tree = dict[str, Any]
@@ -343,7 +354,8 @@ def compile_step(setup: Setup, state: Tree) -> ProfiledStep:
     say("compiling the training step, once; a large network takes minutes")
     step_fns = {capacity(setup.grids): _compiled(setup, state, setup.objective, setup.grids)}
     if setup.image_grids:
-        program = _compiled(setup, state, setup.image_objective, setup.image_grids)
+        objective = make_objective(setup.config, setup.image_grids, platform_of(setup.mesh))
+        program = _compiled(setup, state, objective, setup.image_grids)
         step_fns[capacity(setup.image_grids)] = program
     barrier()
     return ProfiledStep(step_fns, setup.config, setup.workdir)
