@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fluxvit_jax.version import __version__
 
 if TYPE_CHECKING:
+    from fluxvit_jax.adaptive.planner import plan
     from fluxvit_jax.data.clips import read_video
     from fluxvit_jax.deploy.exported import load_exported
     from fluxvit_jax.deploy.pretrained import from_pretrained
-    from fluxvit_jax.token_optimization.planner import plan
 
 __all__ = ["__version__", "from_pretrained", "load_exported", "plan", "read_video"]
 
@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
 
         return load_exported
     if name == "plan":
-        from fluxvit_jax.token_optimization.planner import plan
+        from fluxvit_jax.adaptive.planner import plan
 
         return plan
     if name == "read_video":

@@ -14,7 +14,7 @@ ROWS = (
     ("distributed",),
     ("convert", "data", "reports"),
     ("checkpoints", "objectives"),
-    ("training", "evaluation", "token_optimization", "deploy", "preflight"),
+    ("training", "evaluation", "token_optimization", "adaptive", "deploy", "preflight"),
     ("command_line", "main", "doctor", "find", ""),  # "": the package itself
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}

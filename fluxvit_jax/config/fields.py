@@ -456,6 +456,9 @@ FIELDS: dict[str, Field] = {
         help='"halving": drop the worse half of the cells again and again',
         may_change=True,
     ),
+    "search.cascade_steps": Field(
+        3, "most steps of a cascade (adaptive budgets); 1: no cascades", positive, may_change=True
+    ),
     "search.timed_batch": Field(8, "clips of the second timing", positive, may_change=True),
     # parallel: devices along each axis
     "parallel.mesh.data": Field(-1, "devices that split the clips", mesh_side, may_change=True),

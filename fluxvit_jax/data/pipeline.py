@@ -197,7 +197,7 @@ def evaluation_batches(
 ) -> "Batches":
     """Iterator over this host's share of the evaluation videos, each once and decoded once.
 
-    A batch is a dict of the b videos of `rows`, with V = clips * crops views of each, clip by clip:
+    A batch is a dict of the b videos of `rows`, with V views of each in the order of `Views.order`:
       video: int64 [b], number in the source; -1 for padding.
       id: str [b], its id in the source.
       label: int32 [b]; with `train.multi_label` multi-hot uint8 [b, classes].
@@ -222,8 +222,7 @@ def evaluation_batches(
         quarantine=quarantine,
     )
     share = HostShare(videos, batch_size or config.eval.batch_size, rows)
-    views = config.eval.clips * config.eval.crops
-    item_bytes = views * sum(grid.tokens for grid in videos.grids) * PATCH_VALUES
+    item_bytes = videos.views.count * sum(grid.tokens for grid in videos.grids) * PATCH_VALUES
     return Batches(
         share,
         share.per_batch,
@@ -524,7 +523,7 @@ class EvaluationVideos:
             "failure": np.array([failure], np.str_),
         }
         if views is None:
-            shape = (self.views.clips * self.views.crops,)
+            shape = (self.views.count,)
             views = [np.zeros((*shape, g.tokens, PATCH_VALUES), np.uint8) for g in self.grids]
         return item | {f"patches{k}": patches[None] for k, patches in enumerate(views)}
 

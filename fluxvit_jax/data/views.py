@@ -1,5 +1,6 @@
 """Test views of a video, temporal clips x spatial crops, on any number of grids from one decode."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,6 +59,26 @@ class Views:
             return len(video)
         return max(1, min(len(video), int(self.seconds * (video.frame_rate or 0)) or len(video)))
 
+    @property
+    def count(self) -> int:
+        """Views of a video."""
+        return self.clips * self.crops
+
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """Clip and crop of each view, from the middle out: first the middle crop of all clips."""
+
+        def from_middle(view: tuple[int, int]) -> tuple[float, float]:
+            clip, crop = view
+            return abs(crop - (self.crops - 1) / 2), abs(clip - (self.clips - 1) / 2)
+
+        return sorted(itertools.product(range(self.clips), range(self.crops)), key=from_middle)
+
+    @property
+    def counts(self) -> list[int]:
+        """After how many views, in `order`, a cascade may stop: 1, those of one crop, all."""
+        return sorted({1, self.clips, self.count})
+
     def numbers(self, length: int, grid: Grid) -> np.ndarray:
         """The frame numbers of each clip in `length` frames: int64 [clips, T]."""
         if self.frames == "middle":
@@ -102,7 +123,7 @@ def read_frames(
 
 
 def cut_views(frames: Frames, grid: Grid, views: Views) -> np.ndarray:
-    """The views on one grid, clip by clip, as patches: uint8 [clips * crops, T * H * W, 588].
+    """The views on one grid, in `Views.order`, as patches: uint8 [clips * crops, T * H * W, 588].
 
     The pixels do not depend on the other grids that the frames were read for.
     """
@@ -117,10 +138,10 @@ def cut_views(frames: Frames, grid: Grid, views: Views) -> np.ndarray:
     _, full_height, full_width, _ = pixels.shape
     height, width = resized_size(full_height, full_width, size)
     pixels = resize_clip(pixels, height, width)
+    corners = test_crops(height, width, views.crops)
     return np.stack(
         [
-            patchify(crop_view(pixels[clip], size, y, x))
-            for clip in clips
-            for y, x in test_crops(height, width, views.crops)
+            patchify(crop_view(pixels[clips[clip]], size, *corners[crop]))
+            for clip, crop in views.order
         ]
     )

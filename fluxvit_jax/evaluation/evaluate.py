@@ -258,7 +258,7 @@ def evaluate(
             for k, program in enumerate(programs)
             for own in probabilities([program], params, batch["video"], batch[f"patches{k}"], mesh)
         ]
-        likeliest = [_likeliest(own) for own in found]
+        tops = [likeliest(own) for own in found]
         loss_of = _binary_cross_entropy if multi_label else _cross_entropy
         losses = [loss_of(own, batch["label"]) for own in found]
         videos.extend(
@@ -267,7 +267,7 @@ def evaluate(
                 "id": str(batch["id"][row]),
                 "label": _label(batch["label"][row]),
                 "failure": str(batch["failure"][row]),
-                "top": [top[row] for top in likeliest],
+                "top": [top[row] for top in tops],
                 "loss": [loss[row] for loss in losses],
                 "probabilities": [own[row].tolist() for own in found] if multi_label else [],
             }
@@ -384,20 +384,6 @@ def view_program(
     )
 
 
-def classify(
-    programs: Sequence[Callable],
-    params: dict,
-    video: np.ndarray,
-    patches: np.ndarray,
-    mesh: Mesh,
-) -> list[list[list[tuple[int, float]]]]:
-    """The `TOP` classes, (class, probability), likeliest first, for each program and video.
-
-    Arguments as in `probabilities`.
-    """
-    return [_likeliest(own) for own in probabilities(programs, params, video, patches, mesh)]
-
-
 def probabilities(
     programs: Sequence[Callable],
     params: dict,
@@ -432,11 +418,28 @@ def mean_over_views(
 
     Arguments as in `probabilities`.
     """
-    b, views = patches.shape[:2]
-    start = {"total": np.zeros((b, width), np.float32), "video": video.astype(np.int32)}
+    found = means_after(programs, params, width, video, patches, mesh, [patches.shape[1]])
+    return [mean for (mean,) in found]
+
+
+def means_after(
+    programs: Sequence[Callable],
+    params: dict,
+    width: int,
+    video: np.ndarray,
+    patches: np.ndarray,
+    mesh: Mesh,
+    counts: Sequence[int],
+) -> list[list[np.ndarray]]:
+    """For each program, the means over the first views, as many as each of `counts`: [b, width].
+
+    counts: ascending; no view after the last is run. Other arguments as in `mean_over_views`.
+    """
+    start = {"total": np.zeros((len(video), width), np.float32), "video": video.astype(np.int32)}
     sharded = shard_batch(start, mesh)
     totals = previous = [sharded["total"]] * len(programs)
-    for view in range(views):
+    means: list[list[np.ndarray]] = [[] for _ in programs]
+    for view in range(counts[-1]):
         part = shard_batch({"patches": patches[:, view]}, mesh)["patches"]
         jax.block_until_ready(previous)  # at most two views on the devices
         previous = totals
@@ -444,7 +447,10 @@ def mean_over_views(
             program(params, total, part, sharded["video"], np.int32(view))
             for program, total in zip(programs, totals, strict=True)
         ]
-    return [local_rows(total) / views for total in totals]
+        if view + 1 in counts:
+            for own, total in zip(means, totals, strict=True):
+                own.append(local_rows(total) / (view + 1))
+    return means
 
 
 def _cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
@@ -466,7 +472,7 @@ def _label(label: np.ndarray) -> int | list[int]:
     return np.flatnonzero(label).tolist() if label.ndim else int(label)
 
 
-def _likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
+def likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
     """The `TOP` classes of each row, (class, probability), likeliest first."""
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP]
     return [

@@ -20,11 +20,13 @@ Network = FluxViTConfig | InternVideo2Config
 class ForwardCost:
     """1e9 multiply-accumulates of one clip's forward pass (the paper calls them GFLOPs).
 
-    all: of the program; kept: by the paper's count, without token selection.
+    all: of the program; kept: by the paper's count, without token selection; selection: the part of
+    `all` that ranks the patches of the grid, the same for all budgets.
     """
 
     all: float
     kept: float
+    selection: float = 0.0
 
 
 def gflops(model: FluxViTConfig, grid: Grid, budget: int) -> ForwardCost:
@@ -57,9 +59,11 @@ def gflops(model: FluxViTConfig, grid: Grid, budget: int) -> ForwardCost:
         return ForwardCost(all=merging, kept=merging)
     computed = min(patch_budget, grid.tokens)
     kept = kept_tokens(grid, patch_budget, model.rounding)
+    selection = _selection_macs(model, grid)
     return ForwardCost(
-        all=(_selection_macs(model, grid) + _encoding_macs(model, computed)) / GIGA,
+        all=(selection + _encoding_macs(model, computed)) / GIGA,
         kept=_encoding_macs(model, kept) / GIGA,
+        selection=selection / GIGA,
     )
 
 

@@ -73,13 +73,17 @@ class CandidateEvaluator:
         videos: Sequence[DecodedVideo],
         candidates: Sequence[Candidate],
         reader: FrameReader,
-    ) -> Iterator[tuple[Candidate, str]]:
+    ) -> Iterator[tuple[Candidate, str, np.ndarray]]:
         """Each candidate with its outcomes on the videos, one character each (see `results_log`).
+
+        And the probabilities after each of `Views.counts` of the views: float32 [videos, counts,
+        classes], also of those that could not be read or are none.
 
         videos: read for at least these candidates; candidates: those of one grid in succession;
         reader: of the videos, for those too large to keep.
         """
         video = np.array([one.number for one in videos])
+        counts = self._view_settings.counts
         by_grid = [(grid, list(group)) for grid, group in groupby(candidates, lambda c: c.grid)]
         cutting = self._cut(videos, by_grid[0][0], reader)
         for (grid, group), following in zip(by_grid, [*by_grid[1:], None], strict=True):
@@ -92,10 +96,19 @@ class CandidateEvaluator:
                 f"{len(videos)} videos at once are too many for the device's memory in {names}; "
                 "lower --config.eval.batch_size, and what was found stays"
             ):
-                tops = evaluate.classify(programs, self._params, video, patches, self._mesh)
-            for candidate, top in zip(group, tops, strict=True):
-                rows = zip(videos, failures, top, strict=True)
-                yield candidate, "".join(_outcome(*row) for row in rows)
+                found = evaluate.means_after(
+                    programs,
+                    self._params,
+                    evaluate.class_count(self._params),
+                    video,
+                    patches,
+                    self._mesh,
+                    counts,
+                )
+            for candidate, means in zip(group, found, strict=True):
+                rows = zip(videos, failures, evaluate.likeliest(means[-1]), strict=True)
+                outcomes = "".join(_outcome(*row) for row in rows)
+                yield candidate, outcomes, np.stack(means, axis=1)
 
     def _cut(
         self, videos: Sequence[DecodedVideo], grid: Grid, reader: FrameReader
@@ -127,7 +140,7 @@ class CandidateEvaluator:
         """Views uint8 [V, P, 588], zeros for an unreadable video, and the reason."""
         if video.frames is not None:
             return cut_views(video.frames, grid, self._view_settings), ""
-        views = self._view_settings.clips * self._view_settings.crops
+        views = self._view_settings.count
         shape = (views, grid.tokens, PATCH_VALUES)
         return np.zeros(shape, np.uint8), video.failure
 

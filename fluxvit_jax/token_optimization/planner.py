@@ -121,46 +121,65 @@ def plan(
     >>> out = model(clip, tokens=best.budget, head=best.head)  # best.frames of best.resolution px
     """
     limit = _limit(milliseconds=milliseconds, gflops=gflops, tokens=tokens)
+    known, device = with_timings(report, device, limit.kind == "milliseconds")
+    return _choose(known, limit, device, merging)
+
+
+def with_timings(
+    report: str | os.PathLike | Mapping[str, Any], device: str | None, timed: bool
+) -> tuple[Report, str | None]:
+    """The report, and the device whose timings are meant: if `timed`, by default this machine's.
+
+    Arguments as in `plan`. A device that the report does not know is measured.
+
+    Raises UserError: there is no such report or device.
+    """
     known = _check(report, "the report") if isinstance(report, Mapping) else read_report(report)
     if device is not None:
-        device = _known_device(known, device)
-    elif limit.kind == "milliseconds":
-        from fluxvit_jax.distributed import devices
+        return known, _known_device(known, device)
+    if not timed:
+        return known, None
+    from fluxvit_jax.distributed import devices
 
-        device = devices.device_name()
-        if device not in known["devices"]:
-            if isinstance(report, Mapping):
-                raise UserError(_unmeasured("the report", known, device))
-            known = measure_device(report)
-    return _choose(known, limit, device, merging)
+    device = devices.device_name()
+    if device not in known["devices"]:
+        if isinstance(report, Mapping):
+            raise UserError(_unmeasured("the report", known, device))
+        known = measure_device(report)
+    return known, device
 
 
 def _limit(**limits: float | None) -> Limit:
     given = [Limit(kind, value) for kind, value in limits.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"a plan needs one limit, of {', '.join(UNITS)}; {len(given)} are given")
-    if not (math.isfinite(given[0].value) and given[0].value > 0):
-        raise UserError(f"{given[0].kind}={given[0].value}: a limit is a number above 0")
+    check_limit(given[0])
     return given[0]
+
+
+def check_limit(limit: Limit) -> None:
+    """Raises UserError unless it is a number above 0."""
+    if not (math.isfinite(limit.value) and limit.value > 0):
+        raise UserError(f"{limit.kind}={limit.value}: a limit is a number above 0")
 
 
 def _choose(report: Report, limit: Limit, device: str | None, merging: bool) -> Plan:
     costs = {
         name: cost
-        for name, cell in _measured(report["cells"], merging).items()
-        if (cost := _cost(report, name, limit.kind, device)) is not None
+        for name, cell in measured(report["cells"], merging).items()
+        if (cost := cost_of(report, name, limit.kind, device)) is not None
     }
     if not costs:
         where = f" timed on {device}" if limit.kind == "milliseconds" else ""
         raise UserError(f"the report has no cells{where}; let --mode=search finish")
     cells = {name: report["cells"][name] for name in costs}
-    complete, stopped = _by_certainty(cells)
+    complete, stopped = by_certainty(cells)
     name = best_within(complete, costs, limit.value) or best_within(stopped, costs, limit.value)
     if name is None:
         cheapest = min(costs, key=lambda name: (costs[name], name))
         raise UserError(
-            f"no cell is within {_amount(limit.kind, limit.value, device)}; the cheapest, "
-            f"{cheapest}, takes {_amount(limit.kind, costs[cheapest])}"
+            f"no cell is within {amount(limit.kind, limit.value, device)}; the cheapest, "
+            f"{cheapest}, takes {amount(limit.kind, costs[cheapest])}"
         )
     return _describe(report, name, costs, limit, device)
 
@@ -193,13 +212,13 @@ def accuracy_of(cell: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return split, cell[split]
 
 
-def _accuracy(split: str, top1: float, interval: Sequence[float] | None = None) -> str:
+def accuracy_words(split: str, top1: float, interval: Sequence[float] | None = None) -> str:
     """An accuracy and its split in words."""
     words = "on the reporting split" if split == "report" else CHOSE
-    return f"top-1 {top1:.1%}{_spread(interval)} {words}"
+    return f"top-1 {top1:.1%}{spread(interval)} {words}"
 
 
-def _measured(cells: Cells, merging: bool = True) -> dict[str, Mapping[str, Any]]:
+def measured(cells: Cells, merging: bool = True) -> dict[str, Mapping[str, Any]]:
     """The cells with a known accuracy: an unfinished search has others too."""
     return {
         name: cell
@@ -208,7 +227,7 @@ def _measured(cells: Cells, merging: bool = True) -> dict[str, Mapping[str, Any]
     }
 
 
-def _by_certainty(cells: Cells) -> tuple[Cells, Cells]:
+def by_certainty(cells: Cells) -> tuple[Cells, Cells]:
     """The cells measured on all videos, and those that were stopped earlier."""
     videos = {name: cell["choose"].get("videos", 0) for name, cell in cells.items()}
     most = max(videos.values(), default=0)
@@ -216,7 +235,7 @@ def _by_certainty(cells: Cells) -> tuple[Cells, Cells]:
     return complete, {name: cell for name, cell in cells.items() if name not in complete}
 
 
-def _cost(report: Report, name: str, kind: str, device: str | None) -> float | None:
+def cost_of(report: Report, name: str, kind: str, device: str | None) -> float | None:
     """The cost of a cell; None where it was not measured."""
     if kind != "milliseconds":
         return report["cells"][name][kind]
@@ -227,7 +246,7 @@ def _describe(
     report: Report, name: str, costs: Mapping[str, float], limit: Limit, device: str | None
 ) -> Plan:
     cell = report["cells"][name]
-    complete, _ = _by_certainty(_measured(report["cells"]))
+    complete, _ = by_certainty(measured(report["cells"]))
     best = best_within(complete, dict.fromkeys(complete, 0.0), 0.0)
     assert best is not None  # some cell is complete where any is measured
     behind = cell.get("behind") or {"top1": _top1(complete[best]) - _top1(cell)}
@@ -241,7 +260,7 @@ def _describe(
         resolution=cell["resolution"],
         head=cell["head"],
         gflops=cell["gflops"],
-        milliseconds=_cost(report, name, "milliseconds", device),
+        milliseconds=cost_of(report, name, "milliseconds", device),
         top1=accuracy["top1"],
         top1_interval=_interval(accuracy.get("top1_interval")),
         split=split,
@@ -270,20 +289,18 @@ def _cell_sentence(p: Plan, best: str) -> str:
     """The sentence about the cell, its cost and its accuracy."""
     patches = Grid.square(p.frames, p.resolution).tokens
     verb = {"select": "keeps", "plain": "runs", "merge": "merges down to"}[p.method]
-    costs = [_amount("gflops", p.gflops)]
+    costs = [amount("gflops", p.gflops)]
     if p.milliseconds is not None:
-        costs.insert(0, _amount("milliseconds", p.milliseconds, p.device))
-    accuracy = _accuracy(p.split, p.top1, p.top1_interval)
+        costs.insert(0, amount("milliseconds", p.milliseconds, p.device))
+    accuracy = accuracy_words(p.split, p.top1, p.top1_interval)
     if p.split != "choose":
         accuracy += f"; {CHOSE}"  # where cells are compared
     standing = "no cell is more accurate"
     if p.behind > 0:
-        standing = (
-            f"{100 * p.behind:.1f} points{_spread(p.behind_interval)} behind {best}, the best"
-        )
+        standing = f"{100 * p.behind:.1f} points{spread(p.behind_interval)} behind {best}, the best"
     return (
         f"{p.cell} {verb} {p.tokens} of {patches} tokens ({p.frames} frames of {p.resolution} px, "
-        f"head {p.head}): {', '.join(costs)}, within {_amount(p.limit.kind, p.limit.value)}; "
+        f"head {p.head}): {', '.join(costs)}, within {amount(p.limit.kind, p.limit.value)}; "
         f"{accuracy}, {standing}."
     )
 
@@ -299,16 +316,16 @@ def _next_sentence(
     split, accuracy = accuracy_of(complete[name])
     return [
         f"The next that is more accurate there, {name}, takes "
-        f"{_amount(limit.kind, costs[name])} and has {_accuracy(split, accuracy['top1'])}."
+        f"{amount(limit.kind, costs[name])} and has {accuracy_words(split, accuracy['top1'])}."
     ]
 
 
-def _spread(interval: Sequence[float] | None) -> str:
+def spread(interval: Sequence[float] | None) -> str:
     """An interval of shares in percent."""
     return f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})" if interval else ""
 
 
-def _amount(kind: str, value: float, device: str | None = None) -> str:
+def amount(kind: str, value: float, device: str | None = None) -> str:
     """Such as "8 ms on NVIDIA H100", "32.4 GFLOPs", "1024 tokens"."""
     number = f"{value:.0f}" if kind == "tokens" else f"{value:.4g}"
     where = f" on {device}" if device and kind == "milliseconds" else ""
@@ -358,7 +375,7 @@ def find_report(*paths: str | os.PathLike | None) -> Path | None:
 
 
 def read_report(path: str | os.PathLike) -> Report:
-    """The report of a search, with empty "chosen" and "devices" where it has none yet.
+    """The report of a search, with empty "chosen", "devices" and "cascades" where it has none.
 
     Args:
         path: as for `find_report`.
@@ -398,7 +415,7 @@ def _check(report: Any, source: str) -> Report:
     for name, cell in report["cells"].items():
         if not _is_cell(cell):
             raise UserError(f"{source}: its cell {name} is damaged; run --mode=search again")
-    default = {"chosen": {}, "devices": {}, "dtype": "float32", "notes": []}
+    default = {"chosen": {}, "devices": {}, "dtype": "float32", "notes": [], "cascades": {}}
     return {**report, **{name: report.get(name) or value for name, value in default.items()}}
 
 
@@ -422,7 +439,7 @@ def chosen_cells(report: Report | None) -> list[dict[str, Any]]:
 def find_cell(report: Report, budget: int, frames: int, resolution: int, head: int) -> str | None:
     """The completely measured cell of a network that runs at a setting without merging tokens."""
     setting = {"budget": budget, "frames": frames, "resolution": resolution, "head": head}
-    complete, _ = _by_certainty(_measured(report["cells"]))
+    complete, _ = by_certainty(measured(report["cells"]))
     for name, cell in complete.items():
         if cell["method"] != "merge" and all(cell[key] == setting[key] for key in setting):
             return name
@@ -459,8 +476,8 @@ def measure_device(path: str | os.PathLike, model: "PretrainedModel | None" = No
     """Times the cells worth measuring on this machine's device, and adds that to the report.
 
     Those are the Pareto front of top-1 and gflops, both of all cells and of the cells that do not
-    merge tokens. They run one clip at a time, in the dtype of the search. The report is rewritten
-    at the end, each of its files whole or not at all.
+    merge tokens, and those of cascades. They run one clip at a time, in the dtype of the search.
+    The report is rewritten at the end, each of its files whole or not at all.
 
     Args:
         path: as for `find_report`.
@@ -483,7 +500,7 @@ def measure_device(path: str | os.PathLike, model: "PretrainedModel | None" = No
     check_weights(report, model.params, file)
     model = as_searched(model, report)
     device = devices.device_name()
-    names = _worth_measuring(report["cells"])
+    names = _worth_measuring(report)
     passes = [_forward_pass(model, report["cells"][name]) for name in names]
     # One clip at a time is what plans are about; a batch would double the time.
     costs = latency.measure(model.params, passes, batch=1)
@@ -494,12 +511,13 @@ def measure_device(path: str | os.PathLike, model: "PretrainedModel | None" = No
     return _save_timings(file, device, {"batch": 1, "cells": cells})
 
 
-def _worth_measuring(cells: Cells) -> list[str]:
+def _worth_measuring(report: Report) -> list[str]:
     """Names of the cells to time, the cheapest first."""
-    worth = set()
+    cells, worth = report["cells"], set()
     for merging in (True, False):
-        complete, _ = _by_certainty(_measured(cells, merging))
+        complete, _ = by_certainty(measured(cells, merging))
         worth.update(_front(complete))
+    worth |= {step["cell"] for own in report["cascades"].values() for step in own["steps"]}
     return sorted(worth, key=lambda name: (cells[name]["gflops"], name))
 
 

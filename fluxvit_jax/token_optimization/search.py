@@ -3,8 +3,9 @@
 All candidates (see `candidates`) are evaluated on the choosing split, and the best of each budget
 then on the reporting split, so that the reported number is not the one chosen for being high. A
 chunk of videos is decoded once and evaluated by all candidates before the next chunk: the table
-exists after the first chunk and becomes more certain with each. Finally each candidate's cost on
-this device is measured. Results are on disk at once (`results_log`), and a stopped search resumes.
+exists after the first chunk and becomes more certain with each. Then each candidate's cost on this
+device is measured, and cascades are found in what the candidates said (`cascades`). Results are on
+disk at once (`results_log`, `probability_store`), and a stopped search resumes.
 """
 
 import time
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import held_out_part, shuffled
+from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import devices, storage
@@ -39,11 +41,12 @@ from fluxvit_jax.evaluation import evaluate, retrieve, tasks, zero_shot
 from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
-from fluxvit_jax.token_optimization import latency, pairs, planner, report
+from fluxvit_jax.token_optimization import cascades, latency, pairs, planner, report
 from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
 from fluxvit_jax.token_optimization.candidates import Candidate, candidates, stages, top_half
 from fluxvit_jax.token_optimization.frame_reader import DecodedVideo, FrameReader, Task
 from fluxvit_jax.token_optimization.pairs import Split
+from fluxvit_jax.token_optimization.probability_store import ProbabilityStore
 from fluxvit_jax.token_optimization.results_log import (
     CHOOSE,
     REPORT,
@@ -95,6 +98,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         search.choose()
         search.report()
         search.measure_costs()
+        search.find_cascades()
         summary = search.write()
     if host_index() == 0:
         print(table(summary))
@@ -219,6 +223,8 @@ class Search:
         if classifier := zero_shot.classifier_in(weights.params):
             about["texts"] = planner.fingerprint(classifier)
         self._results = ResultsLog(folder, about)
+        self._probabilities = ProbabilityStore(folder)
+        self._cascades: dict[str, Any] = {}
         self._earlier_costs = compute_on_host0(self._read_earlier_costs)
         self._num_compared = 0  # videos of the choosing split that all remaining candidates share
         self._dropped: dict[str, int] = {}  # candidate -> videos after which it was dropped
@@ -257,22 +263,27 @@ class Search:
                 better = top_half(remaining, top1, self._budgets)
                 dropped = {c.name for c in remaining} - {c.name for c in better}
                 self._dropped |= dict.fromkeys(sorted(dropped), self._num_compared)
+                self._probabilities.drop(dropped, CHOOSE)
                 remaining = better
             self._evaluate(split, remaining, self._num_compared, end)
             self._num_compared = end
         self._check_read(split)
 
     def report(self) -> None:
-        """Evaluates the chosen candidates on the reporting split."""
+        """Evaluates the chosen candidates, and those of cascades, on the reporting split."""
         split = self._splits[REPORT]
-        chosen = {
+        chosen = self._chosen() | {c.name: c for c in self._members()}
+        self._evaluate(split, list(chosen.values()), 0, len(split.source))
+        self._check_read(split)
+
+    def _chosen(self) -> dict[str, Candidate]:
+        """The candidates that the budgets chose, by name."""
+        return {
             candidate.name: candidate
             for budget in self._budgets
             for candidate in self._choice(budget).values()
             if candidate
         }
-        self._evaluate(split, list(chosen.values()), 0, len(split.source))
-        self._check_read(split)
 
     def measure_costs(self) -> None:
         """Measures the cost on this device of each candidate that was not dropped."""
@@ -301,7 +312,53 @@ class Search:
                 self._watchdog.alive()
                 self._write_now_and_then()
         self._watchdog.pause()
+
+    def find_cascades(self) -> None:
+        """Finds cascades of cells on the choosing split, and tells how they do on the other."""
         self._finished = True
+        cells = self._members()
+        if host_index() != 0 or not cells:
+            return
+        tables = {name: self._table(split, cells) for name, split in self._splits.items()}
+        costs = {c.name: (self._work[c.name].all, self._work[c.name].selection) for c in cells}
+        self._cascades = cascades.describe_all(
+            cells, tables, views_of(self._config).counts, costs, self._config.search.cascade_steps
+        )
+
+    def _members(self) -> list[Candidate]:
+        """The candidates that cascades are made of."""
+        if not any(map(self._keeps_probabilities, self._candidates)):
+            return []
+        complete = [
+            candidate
+            for candidate in self._candidates
+            if candidate.name not in self._dropped and self._keeps_probabilities(candidate)
+        ]
+        return cascades.members(
+            complete,
+            {c.name: self._top1(c) for c in complete},
+            {c.name: self._work[c.name].all for c in complete},
+            self._chosen(),
+        )
+
+    def _keeps_probabilities(self, candidate: Candidate) -> bool:
+        """Whether cascades may need them; retrieval has no classes for all videos."""
+        own = self._config.search.cascade_steps > 1 and candidate.method != "merge"
+        return own and tasks.task_of(self._config) != "retrieval"
+
+    def _table(self, split: Split, cells: Sequence[Candidate]) -> cascades.Table:
+        """What cells said of the readable videos of a split."""
+        videos, failed = len(split.source), self._results.failures(split.name)
+        read = np.array([number for number in range(videos) if number not in failed])
+        labels = split.source.labels or [split.source[n].label for n in range(videos)]
+        return cascades.Table(
+            probabilities={
+                cell.name: self._probabilities.read(split.name, cell.name, videos)[read]
+                for cell in cells
+            },
+            labels=np.array([labels_of(labels[number])[0] for number in read]),
+            failed=len(failed),
+        )
 
     def write(self) -> dict[str, Any]:
         """Writes the report as far as it goes, and returns it."""
@@ -323,6 +380,7 @@ class Search:
             "network": self._config.model.variant,
             "dtype": self._model.dtype,
             "views": self._views,
+            "view_count": views_of(self._config).count,
             "budgets": self._budgets,
             "frames": sorted({grid.frames for grid in grids}),
             "resolutions": sorted({grid.resolution for grid in grids}),
@@ -332,6 +390,7 @@ class Search:
             "chosen": {str(budget): self._describe_choice(budget) for budget in self._budgets},
             "skipped": [{"cell": name, "videos": n} for name, n in self._dropped.items()],
             "devices": self._describe_costs(),
+            "cascades": self._cascades,
         }
 
     def warnings(self) -> list[str]:
@@ -375,7 +434,7 @@ class Search:
     ) -> None:
         """Evaluates candidates on videos `start` to `stop` of a split, but for known results."""
         chunks = {
-            first: [c for c in remaining if not self._results.has(split.name, first, c.name)]
+            first: [c for c in remaining if not self._has(split.name, first, c)]
             for first in range(start, stop, self._chunk)
         }
         pending = [(first, missing) for first, missing in chunks.items() if missing]
@@ -401,6 +460,14 @@ class Search:
                     reader.start(self._tasks(*following))
                 self._evaluate_chunk(split, first, missing, videos, reader, bar)
 
+    def _has(self, split: str, first: int, candidate: Candidate) -> bool:
+        """Whether all is known of a chunk of videos that is needed."""
+        if not self._results.has(split, first, candidate.name):
+            return False
+        return not self._keeps_probabilities(candidate) or self._probabilities.has(
+            split, first, candidate.name
+        )
+
     def _local_numbers(self, first: int) -> list[int]:
         """This host's videos of the chunk that begins with number `first`."""
         return [first + int(row) for row in local_row_indices(self._mesh, self._chunk)]
@@ -423,10 +490,14 @@ class Search:
         numbers = self._local_numbers(first)
         failures = [[n, v.failure] for n, v in zip(numbers, videos, strict=True) if v.failure]
         self._results.add_failures(split.name, dict(gather(failures)))
-        for candidate, local in self._evaluator.evaluate(videos, missing, reader):
+        for candidate, local, found in self._evaluator.evaluate(videos, missing, reader):
             # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
             outcomes = dict(gather(list(zip(numbers, local, strict=False))))
             text = "".join(outcomes[number] for number in sorted(outcomes))
+            if self._keeps_probabilities(candidate):
+                rows = dict(gather(list(zip(numbers[: len(local)], found.tolist(), strict=False))))
+                found = np.array([rows[number] for number in sorted(rows)], np.float32)
+                self._probabilities.add(split.name, first, candidate.name, found)
             self._results.add_outcomes(split.name, first, candidate.name, text)
             bar.update(self._work[candidate.name].all)
             self._watchdog.alive()

@@ -1,0 +1,242 @@
+"""Cascades: every video is asked at a small budget, and asked again at a larger one if in doubt.
+
+A cascade is an ordered list of steps and a rule of confidence. Each step's probabilities, at their
+temperature, join the average of the steps before. A video stops at the first step whose confidence
+reaches the step's threshold, and the average is its answer. This module needs NumPy only: servers
+run cascades too.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.calibration import at_temperature
+
+CONFIDENCES = ("probability", "margin", "entropy", "agreement")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One pass of a cascade.
+
+    budget, frames, resolution, head: as of a cell of a search that merges no tokens.
+    views: how many of a video's views are looked at, from the middle one on; 0: all.
+    temperature: divides the logits.
+    weight: of this step's probabilities in the average, against all steps before: 1 is this step
+        alone, 1/2 in the second step and 1/3 in the third is the mean of all.
+    threshold: the least confidence with which a video stops here; None in the last step.
+    cell: its name in the report of the search that found it; "" in a cascade written by hand.
+    """
+
+    budget: int
+    frames: int
+    resolution: int
+    head: int
+    views: int = 0
+    temperature: float = 1.0
+    weight: float = 1.0
+    threshold: float | None = None
+    cell: str = ""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Frames and pixels."""
+        return self.frames, self.resolution
+
+    def __str__(self) -> str:
+        views = f", {self.views} views" if self.views else ""
+        return f"{self.budget} tokens ({self.frames} x {self.resolution} px{views})"
+
+
+class Answers(NamedTuple):
+    """What a cascade says of n videos.
+
+    probabilities: float [n, C]; step: int [n], the number of the step that each stopped at, from 0.
+    """
+
+    probabilities: np.ndarray
+    step: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        """Scores whose softmax is `probabilities`: float [n, C]."""
+        return np.log(np.maximum(self.probabilities, np.finfo(np.float32).tiny))
+
+
+@dataclass(frozen=True, slots=True)
+class Cascade:
+    """Steps and the rule of confidence, one of `CONFIDENCES`.
+
+    "probability": the largest; "margin": the largest less the second; "entropy": 1 - entropy / log
+    of the number of classes; "agreement": the largest where the step's own answer is that of the
+    average before, else 0 (the first step has nothing to agree with: the largest).
+    """
+
+    steps: tuple[Step, ...]
+    confidence: str = "probability"
+
+    def __str__(self) -> str:
+        words = [
+            f"{step}, on below {self.confidence} {step.threshold:.3g}"
+            if step.threshold is not None
+            else str(step)
+            for step in self.steps
+        ]
+        return "; then ".join(words)
+
+    def join(
+        self, number: int, probabilities: np.ndarray, before: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The average with a step's probabilities [n, C], and which videos stop: bool [n].
+
+        before: the average of the steps before, [n, C]; None in the first.
+        """
+        step = self.steps[number]
+        own = at_temperature(probabilities, step.temperature)
+        average = averaged(own, before, step.weight)
+        if step.threshold is None:
+            return average, np.ones(len(average), bool)
+        return average, confidence(self.confidence, average, own, before) >= step.threshold
+
+    def run(self, videos: int, ask: Callable[[int, np.ndarray], np.ndarray]) -> Answers:
+        """Asks step after step about the videos that go on.
+
+        ask: (number of the step, numbers of the videos int [m]) -> probabilities [m, C].
+        """
+        going_on = np.arange(videos)
+        answer: np.ndarray | None = None
+        stopped_at = np.zeros(videos, int)
+        for number in range(len(self.steps)):
+            probabilities = ask(number, going_on)
+            average, stops = self.join(
+                number, probabilities, None if answer is None else answer[going_on]
+            )
+            if answer is None:
+                answer = np.zeros((videos, average.shape[1]), average.dtype)
+            answer[going_on], stopped_at[going_on] = average, number
+            going_on = going_on[~stops]
+            if not len(going_on):
+                break
+        assert answer is not None  # there is a first step
+        return Answers(answer, stopped_at)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"confidence", "steps": [{fields of `Step`}]}."""
+        return {"confidence": self.confidence, "steps": [asdict(step) for step in self.steps]}
+
+
+def averaged(own: np.ndarray, before: np.ndarray | None, weight: float) -> np.ndarray:
+    """The average of a step's probabilities [n, C] and those before; see `Step.weight`."""
+    if before is None or weight == 1:
+        return own
+    return before + weight * (own - before)
+
+
+def confidence(
+    kind: str, average: np.ndarray, own: np.ndarray, before: np.ndarray | None
+) -> np.ndarray:
+    """How sure an average [n, C] is, float [n], 0 to 1: see `Cascade`.
+
+    own: the step's probabilities; before: the average without them.
+    """
+    if kind == "entropy":
+        logs = np.log(np.maximum(average, np.finfo(np.float32).tiny))
+        return 1 + (average * logs).sum(axis=1) / math.log(max(average.shape[1], 2))
+    largest = average.max(axis=1)
+    if kind == "margin":
+        return largest - np.partition(average, -2, axis=1)[:, -2]
+    if kind == "agreement" and before is not None:
+        return np.where(own.argmax(axis=1) == before.argmax(axis=1), largest, 0.0)
+    return largest
+
+
+# ---------------------------------------------------------------------------------------------
+# Cascades in files
+
+
+def from_json(described: Any, source: str) -> Cascade:
+    """The cascade of `Cascade.to_json`, or one written by hand.
+
+    Raises UserError, which begins with `source`: it is none, a step lacks something, or the steps
+    are not in order.
+    """
+    if not isinstance(described, Mapping) or not isinstance(described.get("steps"), list):
+        raise UserError(f'{source}: is no cascade: {{"confidence": ..., "steps": [...]}}')
+    kind = described.get("confidence", "probability")
+    if kind not in CONFIDENCES:
+        raise UserError(f"{source}: confidence is one of {', '.join(CONFIDENCES)}, not {kind!r}")
+    if not described["steps"]:
+        raise UserError(f"{source}: has no steps")
+    steps = [
+        _step(own, f"{source}: step {number}", last=number == len(described["steps"]))
+        for number, own in enumerate(described["steps"], 1)
+    ]
+    _check_order(steps, source)
+    return Cascade(tuple(steps), kind)
+
+
+def read(path: str | os.PathLike) -> Cascade:
+    """The cascade in a JSON file. Raises UserError: it cannot be read, or as `from_json`."""
+    try:
+        described = storage.parse_json(storage.path_of(os.fspath(path)).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as a cascade: {error}") from error
+    return from_json(described, os.fspath(path))
+
+
+def write(cascade: Cascade, path: str | os.PathLike) -> None:
+    """Writes a cascade as a JSON file. Raises OSError."""
+    text = json.dumps(cascade.to_json(), indent=1)
+    storage.path_of(os.fspath(path)).write_text(text + "\n")
+
+
+def _step(described: Any, source: str, last: bool) -> Step:
+    names = {field.name for field in fields(Step)}
+    if not isinstance(described, Mapping):
+        raise UserError(f"{source}: is no object with the fields {', '.join(sorted(names))}")
+    if unknown := sorted(described.keys() - names):
+        raise UserError(
+            f"{source}: has no field {unknown[0]!r}; there are {', '.join(sorted(names))}"
+        )
+    for name in ("budget", "frames", "resolution", "head"):
+        if name not in described:
+            raise UserError(f"{source}: lacks {name!r}")
+    for name, value in described.items():
+        if name == "cell":
+            continue
+        allowed = int if name in ("budget", "frames", "resolution", "head", "views") else float
+        least = 0 if name in ("head", "views", "threshold") else 1 if allowed is int else 1e-9
+        if value is None and name == "threshold":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | allowed) or not value >= least:
+            raise UserError(f"{source}: {name} is a number of at least {least}, not {value!r}")
+    step = Step(**described)
+    if step.weight > 1:
+        raise UserError(f"{source}: weight is above 0 and at most 1, not {step.weight}")
+    if last and step.threshold is not None:
+        raise UserError(f"{source}: is the last, where every video stops; take its threshold out")
+    if not last and step.threshold is None:
+        raise UserError(f"{source}: lacks a threshold, the confidence with which a video stops")
+    return step
+
+
+def _check_order(steps: Sequence[Step], source: str) -> None:
+    """Raises UserError unless budgets, or views of one cell, rise from step to step."""
+    for number, (step, following) in enumerate(itertools.pairwise(steps), 2):
+        same = (step.budget, *step.grid) == (following.budget, *following.grid)
+        more_views = following.views == 0 or following.views > step.views > 0
+        if same and step.head == following.head and not (step.views and more_views):
+            raise UserError(f"{source}: step {number} is the one before again")
+        if following.budget < step.budget:
+            raise UserError(
+                f"{source}: steps are out of order: step {number} has {following.budget} tokens, "
+                f"fewer than the {step.budget} before it"
+            )

@@ -1,0 +1,303 @@
+"""`fluxvit_jax.plan`: the best cell or cascade of a search within a limit on its cost.
+
+A limit on the *average* cost of a video may be met by a cascade: easy videos stop early. Where a
+single cell is as accurate for as much, that cell is planned, as a cascade of one step. Accuracies
+are those that the search measured; nothing is interpolated.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import numpy as np
+
+from fluxvit_jax.adaptive import cascade as cascades
+from fluxvit_jax.adaptive.cascade import Cascade, Step
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.token_optimization import planner
+from fluxvit_jax.token_optimization.planner import Limit, Plan, Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CascadePlan:
+    """A cascade with its cost and accuracy; `str` describes it in a few sentences.
+
+    name: of the cascade in the report, or of the cell of a single step.
+    gflops, milliseconds: what each step costs a video that reaches it, all of the step's views; the
+        sum is the worst case. milliseconds is None where no device was given.
+    average_gflops, average_milliseconds: mean of the videos that the search chose on.
+    reached: the share of those that reach each step.
+    top1, top1_interval, split: as in `Plan`; chose: the accuracy that it was compared by.
+    over: on the reporting split, {"cell", "top1", "interval"}: by how much it is more accurate than
+        the best cell for as many GFLOPs; None of a single cell.
+    """
+
+    name: str
+    cascade: Cascade
+    gflops: tuple[float, ...]
+    milliseconds: tuple[float, ...] | None
+    average_gflops: float
+    average_milliseconds: float | None
+    reached: tuple[float, ...]
+    top1: float
+    top1_interval: tuple[float, float] | None
+    split: str
+    chose: float
+    over: Mapping[str, Any] | None
+    limits: tuple[Limit, ...]
+    device: str | None
+    why: str = ""
+
+    def __str__(self) -> str:
+        return self.why
+
+    def cost(self, kind: str) -> float | None:
+        """A cost by its name: an average, or "gflops" and "milliseconds" of the worst case."""
+        found = getattr(self, kind)
+        return sum(found) if isinstance(found, tuple) else found
+
+
+@overload
+def plan(
+    report: str | os.PathLike | Mapping[str, Any],
+    *,
+    milliseconds: float | None = ...,
+    gflops: float | None = ...,
+    tokens: int | None = ...,
+    device: str | None = ...,
+    merging: bool = ...,
+) -> Plan: ...
+@overload
+def plan(
+    report: str | os.PathLike | Mapping[str, Any],
+    *,
+    milliseconds: float | None = ...,
+    gflops: float | None = ...,
+    average_milliseconds: float | None = ...,
+    average_gflops: float | None = ...,
+    device: str | None = ...,
+) -> CascadePlan: ...
+def plan(
+    report: str | os.PathLike | Mapping[str, Any],
+    *,
+    milliseconds: float | None = None,
+    gflops: float | None = None,
+    tokens: int | None = None,
+    average_milliseconds: float | None = None,
+    average_gflops: float | None = None,
+    device: str | None = None,
+    merging: bool = True,
+) -> Plan | CascadePlan:
+    """The most accurate cell, or cascade, that costs no more than a limit.
+
+    With one of `milliseconds`, `gflops` and `tokens` alone it is a cell: see `planner.plan`. With
+    `average_milliseconds` or `average_gflops` it is a cascade whose mean cost of a video is within
+    the limit; `milliseconds` and `gflops` beside it limit the worst case. Accuracy is that on the
+    videos that the search chose on; ties go to the cheaper.
+
+    Args:
+        report, device: as in `planner.plan`.
+        merging: of cells; cascades have no cells that merge tokens.
+
+    Raises:
+        UserError: there is no such report, device or limit, the report has no cascades, or nothing
+            is within the limits; the line then names the cheapest.
+
+    >>> best = fluxvit_jax.plan("runs/k400_small", average_milliseconds=8)
+    >>> print(best)
+    >>> answers = model.run_cascade("a.mp4", best.cascade)
+    """
+    given = {"average_milliseconds": average_milliseconds, "average_gflops": average_gflops}
+    averages = [Limit(kind, value) for kind, value in given.items() if value is not None]
+    if not averages:
+        return planner.plan(
+            report,
+            milliseconds=milliseconds,
+            gflops=gflops,
+            tokens=tokens,
+            device=device,
+            merging=merging,
+        )
+    if len(averages) > 1 or tokens is not None:
+        raise UserError(
+            "an average limit is of milliseconds or of gflops; beside it only milliseconds and "
+            "gflops may be given, as limits of the worst case"
+        )
+    worst = {"milliseconds": milliseconds, "gflops": gflops}
+    limits = (*averages, *(Limit(k, value) for k, value in worst.items() if value is not None))
+    for limit in limits:
+        planner.check_limit(limit)
+    timed = any(limit.kind.endswith("milliseconds") for limit in limits)
+    known, device = planner.with_timings(report, device, timed)
+    return choose(known, limits, device)
+
+
+def choose(report: Report, limits: Sequence[Limit], device: str | None) -> CascadePlan:
+    """As `plan`, of a report that was read, and by the timings of a device that it knows.
+
+    limits: the first is one of an average.
+    """
+    costs = {own: _costs(own, limits) for own in plans(report, limits, device)}
+    timed = {own: cost for own, cost in costs.items() if cost}
+    if not timed:
+        raise UserError(f"the report has no cells timed on {device}; let --mode=search finish")
+    fitting = [
+        own
+        for own, cost in timed.items()
+        if all(one <= limit.value for one, limit in zip(cost, limits, strict=True))
+    ]
+    if not fitting:
+        cheapest = min(timed, key=lambda own: (timed[own][0], own.name))
+        words = [_cost_words(limit.kind, limit.value) for limit in limits]
+        takes = [
+            _cost_words(limit.kind, cost)
+            for limit, cost in zip(limits, timed[cheapest], strict=True)
+        ]
+        raise UserError(
+            f"no cell and no cascade is within {' and '.join(words)}; the cheapest, "
+            f"{cheapest.name}, takes {' and '.join(takes)}"
+        )
+    best = min(fitting, key=lambda own: (-own.chose, timed[own][0], own.average_gflops))
+    return replace(best, why=" ".join([*_sentences(best), *report["notes"]]))
+
+
+def _costs(own: CascadePlan, limits: Sequence[Limit]) -> list[float]:
+    """The limited costs; empty where one is not known."""
+    costs = [own.cost(limit.kind) for limit in limits]
+    return [cost for cost in costs if cost is not None] if None not in costs else []
+
+
+def plans(report: Report, limits: Sequence[Limit], device: str | None) -> list[CascadePlan]:
+    """Every cell that was measured on all videos and merges no tokens, and every cascade.
+
+    Raises UserError: the report has no cascades, or one is damaged.
+    """
+    if not report["cascades"]:
+        raise UserError(
+            "the report has no cascades: it is of an older search, or of one that is not finished "
+            "or had search.cascade_steps=1; run --mode=search again, which evaluates the cells "
+            "whose probabilities it lacks"
+        )
+    complete, _ = planner.by_certainty(planner.measured(report["cells"], merging=False))
+    views = report.get("view_count", 1)
+    found = [_of_cell(report, name, views, limits, device) for name in complete]
+    found += [
+        _of_cascade(report, name, own, views, limits, device)
+        for name, own in report["cascades"].items()
+        if len(own["steps"]) > 1
+    ]
+    return found
+
+
+def named(report: Report, name: str, source: str) -> Cascade:
+    """The cascade or cell of a name. Raises UserError: there is none. source: for the line."""
+    if own := report["cascades"].get(name):
+        return cascades.from_json(own, f"{source}: {name}")
+    if (cell := report["cells"].get(name)) and cell["method"] != "merge":
+        return Cascade((_step(name, cell),))
+    known = ", ".join(report["cascades"]) or "none: run --mode=search"
+    raise UserError(f"{source}: has no cascade {name!r}; there are {known}")
+
+
+def _step(name: str, cell: Mapping[str, Any]) -> Step:
+    size = {key: cell[key] for key in ("budget", "frames", "resolution", "head")}
+    return Step(**size, cell=name)
+
+
+def _of_cell(
+    report: Report, name: str, views: int, limits: Sequence[Limit], device: str | None
+) -> CascadePlan:
+    cell = report["cells"][name]
+    split, accuracy = planner.accuracy_of(cell)
+    time = planner.cost_of(report, name, "milliseconds", device)
+    return CascadePlan(
+        name=name,
+        cascade=Cascade((_step(name, cell),)),
+        gflops=(views * cell["gflops"],),
+        milliseconds=None if time is None else (views * time,),
+        average_gflops=views * cell["gflops"],
+        average_milliseconds=None if time is None else views * time,
+        reached=(1.0,),
+        top1=accuracy["top1"],
+        top1_interval=accuracy.get("top1_interval"),
+        split=split,
+        chose=cell["choose"]["top1"],
+        over=None,
+        limits=tuple(limits),
+        device=device,
+    )
+
+
+def _of_cascade(
+    report: Report,
+    name: str,
+    own: Mapping[str, Any],
+    views: int,
+    limits: Sequence[Limit],
+    device: str | None,
+) -> CascadePlan:
+    cascade = cascades.from_json(own, f"the report: {name}")
+    split, accuracy = planner.accuracy_of(own)
+    reached = own["choose"]["reached"]
+    times = _step_milliseconds(report, cascade, views, device)
+    return CascadePlan(
+        name=name,
+        cascade=cascade,
+        gflops=tuple(own["gflops"]),
+        milliseconds=times,
+        average_gflops=own["choose"]["average_gflops"],
+        average_milliseconds=None if times is None else float(np.dot(reached, times)),
+        reached=tuple(reached),
+        top1=accuracy["top1"],
+        top1_interval=accuracy.get("top1_interval"),
+        split=split,
+        chose=own["choose"]["top1"],
+        over=own["over"],
+        limits=tuple(limits),
+        device=device,
+    )
+
+
+def _step_milliseconds(
+    report: Report, cascade: Cascade, views: int, device: str | None
+) -> tuple[float, ...] | None:
+    """What each step takes, all of its views but those that the step before has looked at."""
+    found, before = [], None
+    for step in cascade.steps:
+        time = planner.cost_of(report, step.cell, "milliseconds", device)
+        if time is None:
+            return None
+        seen = before.views if before and before.cell == step.cell else 0
+        found.append(time * ((step.views or views) - seen))
+        before = step
+    return tuple(found)
+
+
+def _sentences(p: CascadePlan) -> list[str]:
+    average = [planner.amount("gflops", p.average_gflops)]
+    worst = [planner.amount("gflops", sum(p.gflops))]
+    if p.milliseconds is not None and p.average_milliseconds is not None:
+        average.insert(0, planner.amount("milliseconds", p.average_milliseconds, p.device))
+        worst.insert(0, planner.amount("milliseconds", sum(p.milliseconds)))
+    accuracy = planner.accuracy_words(p.split, p.top1, p.top1_interval)
+    if p.split != "choose":
+        accuracy += f"; {p.chose:.1%} {planner.CHOSE}"
+    words = [
+        f"{p.name}: {p.cascade}.",
+        f"On average {', '.join(average)}, at worst {', '.join(worst)}; {accuracy}.",
+    ]
+    if len(p.reached) > 1:
+        shares = ", ".join(f"{share:.0%}" for share in p.reached[1:])
+        words.append(f"{shares} of the videos go on.")
+    if p.over and len(p.reached) > 1:
+        gain = f"{100 * p.over['top1']:+.1f} points{planner.spread(p.over['interval'])}"
+        words.append(f"Against {p.over['cell']}, the best cell for as many GFLOPs: {gain}.")
+    return words
+
+
+def _cost_words(kind: str, value: float) -> str:
+    """Such as "8 ms on average", "20 ms at worst"."""
+    average = kind.startswith("average_")
+    words = planner.amount(kind.removeprefix("average_"), value)
+    return f"{words} on average" if average else f"{words} at worst"

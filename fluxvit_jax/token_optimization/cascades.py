@@ -1,0 +1,214 @@
+"""The cascades of a search: found in the probabilities that its cells gave, without another pass.
+
+Single cells on the Pareto front of accuracy and GFLOPs, and those that were chosen for a budget,
+are the steps that cascades may have. Temperatures, thresholds, rules and order are all chosen on
+the choosing split; the reporting split tells how good they are.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fluxvit_jax.adaptive import fitting
+from fluxvit_jax.adaptive.cascade import Answers, Cascade, Step
+from fluxvit_jax.adaptive.fitting import Entry, Found
+from fluxvit_jax.evaluation.calibration import fit_temperature
+from fluxvit_jax.reports.confidence_intervals import paired_difference, share_interval
+from fluxvit_jax.token_optimization.candidates import Candidate
+from fluxvit_jax.token_optimization.results_log import CHOOSE, REPORT
+
+MOST = 60  # cascades in a report
+MOST_CELLS = 10  # that their steps are of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What cells say of the readable videos of a split.
+
+    probabilities: by cell, float32 [n, view counts, C]; labels: int [n]; failed: number of videos
+    that could not be read, which count as wrong.
+    """
+
+    probabilities: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    failed: int
+
+    @property
+    def videos(self) -> int:
+        return len(self.labels) + self.failed
+
+    def answers(self, cascade: Cascade, view_counts: Sequence[int]) -> Answers:
+        """What a cascade says of the readable videos, by what its cells said."""
+
+        def ask(number: int, videos: np.ndarray) -> np.ndarray:
+            step = cascade.steps[number]
+            at = view_counts.index(step.views) if step.views else -1
+            return self.probabilities[step.cell][videos, at]
+
+        return cascade.run(len(self.labels), ask)
+
+
+def members(
+    candidates: Sequence[Candidate],
+    top1: Mapping[str, float],
+    gflops: Mapping[str, float],
+    chosen: Collection[str],
+) -> list[Candidate]:
+    """The cells that cascades are made of, at most `MOST_CELLS`, by rising cost.
+
+    candidates: those measured on all videos, without merging; top1: on the choosing split; chosen:
+    names of those that a budget chose.
+    """
+    ordered = sorted(candidates, key=lambda c: (gflops[c.name], -top1[c.name], c.name))
+    wanted, most = [], -1.0
+    for candidate in ordered:
+        name = candidate.name
+        if top1[name] > most or (name in chosen and candidate.method == "select"):
+            wanted.append(candidate)
+        most = max(most, top1[name])
+    best = sorted(wanted, key=lambda c: (-top1[c.name], gflops[c.name]))[:MOST_CELLS]
+    return [candidate for candidate in ordered if candidate in best]
+
+
+def find(
+    cells: Sequence[Candidate],
+    table: Table,
+    view_counts: Sequence[int],
+    costs: Mapping[str, tuple[float, float]],
+    max_steps: int,
+) -> list[Found]:
+    """The front of cascades of cells on the choosing split, `MOST` of them, by rising cost.
+
+    table: of that split; costs: GFLOPs of one view at each cell, and their part that ranks patches.
+    """
+    entries = [
+        Entry(
+            step=Step(
+                budget=cell.budget,
+                frames=cell.grid.frames,
+                resolution=cell.grid.resolution,
+                head=cell.head,
+                views=0 if views == view_counts[-1] else views,
+                temperature=fit_temperature(table.probabilities[cell.name][:, at], table.labels),
+                cell=cell.name,
+            ),
+            probabilities=table.probabilities[cell.name][:, at],
+            cost=views * costs[cell.name][0],
+            shared=views * costs[cell.name][1],
+        )
+        for cell in cells
+        for at, views in enumerate(view_counts)
+    ]
+    found = fitting.front(entries, table.labels, max_steps)
+    if len(found) <= MOST:
+        return found
+    return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, MOST).round().astype(int))]
+
+
+def describe_all(
+    cells: Sequence[Candidate],
+    tables: Mapping[str, Table],
+    view_counts: Sequence[int],
+    costs: Mapping[str, tuple[float, float]],
+    max_steps: int,
+) -> dict[str, Any]:
+    """The cascades of a report by name, by rising GFLOPs.
+
+    {"confidence", "steps", "gflops", "choose", "report", "over", "stopped_by_class"}: see
+    `Cascade.to_json`, `step_costs`, `describe`, `gain_over` and `stopped_by_class`, the last two on
+    the reporting split.
+
+    tables: of both splits; costs: as in `find`.
+    """
+    choosing, reporting = tables[CHOOSE], tables[REPORT]
+    singles = {
+        cell.name: (
+            view_counts[-1] * costs[cell.name][0],
+            float(
+                (choosing.probabilities[cell.name][:, -1].argmax(axis=1) == choosing.labels).mean()
+            ),
+        )
+        for cell in cells
+    }
+    described = {}
+    for number, one in enumerate(find(cells, choosing, view_counts, costs, max_steps), 1):
+        cascade, on_choosing = one.cascade, describe(one.cascade, choosing, view_counts, costs)
+        most = on_choosing["average_gflops"] * (1 + 1e-9)
+        within = {name: right for name, (cost, right) in singles.items() if cost <= most}
+        best = max(within, key=lambda name: within[name], default=None)
+        described[f"cascade-{number:02d}"] = cascade.to_json() | {
+            "gflops": step_costs(cascade, costs, view_counts[-1]),
+            CHOOSE: on_choosing,
+            REPORT: describe(cascade, reporting, view_counts, costs),
+            "over": best and gain_over(best, cascade, reporting, view_counts),
+            "stopped_by_class": stopped_by_class(cascade, reporting, view_counts),
+        }
+    return described
+
+
+def describe(
+    cascade: Cascade,
+    table: Table,
+    view_counts: Sequence[int],
+    costs: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """A cascade on a split: {"videos", "top1", "top1_interval", "average_gflops", "reached"}.
+
+    "reached": the share of the readable videos that reach each step. costs: as in `find`.
+    """
+    answers = table.answers(cascade, view_counts)
+    right = int((answers.probabilities.argmax(axis=1) == table.labels).sum())
+    reached = [float((answers.step >= number).mean()) for number in range(len(cascade.steps))]
+    return {
+        "videos": table.videos,
+        "top1": right / table.videos,
+        "top1_interval": share_interval(right, table.videos),
+        "average_gflops": sum(
+            share * cost
+            for share, cost in zip(
+                reached, step_costs(cascade, costs, view_counts[-1]), strict=True
+            )
+        ),
+        "reached": reached,
+    }
+
+
+def step_costs(
+    cascade: Cascade, costs: Mapping[str, tuple[float, float]], all_views: int
+) -> list[float]:
+    """What each step costs a video that reaches it; costs: as in `find`."""
+    nothing = np.zeros((0, 1), np.float32)
+    entries = []
+    for step in cascade.steps:
+        cost, shared = (one * (step.views or all_views) for one in costs[step.cell])
+        entries.append(Entry(step=step, probabilities=nothing, cost=cost, shared=shared))
+    return fitting.costs_of(entries)
+
+
+def stopped_by_class(
+    cascade: Cascade, table: Table, view_counts: Sequence[int]
+) -> dict[str, list[int]]:
+    """How many videos of each class stop at each step, by the number of the class as text."""
+    steps = table.answers(cascade, view_counts).step
+    return {
+        str(label): np.bincount(steps[table.labels == label], minlength=len(cascade.steps)).tolist()
+        for label in np.unique(table.labels)
+    }
+
+
+def gain_over(
+    cell: str, cascade: Cascade, table: Table, view_counts: Sequence[int]
+) -> dict[str, Any]:
+    """By how much a cascade is more accurate than a cell with all views, paired over the videos."""
+    right = [
+        answers.argmax(axis=1) == table.labels
+        for answers in (
+            table.answers(cascade, view_counts).probabilities,
+            table.probabilities[cell][:, -1],
+        )
+    ]
+    wrong = np.zeros(table.failed, bool)
+    mean, interval = paired_difference(*(np.append(own, wrong) for own in right))
+    return {"cell": cell, "top1": mean, "interval": interval, "videos": table.videos}
