@@ -121,6 +121,9 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "classes", [], "predict: names of any classes, for Flux-CLIP: opening a door,closing it."
     )
+    flags.DEFINE_boolean(
+        "calibrated", False, "predict: probabilities at the temperatures of the newest evaluation."
+    )
     flags.DEFINE_float("milliseconds", None, "predict: the best setting of a search in this time.")
 
 

@@ -144,6 +144,7 @@ def _run_weights(options: "flags.FlagValues") -> int:
         workdir=options.workdir,
         window=options.window,
         stride=options.stride,
+        calibrated=options.calibrated,
     )
     with storage.write_errors(out):
         return predict.run(settings, options.config)

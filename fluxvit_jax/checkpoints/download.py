@@ -20,7 +20,13 @@ WEB = ("https://", "http://")
 _HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([^@]+))?")
 _CHUNK = 1 << 20
 # What a folder of weights may hold besides: the last two of Flux-CLIP.
-BESIDE = (weight_files.CONFIG, weight_files.PREPROCESSOR, weight_files.CLIP, VOCABULARY.name)
+BESIDE = (
+    weight_files.CONFIG,
+    weight_files.PREPROCESSOR,
+    weight_files.EVALUATIONS,
+    weight_files.CLIP,
+    VOCABULARY.name,
+)
 
 
 def local_copy(source: storage.PathLike) -> storage.PathLike:

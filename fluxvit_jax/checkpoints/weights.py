@@ -67,11 +67,12 @@ def _find_workdir(workdir: storage.PathLike) -> FoundWeights:
 
 
 def _evaluations(step: epath.Path) -> tuple[dict[str, Any], ...]:
-    """The reports of `--mode=evaluate` in a workdir that are of one of its steps."""
+    """The reports of `--mode=evaluate` in a workdir that are of one of its steps, newest last."""
     workdir = step.parents[1]
     folder, found = workdir / EVALUATION, []
     with storage.errors(folder):
-        for path in sorted(folder.glob("*.json")) if folder.exists() else []:
+        paths = sorted(folder.glob("*.json")) if folder.exists() else []
+        for path in sorted(paths, key=lambda path: path.stat().mtime):
             try:
                 report = storage.parse_json(path.read_text())
             except (OSError, ValueError):

@@ -33,11 +33,14 @@ from fluxvit_jax.models import fluxvit
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 CARD = "README.md"
+EVALUATIONS = "evaluations.json"
 WEIGHTS = "model.safetensors"
 CLIP = "clip.safetensors"  # beside it, of Flux-CLIP; see `clip_parts`
 NETWORK = "torch_fluxvit.py"  # goes along, so that PyTorch can run the folder without us
 EMBEDDED = "fluxvit_jax"  # where a single file keeps both configs, as JSON
 PTH = (".pth", ".pt", ".bin")
+# Fields of a report that an `EVALUATIONS` holds, and "multi_label".
+PUBLISHED = {"data", "dataset", "views", "class_names", "budgets", "failures"}
 # Of wrappers around the network: DistributedDataParallel, the official code's stages.
 PREFIXES = ("module.", "backbone.", "encoder.", "vision_encoder.")
 
@@ -47,7 +50,8 @@ class Pretrained(NamedTuple):
 
     state: official name -> array, in the dtype of the file.
     notes: a line for each thing that was allowed and found.
-    evaluations: reports of `--mode=evaluate` that are of these weights, for the model card.
+    evaluations: reports of `--mode=evaluate` that are of these weights, the newest last, for the
+        model card and for temperatures.
     """
 
     state: dict[str, np.ndarray]
@@ -150,7 +154,20 @@ def _find_folder(folder: Path) -> FoundWeights:
         read_config(folder / name) if (folder / name).exists() else {}
         for name in (CONFIG, PREPROCESSOR)
     )
-    return FoundWeights(_without_prefixes(tensors, folder), config, preprocessor)
+    return FoundWeights(
+        _without_prefixes(tensors, folder), config, preprocessor, _read_evaluations(folder)
+    )
+
+
+def _read_evaluations(folder: Path) -> tuple[dict[str, Any], ...]:
+    """What `_write_evaluations` wrote; UserError if the file holds something else."""
+    path = folder / EVALUATIONS
+    reports = read_config(path).get("evaluations") if path.exists() else []
+    if not isinstance(reports, list) or not all(
+        isinstance(report, dict) and report.keys() >= PUBLISHED for report in reports
+    ):
+        raise UserError(f"{path}: holds no evaluations; the folder can do without the file")
+    return tuple(reports)
 
 
 def read_tensors(source: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -255,7 +272,24 @@ def _write_folder(pretrained: Pretrained, folder: Path) -> None:
         replace(folder / (CONFIG if name == "config" else PREPROCESSOR), _writer(text))
     card = model_card(pretrained.state, pretrained.config, pretrained.evaluations)
     replace(folder / CARD, _writer(card))
+    _write_evaluations(pretrained.evaluations, folder / EVALUATIONS)
     replace(folder / NETWORK, lambda path: shutil.copyfile(Path(__file__).parent / NETWORK, path))
+
+
+def _write_evaluations(evaluations: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy and calibration, without what only concerns this machine: paths, names of videos."""
+    reports: list[dict[str, Any]] = []
+    for report in evaluations:
+        if report.keys() >= PUBLISHED:  # not of retrieval
+            data = os.path.basename(str(report["data"]).rstrip("/"))
+            failures: list[dict] = [{} for _ in report["failures"]]
+            own = {name: report[name] for name in sorted(PUBLISHED)}
+            several = {name: report[name] for name in ("multi_label",) if name in report}
+            reports.append(own | several | {"data": data, "failures": failures})
+    if reports:
+        replace(path, _writer(json.dumps({"evaluations": reports}, indent=1) + "\n"))
+    else:
+        path.unlink(missing_ok=True)  # of the weights that were here
 
 
 def _writer(text: str) -> Callable[[Path], Any]:

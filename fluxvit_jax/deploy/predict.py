@@ -53,17 +53,20 @@ def predict(
     timed: bool = False,
     head: int | None = None,
     classifier: TextClassifier | None = None,
+    calibrated: bool = False,
 ) -> Shown:
     """The likeliest classes of a clip at a budget, and the patches that were kept.
 
     head: by default the one that was trained at the nearest budget.
     classifier: of Flux-CLIP, whose classes then are named; by default those of the weights.
     timed: whether the pass is run again, without compiling, for its time; otherwise that is 0.
+    calibrated: whether probabilities are at the temperature of `model.temperature_at`.
     """
     out = model(clip.frames, budget, head)
     if classifier:
         out = out._replace(logits=classifier.logits(out.pooled))
-    (found,) = model.likeliest(out, class_names, top)
+    temperature = model.temperature_at(out.tokens_kept) if calibrated else 1.0
+    (found,) = model.likeliest(out, class_names, top, temperature)
     seconds = _seconds(model, clip, budget, head) if timed else 0.0
     return Shown(budget, clip.frames, np.asarray(out.kept[0]), clip.times, found, out.head, seconds)
 
@@ -115,6 +118,7 @@ class Options(NamedTuple):
     workdir: str | None = None  # whose search then plans, before that of the weights
     window: str = ""  # length of a window, such as "4s"; none: no timeline
     stride: str = ""  # from window to window; the length by default
+    calibrated: bool = False  # whether probabilities are at the temperatures of an evaluation
 
 
 def run(options: Options, config: ConfigDict | None = None) -> int:
@@ -142,6 +146,8 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     if options.milliseconds is not None:
         model, settings, head = _planned(model, options)
     classifier = _text_classifier(model, options)
+    if options.calibrated:
+        _tell_calibration(model, options)
     job = _Job(
         model,
         settings,
@@ -152,6 +158,7 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
         Path(options.out),
         windows,
         classifier,
+        options.calibrated,
     )
     try:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -184,11 +191,21 @@ class _Job(NamedTuple):
     out: Path
     windows: tuple[float, float] | None  # seconds of a window, and from window to window
     classifier: TextClassifier | None  # of classes by their names
+    calibrated: bool
 
     def predict(self, clip: Clip, budget: int, top: int, timed: bool = False) -> Shown:
         """What `predict` finds."""
-        names, classifier = self.class_names, self.classifier
-        return predict(self.model, clip, budget, names, top, timed, self.head, classifier)
+        return predict(
+            self.model,
+            clip,
+            budget,
+            self.class_names,
+            top,
+            timed,
+            self.head,
+            self.classifier,
+            self.calibrated,
+        )
 
     def read(self, path: Path) -> list[Clip]:
         """The clip of each setting. Raises DecodeError."""
@@ -408,6 +425,24 @@ def _text_classifier(model: PretrainedModel, options: Options) -> TextClassifier
             "trained on; weights of Flux-CLIP name any, see configs/clip.py"
         )
     return model.space.classifier(options.classes)
+
+
+def _tell_calibration(model: PretrainedModel, options: Options) -> None:
+    """Says on stderr which evaluation the temperatures of `--calibrated` are of.
+
+    Raises UserError: there is none; with `--classes`, whose probabilities none has measured.
+    """
+    if options.classes:
+        raise UserError("--calibrated: is for the classes of the weights; leave out --classes")
+    try:
+        model.temperature_at(1)
+    except UserError as error:
+        raise UserError(f"--calibrated: {options.weights}: {error}") from error
+    report = model.calibration
+    assert report is not None  # or there are no temperatures
+    listed = ", ".join(f"{t:.3g} at {count(b, 'token')}" for b, t in model.temperatures.items())
+    videos = count(report["dataset"]["videos"], "video")
+    print(f"temperatures of {videos} of {report['data']}: {listed}", file=sys.stderr)
 
 
 def _class_names(

@@ -127,7 +127,7 @@ class PretrainedModel:
     Attributes:
         params: nested dict of float32 arrays.
         config: `PretrainedConfig`: the network, the budgets of its heads, its classes.
-        evaluations: reports of `--mode=evaluate` that are of these weights.
+        evaluations: reports of `--mode=evaluate` that are of these weights, the newest last.
         space: of weights of Flux-CLIP, what maps videos and texts into one space; else None.
     """
 
@@ -202,6 +202,8 @@ class PretrainedModel:
         tokens: int | None = None,
         top: int = 5,
         head: int | None = None,
+        *,
+        calibrated: bool = False,
     ) -> list[Prediction] | list[list[Prediction]]:
         """The `top` likeliest classes of a video, likeliest first; of several, a list of these.
 
@@ -212,9 +214,12 @@ class PretrainedModel:
                 tokens for frames. A file is read on the grid of the nearest setting, as
                 --mode=predict reads it; frames are taken as they are.
             head: by default the one that was trained at the nearest budget.
+            calibrated: whether probabilities are at the temperature of `temperature_at`; by default
+                they are as the network gives them.
 
         Raises:
-            UserError: a file is missing, or no video that can be read.
+            UserError: a file is missing, or no video that can be read; no evaluation has the
+                temperatures for `calibrated`.
             ValueError: frames, a budget, a head or a `top` that cannot be.
 
         >>> model.predict("a.mp4", tokens=512, top=2)
@@ -227,7 +232,12 @@ class PretrainedModel:
         found = [
             own
             for output in self._outputs(video, tokens, head)
-            for own in self.likeliest(output, self.labels, top)
+            for own in self.likeliest(
+                output,
+                self.labels,
+                top,
+                self.temperature_at(output.tokens_kept) if calibrated else 1.0,
+            )
         ]
         return found if _are_several(video) else found[0]
 
@@ -319,13 +329,52 @@ class PretrainedModel:
             )
         return self.space
 
-    def likeliest(self, output: Output, names: Sequence[str], top: int) -> list[list[Prediction]]:
+    @functools.cached_property
+    def calibration(self) -> dict[str, Any] | None:
+        """The newest of `evaluations` that has a temperature for each budget; None without one.
+
+        Its "data" and "dataset" say of which videos the temperatures are.
+        """
+        for report in reversed(self.evaluations):
+            # One of classes that were named by texts is of other logits.
+            own = len(report.get("class_names", ())) == self.config.model.classes
+            rows = report.get("budgets", {}).values()
+            if own and rows and all("calibration" in row for row in rows):
+                return report
+        return None
+
+    @property
+    def temperatures(self) -> dict[int, float]:
+        """budget -> the temperature that `calibration` has for it; {} where that is None."""
+        rows = self.calibration["budgets"] if self.calibration else {}
+        return {int(budget): row["calibration"]["temperature"] for budget, row in rows.items()}
+
+    def temperature_at(self, tokens: int) -> float:
+        """The temperature of the budget nearest to so many kept tokens, of those in `temperatures`.
+
+        Raises UserError: there are none, as with several labels a video.
+        """
+        if self.config.multi_label:
+            raise UserError(
+                "temperatures are for one label a video, and these weights have several"
+            )
+        known = list(self.temperatures)
+        if not known:
+            raise UserError(
+                "no evaluation has calibrated these weights, so they have no temperatures: run "
+                "--mode=evaluate on their workdir, and name that as the weights"
+            )
+        return self.temperatures[known[nearest_head(tokens, known)]]
+
+    def likeliest(
+        self, output: Output, names: Sequence[str], top: int, temperature: float = 1.0
+    ) -> list[list[Prediction]]:
         """The `top` likeliest classes of each clip, likeliest first.
 
-        Their probabilities are the softmax of the logits, or with `config.multi_label` the sigmoid
-        of each.
+        Their probabilities are the softmax of the logits, divided by `temperature`, or with
+        `config.multi_label` the sigmoid of each.
         """
-        logits = np.asarray(output.logits, np.float64)
+        logits = np.asarray(output.logits, np.float64) / temperature
         if self.config.multi_label:
             probabilities = np.exp(-np.logaddexp(0, -logits))
         else:

@@ -261,6 +261,11 @@ def gather(items: Sequence[Any]) -> list[Any]:
     return [item for host in sorted(by_host) for item in json.loads(by_host[host])]
 
 
+def sum_over_hosts(values: np.ndarray) -> np.ndarray:
+    """The sum of an array of every host, on every host; see `gather`."""
+    return np.sum(gather([values.tolist()]), axis=0)
+
+
 def _key(number: int) -> str:
     return f"fluxvit_jax/gathering/{number}/"
 

@@ -62,11 +62,12 @@ from fluxvit_jax.distributed.mesh import (
     round_up_to_shards,
     say,
     shard_batch,
+    sum_over_hosts,
     traced_on_mesh,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import average_precision, zero_shot
+from fluxvit_jax.evaluation import average_precision, calibration, zero_shot
 from fluxvit_jax.evaluation.results import SUFFIX, TOP
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.models import fluxvit
@@ -95,7 +96,8 @@ class Evaluation(NamedTuple):
 
     report: {"dataset", "views", "budgets", "failures", "warning"}, as in a workdir's
         `evaluation/*.json`; "top1" and "top5" are shares of all videos, including failed ones;
-        "loss" is the mean cross-entropy of those that were read;
+        "loss" is the mean cross-entropy of those that were read, and "calibration", if it was asked
+        for, what `calibration.measure` finds of these;
         "warning" is None unless more videos failed than `data.max_bad_fraction`. With several
         labels a video there is "multi_label": true, and in place of "top1" and "top5" are "map" and
         "ap", of each class or None; "videos_of_class" counts them.
@@ -135,12 +137,16 @@ class Evaluation(NamedTuple):
             measures = {"map": "mAP"}
         elif self.classes <= TOP:
             del measures["top5"]
+        rows = self.report["budgets"]
+        if all("calibration" in row for row in rows.values()):
+            measures["ece"] = "ECE"
         heads = "".join(f"  {name:>6}" for name in measures.values())
         lines = [f"budget  frames  resolution  tokens  head{heads}"]
-        for budget, row in self.report["budgets"].items():
+        for budget, row in rows.items():
+            shares = row | {"ece": row.get("calibration", {}).get("ece")}
             lines.append(
                 f"{budget:>6}  {row['frames']:>6}  {row['resolution']:>7} px  {row['tokens']:>6}  "
-                f"{row['head']:>4}" + "".join(f"  {row[measure]:>6.2%}" for measure in measures)
+                f"{row['head']:>4}" + "".join(f"  {shares[measure]:>6.2%}" for measure in measures)
             )
         return "\n".join(lines)
 
@@ -223,6 +229,7 @@ def evaluate(
     settings: Sequence[Setting] = (),
     quarantine: Quarantine | None = None,
     after_batch: Callable[[], None] = lambda: None,
+    measure_calibration: bool = False,
 ) -> Evaluation | None:
     """Accuracy of `params` on the videos of `source`.
 
@@ -234,6 +241,8 @@ def evaluate(
             True, evaluation ends and returns None.
         quarantine: see `pipeline.evaluation_batches`.
         after_batch: called after each batch.
+        measure_calibration: of one label a video. It keeps all probabilities in memory, on each
+            host those of its own videos.
 
     Raises:
         UserError: there are no videos, none can be read, or too little shared memory.
@@ -251,6 +260,7 @@ def evaluate(
         for setting in settings
     ]
     videos: list[dict[str, Any]] = []
+    kept = _Kept([], [[] for _ in settings])
 
     def take(batch: dict[str, np.ndarray]) -> None:
         found = [
@@ -258,12 +268,15 @@ def evaluate(
             for k, program in enumerate(programs)
             for own in probabilities([program], params, batch["video"], batch[f"patches{k}"], mesh)
         ]
+        if measure_calibration:
+            kept.add(batch, found)
         tops = [likeliest(own) for own in found]
         loss_of = _binary_cross_entropy if multi_label else _cross_entropy
         losses = [loss_of(own, batch["label"]) for own in found]
         videos.extend(
             {
                 "number": int(number),
+                "host": host_index(),
                 "id": str(batch["id"][row]),
                 "label": _label(batch["label"][row]),
                 "failure": str(batch["failure"][row]),
@@ -287,6 +300,10 @@ def evaluate(
             config.data.validation, len(source), source[0], videos[0]["failure"]
         )
     report = _report(config, source, settings, videos)
+    if measure_calibration:
+        measured = _calibration(kept, videos)
+        for row, calibrated in zip(report["budgets"].values(), measured, strict=True):
+            row["calibration"] = calibrated
     return Evaluation(report, _predictions(settings, videos), config.model.classes)
 
 
@@ -551,6 +568,43 @@ def _mean_average_precision(classes: int, videos: Sequence[dict], k: int) -> dic
     return {"map": average_precision.mean(precisions), "ap": precisions}
 
 
+class _Kept(NamedTuple):
+    """Probabilities of the videos that this host has read.
+
+    numbers: of the videos of each batch, int [b]; probabilities: of each setting and batch, float32
+    [b, classes].
+    """
+
+    numbers: list[np.ndarray]
+    probabilities: list[list[np.ndarray]]
+
+    def add(self, batch: dict[str, np.ndarray], found: Sequence[np.ndarray]) -> None:
+        """Adds a batch. found: the probabilities of its rows for each setting."""
+        read = (batch["video"] >= 0) & (batch["failure"] == "")
+        self.numbers.append(batch["video"][read])
+        for own, rows in zip(self.probabilities, found, strict=True):
+            own.append(rows[read])
+
+
+def _calibration(kept: _Kept, videos: Sequence[dict]) -> list[dict[str, Any]]:
+    """What `calibration.measure` finds at each setting. All hosts call it.
+
+    The hosts tell each other sums alone: the probabilities of a large data set are many.
+
+    videos: of all hosts. Of hosts that have read the same video only its "host" counts it.
+    """
+    read = [video for video in videos if not video["failure"]]
+    labels = np.array([video["label"] for video in read])
+    first = calibration.first_half(labels)
+    own = np.flatnonzero([video["host"] == host_index() for video in read])
+    row_of = {int(number): row for row, number in enumerate(np.concatenate(kept.numbers))}
+    rows = np.array([row_of[read[i]["number"]] for i in own], np.int64)
+    return [
+        calibration.measure(np.concatenate(parts)[rows], labels[own], first[own], sum_over_hosts)
+        for parts in kept.probabilities
+    ]
+
+
 def _multi_hot(videos: Sequence[dict], classes: int) -> np.ndarray:
     """Which classes each video has: bool [n, classes]."""
     return label_array([tuple(video["label"]) for video in videos], classes).astype(bool)
@@ -607,7 +661,13 @@ def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> in
     say(f"evaluating {loaded.origin} on {len(source)} videos")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
         evaluation = evaluate(
-            loaded.params, config, source, mesh, settings=settings, after_batch=watchdog.alive
+            loaded.params,
+            config,
+            source,
+            mesh,
+            settings=settings,
+            after_batch=watchdog.alive,
+            measure_calibration=not config.train.multi_label,
         )
     assert evaluation is not None  # nothing stops it
     if host_index() == 0:

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import confusion_chart, precision_page
+from fluxvit_jax.evaluation.calibration_chart import calibration_section
 from fluxvit_jax.evaluation.page_parts import (
     CSS,
     SHOWN,
@@ -129,6 +130,7 @@ def _page(results: Results, confusion: np.ndarray, name: str) -> str:
         _confusion(results, confusion, name),
         _classes(results, confusion),
         _mistakes(results),
+        calibration_section(report),
         failures(results.report),
     )
     title = f"Evaluation of {report.get('checkpoint', name)}"

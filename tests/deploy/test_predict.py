@@ -23,6 +23,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization.planner import read_report
 from tests import tiny
 from tests.data.videos import moving_texture, write_video
+from tests.deploy.test_pretrained import evaluated
 from tests.test_main import error_line, outcome
 from tests.token_optimization.test_planner import (
     BEST,
@@ -103,6 +104,34 @@ def test_it_answers_as_the_model_does(weights, videos, tmp_path, capsys):
                 assert best in said
                 assert clip.frames.shape == (frames, resolution, resolution, 3)
     assert (tmp_path / "portrait.kept.html").exists() and (tmp_path / "one.kept.mp4").exists()
+
+
+def test_calibrated_probabilities(finished, videos, tmp_path, capsys):
+    workdir = evaluated(finished.workdir, tmp_path / "run")
+    assert run(options(workdir, videos / "odd.mp4", tmp_path, top=4, calibrated=True)) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == (
+        "temperatures of 13 videos of /home/lists/b.csv: 0.5 at 24 tokens, 2 at 12 tokens"
+    )
+    model = fluxvit_jax.from_pretrained(workdir)
+    for tokens in GRIDS:
+        for name, probability in model.predict(videos / "odd.mp4", tokens, calibrated=True):
+            assert f"{probability:7.2%}  {name}" in said.out
+    plain = model.predict(videos / "odd.mp4", 12)
+    assert f"{plain[0].probability:7.2%}  {plain[0].name}" not in said.out
+
+
+def test_calibration_that_is_not_known(finished, videos, tmp_path):
+    """And not of classes that are named by texts, for which Flux-CLIP's weights are needed."""
+    folder = tmp_path / "folder"
+    weight_files.write(read_weights(finished.workdir)._replace(evaluations=()), folder)
+    for more, message in (
+        ({}, f"--calibrated: {folder}: no evaluation has calibrated these weights"),
+        ({"classes": ["a", "b"]}, "has no text encoder"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            run(options(folder, videos / "odd.mp4", tmp_path, calibrated=True, **more))
+        assert "\n" not in str(error.value)
 
 
 def test_a_clip_is_the_middle_square_of_evenly_spread_frames(videos):

@@ -1,13 +1,20 @@
 """A trained network called from Python: golden numbers, budgets, videos of all kinds."""
 
+import json
+import os
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import fluxvit_jax
+from fluxvit_jax.checkpoints.checkpointer import find_step
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.deploy.pretrained import as_patches
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.calibration import at_temperature
 from fluxvit_jax.models import fluxvit
 from tests.models import golden
 from tests.models.test_fluxvit_golden import GOOD_CASES
@@ -208,6 +215,70 @@ def test_predictions_have_names(finished, tiny_data, tmp_path):
         "Output(logits=float32[1, 4], pooled=float32[1, 64], kept=bool[1, 4, 2, 2], "
         "tokens_kept=12, head=1)"
     )
+
+
+def evaluated(workdir: Path, target: Path) -> Path:
+    """A copy of a workdir with three evaluations of its best step; not of the newest's classes."""
+    shutil.copytree(workdir, target)
+    shutil.rmtree(target / "evaluation", ignore_errors=True)
+    (target / "evaluation").mkdir()
+    evaluations = ("z", 4, (3.0, 4.0)), ("b", 4, (0.5, 2.0)), ("a", 9, (5.0, 6.0))
+    for age, (name, classes, temperatures) in enumerate(evaluations):
+        budgets = {
+            str(budget): {"top1": 0.5, "top5": 1.0, "frames": 6, "resolution": 42}
+            | {"calibration": {"temperature": temperature}}
+            for budget, temperature in zip((24, 12), temperatures, strict=True)
+        }
+        report = {
+            "checkpoint": f"checkpoints/{find_step(workdir).name}",
+            "data": f"/home/lists/{name}.csv",
+            "dataset": {"videos": 13},
+            "views": "2x1",
+            "class_names": [f"class {i}" for i in range(classes)],
+            "budgets": budgets,
+            "failures": [{"id": "/home/bad.mp4", "reason": "truncated"}],
+        }
+        path = target / "evaluation" / f"{name}.json"
+        path.write_text(json.dumps(report))
+        os.utime(path, (1e9 + age, 1e9 + age))
+    return target
+
+
+def test_temperatures_of_the_newest_evaluation(finished, tmp_path):
+    """Of the budget nearest to the tokens; they go along into a folder, without paths and names."""
+    run = fluxvit_jax.from_pretrained(evaluated(finished.workdir, tmp_path / "run"))
+    assert run.temperatures == {24: 0.5, 12: 2.0} and run.calibration["data"] == "/home/lists/b.csv"
+    assert [run.temperature_at(tokens) for tokens in (99, 24, 17, 16, 2)] == [0.5, 0.5, 0.5, 2, 2]
+    video = photograph(4, 28, 28)
+    for tokens, temperature in ((12, 2.0), (None, 2.0)):
+        logits = np.asarray(run(video, tokens).logits[0], np.float64)
+        probabilities = np.exp(logits) / np.exp(logits).sum()
+        expected = np.sort(at_temperature(probabilities, temperature))[::-1]
+        found = run.predict(video, tokens, calibrated=True)
+        np.testing.assert_allclose([p.probability for p in found], expected, rtol=1e-6)
+        plain = [p.probability for p in run.predict(video, tokens)]
+        np.testing.assert_allclose(plain, np.sort(probabilities)[::-1], rtol=1e-6)
+    run.save_pretrained(tmp_path / "folder")
+    folder = fluxvit_jax.from_pretrained(tmp_path / "folder")
+    assert folder.temperatures == run.temperatures and folder.calibration["data"] == "b.csv"
+    assert "/home" not in (tmp_path / "folder" / "evaluations.json").read_text()
+    folder.save_pretrained(tmp_path / "again")
+    for name in ("README.md", "evaluations.json"):
+        texts = [(tmp_path / where / name).read_text() for where in ("folder", "again")]
+        assert texts[0] == texts[1], name
+
+
+def test_without_temperatures(model, tmp_path):
+    assert model.temperatures == {} and model.calibration is None
+    with pytest.raises(UserError, match="no evaluation has calibrated these weights") as error:
+        model.predict(photograph(4, 28, 28), calibrated=True)
+    assert "\n" not in str(error.value)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "evaluations.json").write_text('{"evaluations": [{"budgets": {}}]}')
+    with pytest.raises(UserError, match=r"evaluations\.json: holds no evaluations"):
+        fluxvit_jax.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # those of other weights are removed
+    assert fluxvit_jax.from_pretrained(tmp_path).temperatures == {}
 
 
 def test_frames_of_a_video(tiny_data, tmp_path):

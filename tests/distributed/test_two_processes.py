@@ -261,6 +261,11 @@ def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_pa
     (report, predictions), (other, theirs) = found
     losses = [row.pop("loss") for own in (report, other) for row in own["budgets"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for own, their in zip(report["budgets"].values(), other["budgets"].values(), strict=True):
+        calibrated, theirs_calibrated = own.pop("calibration"), their.pop("calibration")
+        bins, their_bins = calibrated.pop("bins"), theirs_calibrated.pop("bins")
+        assert calibrated == pytest.approx(theirs_calibrated, rel=1e-3)
+        assert bins["count"] == their_bins["count"] and sum(bins["count"]) == own["decoded"]
     assert report == other and report["dataset"]["videos"] == len(predictions) == 13
     for own, line in zip(predictions, theirs, strict=True):
         assert own["id"] == line["id"] and own.get("failure") == line.get("failure")

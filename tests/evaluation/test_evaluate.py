@@ -20,7 +20,7 @@ from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import calibration, evaluate
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.token_optimization import search
@@ -251,6 +251,11 @@ def test_a_workdir_is_evaluated(finished, tiny_data, capsys):
     assert printed.splitlines()[-1] == f"warning: {warning}" and report["warning"] == warning
     assert printed.count("could not be read") == 1
     assert len(lines) == VIDEOS and len(lines[0]["predictions"]["4"]) == tiny.CLASSES
+    header, *rows, _ = printed.splitlines()[: len(report["budgets"]) + 2]
+    assert header.split()[-1] == "ECE"
+    for budget, row in zip(report["budgets"], rows, strict=True):
+        found = assert_calibrated(report["budgets"][budget], lines, budget)
+        assert row.split()[-1] == f"{found['ece']:.2%}"
     validation = [
         line
         for line in tiny.read_lines(finished.workdir / "metrics.jsonl")
@@ -258,6 +263,18 @@ def test_a_workdir_is_evaluated(finished, tiny_data, capsys):
     ]
     (line,) = [line for line in validation if line["split"] == "validation"]
     assert line["top1_24"] == report["budgets"]["24"]["top1"]
+
+
+def assert_calibrated(row: dict, lines: list[dict], budget: str) -> dict:
+    """That the calibration of a budget is that of its predictions, which name all classes."""
+    tops = [(line["label"], line["predictions"][budget]) for line in lines if "failure" not in line]
+    probabilities = np.array([[p for _, p in sorted(top)] for _, top in tops])
+    expected = calibration.measure(probabilities, np.array([label for label, _ in tops]))
+    found = row["calibration"]
+    assert sum(found["bins"]["count"]) == row["decoded"] == len(tops)
+    for name in ("ece", "temperature", "ece_at_temperature"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    return found
 
 
 def test_weights_without_a_run_are_evaluated(finished, tiny_data, tmp_path, capsys):

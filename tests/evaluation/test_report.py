@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import report, results
+from fluxvit_jax.evaluation import calibration, report, results
 from fluxvit_jax.reports.confidence_intervals import share_interval
 from tests.token_optimization.report.sample import Page, words
 
 NASTY = "<script>alert(1)</script> & $x$"
+NONE = "\N{EN DASH}"  # of an empty cell
 NAMES = ["run", NASTY, "=HYPERLINK(1)"]
 # label, then class and probability at 24 tokens, then the class at 12.
 VIDEOS = [(0, 0, 0.9, 0), (0, 1, 0.6, 0), (0, 1, 0.8, 1), (1, 1, 0.7, 2), (1, 2, 0.95, 2)]
@@ -134,3 +135,27 @@ def test_predictions_alone_and_what_is_none(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
         with pytest.raises(UserError, match=message):
             results.read(tmp_path / name)
+
+
+def test_the_page_shows_calibration(tmp_path):
+    path = write(tmp_path)
+    about = tmp_path / "val-0a.json"
+    content = json.loads(about.read_text())
+    sure = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.3, 0.7, 0], [0.02, 0.02, 0.96]])
+    for budget, probabilities in (("24", sure), ("12", np.full((4, 3), 1 / 3))):
+        measured = calibration.measure(probabilities, np.array([0, 1, 0, 1]))
+        content["budgets"][budget]["calibration"] = measured
+    about.write_text(json.dumps(content))
+    page = Page(report.write(path))
+    tables = [[[cell.strip() for cell in row] for row in one] for one in page.tables]
+    numbers, bins = tables[-3:-1]
+    assert numbers[1][:2] == ["24 tokens", "49.0 %"]  # (0.1 + 0.2 + 0.7 + 0.96) / 4
+    assert numbers[2][:3] == ["12 tokens", "16.7 %", "1.00"]  # the first class is right for half
+    assert len(bins) == 2 + calibration.BINS
+    assert bins[-1] == ["to 100.0 %", "1", "96.0 %", "0.0 %", "0", NONE, NONE]
+    assert bins[6] == ["to 33.3 %", "0", NONE, NONE, "4", "33.3 %", "50.0 %"]
+    alts = [own["alt"] for own in page.elements["img"]]
+    assert "24 tokens: 0 % right at 70 %; 100 % right at 80 %; 100 % right at 90 %" in " ".join(
+        alts
+    )
+    assert "24 tokens: ECE 49.0 %" in words(page.text)
