@@ -51,6 +51,16 @@ class Step:
         """Frames and pixels."""
         return self.frames, self.resolution
 
+    def goes_on(self, earlier: "Step | None") -> bool:
+        """Whether it looks at further views by the very cell of the step before."""
+        if earlier is None:
+            return False
+        return (earlier.budget, *earlier.grid, earlier.head) == (self.budget, *self.grid, self.head)
+
+    def covers(self, later: "Step") -> bool:
+        """Whether it ranks the patches of every view that a later step looks at."""
+        return self.grid == later.grid and (not self.views or 0 < later.views <= self.views)
+
     def __str__(self) -> str:
         views = f", {self.views} views" if self.views else ""
         return f"{self.budget} tokens ({self.frames} x {self.resolution} px{views})"
@@ -231,9 +241,8 @@ def _step(described: Any, source: str, last: bool) -> Step:
 def _check_order(steps: Sequence[Step], source: str) -> None:
     """Raises UserError unless budgets, or views of one cell, rise from step to step."""
     for number, (step, following) in enumerate(itertools.pairwise(steps), 2):
-        same = (step.budget, *step.grid) == (following.budget, *following.grid)
-        more_views = following.views == 0 or following.views > step.views > 0
-        if same and step.head == following.head and not (step.views and more_views):
+        more_views = step.views and (following.views == 0 or following.views > step.views)
+        if following.goes_on(step) and not more_views:
             raise UserError(f"{source}: step {number} is the one before again")
         if following.budget < step.budget:
             raise UserError(

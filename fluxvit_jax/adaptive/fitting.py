@@ -46,12 +46,11 @@ def costs_of(entries: Sequence[Entry]) -> list[float]:
     costs: list[float] = []
     for number, entry in enumerate(entries):
         before = entries[:number]
-        on_grid = [one for one in before if one.step.grid == entry.step.grid]
-        same = [one for one in on_grid if one.step.cell == entry.step.cell]
-        if same:  # of the same cell: only the further ones
-            costs.append(entry.cost - same[-1].cost)
+        if before and entry.step.goes_on(before[-1].step):
+            costs.append(entry.cost - before[-1].cost)
         else:
-            costs.append(entry.cost - (min(one.shared for one in on_grid) if on_grid else 0.0))
+            ranked = any(one.step.covers(entry.step) for one in before)
+            costs.append(entry.cost - (entry.shared if ranked else 0.0))
     return costs
 
 

@@ -6,6 +6,7 @@ are those that the search measured; nothing is interpolated.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -108,9 +109,11 @@ def plan(
     >>> print(best)
     >>> answers = model.run_cascade("a.mp4", best.cascade)
     """
-    given = {"average_milliseconds": average_milliseconds, "average_gflops": average_gflops}
-    averages = [Limit(kind, value) for kind, value in given.items() if value is not None]
-    if not averages:
+    averages = {
+        "average_milliseconds": average_milliseconds,
+        "average_gflops": average_gflops,
+    }
+    if all(value is None for value in averages.values()):
         return planner.plan(
             report,
             milliseconds=milliseconds,
@@ -119,13 +122,23 @@ def plan(
             device=device,
             merging=merging,
         )
-    if len(averages) > 1 or tokens is not None:
+    if None not in averages.values() or tokens is not None:
         raise UserError(
             "an average limit is of milliseconds or of gflops; beside it only milliseconds and "
             "gflops may be given, as limits of the worst case"
         )
     worst = {"milliseconds": milliseconds, "gflops": gflops}
-    limits = (*averages, *(Limit(k, value) for k, value in worst.items() if value is not None))
+    given = {kind: value for kind, value in (averages | worst).items() if value is not None}
+    return plan_cascade(report, given, device)
+
+
+def plan_cascade(
+    report: str | os.PathLike | Mapping[str, Any],
+    given: Mapping[str, float],
+    device: str | None = None,
+) -> CascadePlan:
+    """As `plan`, with limits by the names of its arguments, that of an average first."""
+    limits = [Limit(kind, value) for kind, value in given.items()]
     for limit in limits:
         planner.check_limit(limit)
     timed = any(limit.kind.endswith("milliseconds") for limit in limits)
@@ -188,6 +201,49 @@ def plans(report: Report, limits: Sequence[Limit], device: str | None) -> list[C
         if len(own["steps"]) > 1
     ]
     return found
+
+
+def chosen(text: str, *reports: str | os.PathLike | None) -> tuple[Cascade, Report | None, str]:
+    """The cascade that `eval.cascade` or a flag names, and the report that it is of, with its path.
+
+    text: path of a .json file, which is of no report; name of a cascade or cell in a report; or
+    limits of `plan`, such as "average_gflops=40,milliseconds=20". reports: the first that is there
+    is taken.
+
+    Raises UserError: there is no such cascade, file or report.
+    """
+    if text.endswith(".json"):
+        return cascades.read(text), None, text
+    file = planner.find_report(*reports)
+    if file is None:
+        raise UserError(
+            f"a cascade ({text}) is of a search, and there is none; run --mode=search, name its "
+            "report with --config.eval.plan=REPORT, or give a cascade in a .json file"
+        )
+    if "=" in text:
+        best = plan_cascade(file, _limits_in(text))
+        print(best, file=sys.stderr, flush=True)
+        return best.cascade, planner.read_report(file), str(file)
+    report = planner.read_report(file)
+    return named(report, text, str(file)), report, str(file)
+
+
+def _limits_in(text: str) -> dict[str, float]:
+    """The limits in "average_gflops=40,milliseconds=20"."""
+    kinds = ("average_milliseconds", "average_gflops", "milliseconds", "gflops")
+    limits = {}
+    for part in text.split(","):
+        kind, _, value = part.partition("=")
+        try:
+            limits[kind.strip()] = float(value)
+        except ValueError as error:
+            raise UserError(f"{text}: {value!r} is no number") from error
+        if kind.strip() not in kinds:
+            raise UserError(f"{text}: {kind.strip()!r} is none of {', '.join(kinds)}")
+    averages = [kind for kind in limits if kind.startswith("average_")]
+    if len(averages) != 1:
+        raise UserError(f"{text}: needs one of average_milliseconds and average_gflops")
+    return {averages[0]: limits.pop(averages[0])} | limits
 
 
 def named(report: Report, name: str, source: str) -> Cascade:
@@ -268,7 +324,7 @@ def _step_milliseconds(
         time = planner.cost_of(report, step.cell, "milliseconds", device)
         if time is None:
             return None
-        seen = before.views if before and before.cell == step.cell else 0
+        seen = before.views if before and step.goes_on(before) else 0
         found.append(time * ((step.views or views) - seen))
         before = step
     return tuple(found)

@@ -239,6 +239,7 @@ def _check_multi_label(config: ConfigDict) -> None:
         ("train.class_weights", "none"),
         ("data.sampling", "uniform"),
         ("eval.plan", ""),  # a search ranks by top-1
+        ("eval.cascade", ""),
     ):
         if values[name] != neutral:
             raise UserError(

@@ -383,6 +383,12 @@ FIELDS: dict[str, Field] = {
     "eval.plan": Field(
         "", "report of a search, whose chosen cells replace eval.settings", may_change=True
     ),
+    "eval.cascade": Field(
+        "",
+        "of a search: name of a cascade or cell, or a limit such as average_gflops=40 or "
+        "average_milliseconds=8,milliseconds=20; or a .json file",
+        may_change=True,
+    ),
     "eval.clips": Field(4, "clips of a video", positive, may_change=True),
     "eval.crops": Field(3, "crops of a clip", positive, may_change=True),
     "eval.frames": one_of(

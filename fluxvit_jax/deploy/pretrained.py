@@ -338,8 +338,8 @@ class PretrainedModel:
         for report in reversed(self.evaluations):
             # One of classes that were named by texts is of other logits.
             own = len(report.get("class_names", ())) == self.config.model.classes
-            rows = report.get("budgets", {}).values()
-            if own and rows and all("calibration" in row for row in rows):
+            rows = {} if "task" in report else report.get("budgets", {})  # one is "cascade"
+            if own and rows and all("calibration" in row for row in rows.values()):
                 return report
         return None
 

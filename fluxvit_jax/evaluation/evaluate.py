@@ -71,7 +71,7 @@ from fluxvit_jax.evaluation import average_precision, calibration, zero_shot
 from fluxvit_jax.evaluation.results import SUFFIX, TOP
 from fluxvit_jax.grids import PATCH, Grid, kept_tokens, nearest_head
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
+from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig, ModelOutput
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS
 from fluxvit_jax.token_optimization import planner
 from fluxvit_jax.training import init_from
@@ -271,7 +271,7 @@ def evaluate(
         if measure_calibration:
             kept.add(batch, found)
         tops = [likeliest(own) for own in found]
-        loss_of = _binary_cross_entropy if multi_label else _cross_entropy
+        loss_of = _binary_cross_entropy if multi_label else cross_entropy
         losses = [loss_of(own, batch["label"]) for own in found]
         videos.extend(
             {
@@ -356,13 +356,21 @@ def predictor(
     multi_label: whether the probabilities of the classes are independent.
     """
 
-    def probabilities(params: dict, output: ModelOutput) -> jax.Array:
+    return view_program(probabilities_of(model, multi_label), model, setting, seed, mesh)
+
+
+def probabilities_of(
+    model: FluxViTConfig, multi_label: bool
+) -> Callable[[dict, ModelOutput], jax.Array]:
+    """The `answer` of a classifier, the network's own or that of texts, for `view_program`."""
+
+    def answer(params: dict, output: ModelOutput) -> jax.Array:
         logits = output.logits
         if zero_shot.CLASSIFIER in params:
             logits = zero_shot.logits(params[zero_shot.CLASSIFIER], output.pooled, model.dtype)
         return (jax.nn.sigmoid if multi_label else jax.nn.softmax)(logits)
 
-    return view_program(probabilities, model, setting, seed, mesh)
+    return answer
 
 
 def view_program(
@@ -376,18 +384,11 @@ def view_program(
 
     Arguments as in `predictor`. answer: (params, output) -> [b, ...].
     """
-    graph = fluxvit.graphdef(model)
 
     def add_view(
         params: dict, total: jax.Array, patches: jax.Array, video: jax.Array, view: jax.Array
     ) -> jax.Array:
-        network = fluxvit.network_params(params)
-        network = fluxvit.from_params(graph, fluxvit.prepare_params(network, model))
-        patches = fluxvit.normalize(patches, jnp.dtype(model.dtype))
-        keys = None
-        if model.selector in NOISY_SELECTORS:
-            view_key = jax.random.fold_in(jax.random.key(seed), view)
-            keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
+        network, patches, keys = on_view(params, patches, video, view, model, seed)
         output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
         return total + answer(params, output)
 
@@ -398,6 +399,30 @@ def view_program(
         in_shardings=(None, by_clip, by_clip, by_clip, replicated(mesh)),
         out_shardings=by_clip,
         compiler_options=compiler_options(mesh),
+    )
+
+
+def on_view(
+    params: dict,
+    patches: jax.Array,
+    video: jax.Array,
+    view: jax.Array,
+    model: FluxViTConfig,
+    seed: int,
+) -> tuple[FluxViT, jax.Array, jax.Array | None]:
+    """What a program of a view begins with: the network, normalized patches, keys of the clips.
+
+    Arguments as of the programs of `predictor`; keys: of selectors with random scores, else None.
+    """
+    network = fluxvit.prepare_params(fluxvit.network_params(params), model)
+    keys = None
+    if model.selector in NOISY_SELECTORS:
+        view_key = jax.random.fold_in(jax.random.key(seed), view)
+        keys = jax.vmap(lambda number: jax.random.fold_in(view_key, number))(video)
+    return (
+        fluxvit.from_params(fluxvit.graphdef(model), network),
+        fluxvit.normalize(patches, jnp.dtype(model.dtype)),
+        keys,
     )
 
 
@@ -470,7 +495,7 @@ def means_after(
     return means
 
 
-def _cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+def cross_entropy(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
     """The loss of each row of [b, classes], without label smoothing; finite for probability 0."""
     own = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0]
     return [float(loss) for loss in -np.log(np.maximum(own, np.finfo(np.float32).tiny))]
@@ -524,7 +549,7 @@ def _report(
     failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
     model, budgets = model_config(config), {}
     for k, (budget, grid, head) in enumerate(settings):
-        measure = _mean_average_precision if config.train.multi_label else _top_accuracies
+        measure = _mean_average_precision if config.train.multi_label else top_accuracies
         budgets[str(budget)] = {
             "frames": grid.frames,
             "resolution": grid.rows * PATCH,
@@ -544,11 +569,11 @@ def _report(
         "views": str(views_of(config)),
         "budgets": budgets,
         "failures": failures,
-        "warning": warn_of_failures(config, len(failures), len(videos), _first(failures)),
+        "warning": warn_of_failures(config, len(failures), len(videos), first_of(failures)),
     }
 
 
-def _top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
+def top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
     """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
     read = [video for video in videos if not video["failure"]]
     pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]
@@ -610,7 +635,7 @@ def _multi_hot(videos: Sequence[dict], classes: int) -> np.ndarray:
     return label_array([tuple(video["label"]) for video in videos], classes).astype(bool)
 
 
-def _first(failures: Sequence[dict[str, str]]) -> str:
+def first_of(failures: Sequence[dict[str, str]]) -> str:
     return f"{failures[0]['id']}: {failures[0]['reason']}" if failures else ""
 
 
@@ -641,15 +666,25 @@ def run(config: ConfigDict, workdir: str) -> int:
     Returns the exit status, 0. Raises UserError: no data, none that can be read, no checkpoint, one
     of another model, a plan of other weights.
     """
+    folder = storage.path_of(workdir)
+    return run_weights(*weights_with_config(config, folder), folder)
+
+
+def weights_with_config(config: ConfigDict, folder: epath.Path) -> tuple[ConfigDict, "Weights"]:
+    """The weights to evaluate, and the config with their number of classes. Raises as `run`."""
     if not config.data.validation:
         raise UserError("no data to evaluate on: add --config.data.validation=LIST")
-    folder = storage.path_of(workdir)
     loaded = load_weights(config, folder)
-    return run_weights(with_classes(config, loaded.params), folder, loaded)
+    return with_classes(config, loaded.params), loaded
 
 
-def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> int:
-    """As `run`, of given weights."""
+def opened_validation(
+    config: ConfigDict, loaded: "Weights"
+) -> tuple[Source, Mesh, tuple[str, ...] | None]:
+    """The videos of `data.validation`, the devices, and the class names, after all checks.
+
+    Raises UserError as `run`, on all hosts.
+    """
     with raise_on_all_hosts():
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
@@ -657,6 +692,12 @@ def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> in
         check_readable(source, config.data.validation, config.data.clip_seconds)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
+    return source, mesh, names
+
+
+def run_weights(config: ConfigDict, loaded: "Weights", folder: epath.Path) -> int:
+    """As `run`, of given weights."""
+    source, mesh, names = opened_validation(config, loaded)
     settings = planned_or_given(config, loaded.params)
     say(f"evaluating {loaded.origin} on {len(source)} videos")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
@@ -670,19 +711,35 @@ def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> in
             measure_calibration=not config.train.multi_label,
         )
     assert evaluation is not None  # nothing stops it
-    if host_index() == 0:
-        path = folder / FOLDER / f"{report_name(config, source, settings, loaded)}.json"
-        about = {"data": config.data.validation, "plan": config.eval.plan or None}
-        about |= {"class_names": list(names or numbered(config.model.classes))}
-        print(evaluation.table())  # before what may fail
-        page = write(evaluation, path, {"checkpoint": loaded.origin} | about)
-        failures, warning = evaluation.report["failures"], evaluation.report["warning"]
-        if failures and not warning:
-            print(describe_failures(len(failures), len(source), _first(failures)))
-        print(f"written to {path} and {page.name}")
-        if warning:
-            print(f"warning: {warning}")
+    tell(evaluation, report_name(config, source, settings, loaded), config, loaded, folder, names)
     return 0
+
+
+def tell(
+    evaluation: Evaluation,
+    name: str,
+    config: ConfigDict,
+    loaded: "Weights",
+    folder: epath.Path,
+    names: Sequence[str] | None,
+) -> None:
+    """Prints the table of an evaluation, and writes its files; host 0 does.
+
+    name: of the files in the folder's `evaluation`; names: of the classes, if known.
+    """
+    if host_index() != 0:
+        return
+    path = folder / FOLDER / f"{name}.json"
+    about = {"data": config.data.validation, "plan": config.eval.plan or None}
+    about |= {"class_names": list(names or numbered(config.model.classes))}
+    print(evaluation.table())  # before what may fail
+    page = write(evaluation, path, {"checkpoint": loaded.origin} | about)
+    failures, warning = evaluation.report["failures"], evaluation.report["warning"]
+    if failures and not warning:
+        print(describe_failures(len(failures), len(evaluation.predictions), first_of(failures)))
+    print(f"written to {path} and {page.name}")
+    if warning:
+        print(f"warning: {warning}")
 
 
 def write(evaluation: Evaluation, path: epath.Path, about: dict[str, Any]) -> epath.Path:
@@ -702,13 +759,19 @@ def write(evaluation: Evaluation, path: epath.Path, about: dict[str, Any]) -> ep
 
 
 def report_name(
-    config: ConfigDict, source: Source, settings: Sequence[Setting], loaded: "Weights"
+    config: ConfigDict,
+    source: Source,
+    settings: Sequence[Setting],
+    loaded: "Weights",
+    cascade: str = "",
 ) -> str:
     """The name of a report's file, such as "lists-val-0a1b2c3d", of a plan "lists-val-plan-...".
 
     It begins with the folder and the name of the data. The digits are a hash of everything that
     tells evaluations of a workdir apart: path and content of the data, views, settings, selection
     of tokens, and weights from outside the workdir. So an evaluation replaces only its own report.
+
+    cascade: all that tells it from others, if one is evaluated.
     """
     words, path = report_words(config.data.validation), config.data.validation
     about = {
@@ -722,8 +785,11 @@ def report_name(
     classifier = loaded.params.get(zero_shot.CLASSIFIER)
     if classifier is not None:  # of texts
         about["classes"] = hashlib.sha256(classifier["classes"].tobytes()).hexdigest()
+    if cascade:
+        about["cascade"] = cascade
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    kinds = ("plan" if config.eval.plan else "", "zero_shot" if classifier is not None else "")
+    plan = "cascade" if cascade else "plan" if config.eval.plan else ""
+    kinds = (plan, "zero_shot" if classifier is not None else "")
     return "-".join(filter(None, (words, *kinds, digits)))
 
 

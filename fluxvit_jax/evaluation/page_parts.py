@@ -37,12 +37,15 @@ def csv_text(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def tokens_text(budget: str) -> str:
-    return count(int(budget), "token")
+    """A budget in words, or the name of what is in its place."""
+    return count(int(budget), "token") if budget.isdecimal() else budget
 
 
 def budget_text(budget: str, setting: Mapping[str, Any] | None) -> str:
     """A budget with the grid of its setting, if that is known."""
-    grid = f"{setting['frames']} frames of {setting['resolution']} px" if setting else ""
+    grid = ""
+    if setting and "frames" in setting:
+        grid = f"{setting['frames']} frames of {setting['resolution']} px"
     return f'<span class="value">{tokens_text(budget)}</span>{small(grid)}'
 
 

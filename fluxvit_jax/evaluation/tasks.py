@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
+from fluxvit_jax.adaptive import evaluate_cascade
 from fluxvit_jax.data.annotations import open_source, read_class_names, text_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
@@ -17,18 +18,22 @@ from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
 
 
 def run(config: ConfigDict, workdir: str) -> int:
-    """Measures what `eval.task` says; see `evaluate`, `retrieve`, `multiple_choice`.
+    """Measures what `eval.task` says; see `evaluate`, `evaluate_cascade`, `retrieve` and others.
 
     Returns the exit status, 0.
     """
-    match task_of(config):
+    task = task_of(config)
+    if config.eval.cascade and task not in ("accuracy", "zero_shot"):
+        raise UserError(f"config.eval.cascade: classifies videos, and eval.task is {task}")
+    match task:
         case "retrieval":
             return retrieve.run(config, workdir)
         case "multiple_choice":
             return multiple_choice.run(config, workdir)
-        case "zero_shot":
-            return run_zero_shot(config, workdir)
-    return evaluate.run(config, workdir)
+    folder = storage.path_of(workdir)
+    weights_of = zero_shot_weights if task == "zero_shot" else evaluate.weights_with_config
+    measure = evaluate_cascade.run_weights if config.eval.cascade else evaluate.run_weights
+    return measure(*weights_of(config, folder), folder)
 
 
 def task_of(config: ConfigDict) -> str:
@@ -38,20 +43,10 @@ def task_of(config: ConfigDict) -> str:
     return "retrieval" if objective_class(config).captioned else "accuracy"
 
 
-def run_zero_shot(config: ConfigDict, workdir: str) -> int:
-    """Accuracy of Flux-CLIP at naming classes by their names, on `data.validation`.
-
-    Returns the exit status, 0. Raises UserError: no run of Flux-CLIP, no data, no class names.
-    """
-    folder = storage.path_of(workdir)
-    own, loaded = zero_shot_weights(config, folder)
-    return evaluate.run_weights(own, folder, loaded)
-
-
 def zero_shot_weights(config: ConfigDict, folder: epath.Path) -> tuple[ConfigDict, Weights]:
     """The weights of a run with a classifier of texts, and the config of its network.
 
-    Raises UserError: as `run_zero_shot`.
+    Raises UserError: no run of Flux-CLIP, no data, no class names.
     """
     with raise_on_all_hosts():
         if not config.data.validation:

@@ -394,10 +394,12 @@ class FluxViT(nnx.Module):
         budget: int,
         head: int,
         key: Key[Array, "..."] | None = None,
+        ranked: Int[Array, "B N"] | None = None,
     ) -> "ModelOutput":
         """The forward pass of clips that share one grid, static at compile time.
 
-        patches: [B, T * H * W, 588], normalized; grid: frames, rows, columns; key: as in `select`.
+        patches: [B, T * H * W, 588], normalized; grid: frames, rows, columns; key: as in `select`;
+        ranked: what `rank` gave for this budget or a larger one, so as not to rank them again.
 
         Raises ValueError if `merge_blocks` blocks cannot reach the budget.
         """
@@ -408,11 +410,35 @@ class FluxViT(nnx.Module):
             kept = Selection(_all_patches(*patches.shape[:2]), None)
             tokens, size = self.merge_tokens(patches, grids[:1], budget, limits)
         else:
-            kept, size = self.select(patches, grids, budget, limits, key), None
+            size = None
+            if ranked is None:
+                kept = self.select(patches, grids, budget, limits, key)
+            else:
+                tokens_kept = min(self.patch_budget(budget), limits.fewest_tokens)
+                kept = Selection(ranked[:, :tokens_kept], None)
             position = self.position(grids[:1], kept.token_index, limits)
             tokens = self.encode(gather_tokens(patches, kept), position, kept)
         pooled = self.pool_tokens(tokens, kept, head, size)
         return ModelOutput(self.classify(pooled, head), pooled, tokens, kept)
+
+    def rank(
+        self,
+        patches: Float[Array, "B P 588"],
+        grid: tuple[int, int, int],
+        budget: int,
+        key: Key[Array, "..."] | None = None,
+    ) -> Int[Array, "B N"]:
+        """The patches that a budget keeps of clips that share one grid, int32 [B, N].
+
+        The first of them are those of smaller budgets. Arguments as in `on_grid`.
+
+        Raises ValueError with the official rounding, whose budgets are not prefixes of each other.
+        """
+        if self.config.rounding != "exact":
+            raise ValueError("only exact budgets are prefixes of each other")
+        limits = GridLimits(*grid, grid[0] * grid[1] * grid[2])
+        grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (patches.shape[0], 3))
+        return self.select(patches, grids, budget, limits, key).token_index
 
 
 class ModelOutput(NamedTuple):

@@ -1,0 +1,233 @@
+"""`--mode=evaluate --config.eval.cascade=...`: the accuracy of a cascade, and its mean cost.
+
+Videos that go on are packed into full batches, so the videos a second are those of a server that is
+never short of videos.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from fluxvit_jax.adaptive import planner as cascade_planner
+from fluxvit_jax.adaptive.cascade import Cascade
+from fluxvit_jax.adaptive.packing import Finished, PackedCascade, Video, passes
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.views import views_of
+from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.mesh import (
+    device_put_global,
+    host_count,
+    platform_of,
+    round_up_to_shards,
+    say,
+)
+from fluxvit_jax.distributed.watchdog import Watchdog
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation import calibration, evaluate, zero_shot
+from fluxvit_jax.evaluation.evaluate import Evaluation, Setting, Weights
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.flops import gflops
+from fluxvit_jax.token_optimization import planner
+
+NAME = "cascade"  # in place of a budget in a report
+
+
+class CascadeEvaluation(Evaluation):
+    """An evaluation whose table shows the steps of a cascade."""
+
+    def table(self) -> str:
+        """A line for each step, and one for all."""
+        own = self.report["budgets"][NAME]
+        lines = ["step  budget  frames  resolution  head  views  reached"]
+        for number, step in enumerate(self.report[NAME]["steps"], 1):
+            lines.append(
+                f"{number:>4}  {step['budget']:>6}  {step['frames']:>6}  {step['resolution']:>7} px"
+                f"  {step['head']:>4}  {step['views'] or 'all':>5}  "
+                f"{own['reached'][number - 1]:>7.1%}"
+            )
+        lines.append(
+            f"top-1 {own['top1']:.2%}, ECE {own['calibration']['ece']:.2%}; on average "
+            f"{own['average_gflops']:.4g} GFLOPs, {own['average_tokens']:.4g} tokens; "
+            f"{self.report['videos_per_second']:.4g} videos a second"
+        )
+        return "\n".join(lines)
+
+
+def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
+    """Evaluates the cascade `eval.cascade` on `data.validation`, as `evaluate.run_weights` does.
+
+    Returns the exit status, 0. Raises UserError: as there, there is no such cascade, it is of other
+    weights, or there are several hosts.
+    """
+    if host_count() > 1:
+        raise UserError("config.eval.cascade: is evaluated on one host; start one process")
+    cascade = chosen(config, loaded, folder)
+    source, mesh, names = evaluate.opened_validation(config, loaded)
+    say(f"evaluating {loaded.origin} on {len(source)} videos: {cascade}")
+    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
+        evaluation = evaluate_cascade(cascade, loaded.params, config, source, mesh, watchdog.alive)
+    settings = [own.setting for own in passes(cascade, views_of(config).count, False)]
+    described = json.dumps(cascade.to_json())
+    name = evaluate.report_name(config, source, settings, loaded, described)
+    evaluate.tell(evaluation, name, config, loaded, folder, names)
+    return 0
+
+
+def chosen(config: ConfigDict, loaded: Weights, folder: epath.Path) -> Cascade:
+    """The cascade of `eval.cascade`. Raises UserError: as `run_weights`."""
+    text, views = config.eval.cascade, views_of(config)
+    cascade, report, source = cascade_planner.chosen(text, config.eval.plan, folder)
+    if report is not None:
+        planner.check_weights(report, fluxvit.network_params(loaded.params), source)
+        if report["views"] != str(views):
+            say(f"warning: {source}: was found on views of {report['views']}, not of {views}")
+    if (most := max(step.views for step in cascade.steps)) > views.count:
+        raise UserError(
+            f"config.eval.cascade={text}: looks at {most} views, and eval.clips x eval.crops has "
+            f"{views.count}"
+        )
+    for step in cascade.steps:
+        if step.head >= len(config.train.budgets):
+            raise UserError(f"config.eval.cascade={text}: the network has no head {step.head}")
+    return cascade
+
+
+def evaluate_cascade(
+    cascade: Cascade,
+    params: dict,
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh,
+    after_batch: Any = lambda: None,
+) -> CascadeEvaluation:
+    """Accuracy and cost of a cascade on the videos of `source`; arguments as in `evaluate`.
+
+    Raises UserError: none can be read, or as `evaluate.evaluate`.
+    """
+    params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
+    params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
+    views = views_of(config).count
+    own = passes(cascade, views, False)
+    settings = list({one.setting.grid: one.setting for one in own}.values())
+    packed = PackedCascade(
+        cascade,
+        model_config(config, platform_of(mesh)),
+        params,
+        round_up_to_shards(config.eval.batch_size, mesh),
+        views,
+        config.seed,
+        mesh,
+    )
+    videos: dict[int, dict[str, Any]] = {}
+    finished: list[Finished] = []
+
+    def take(batch: dict[str, np.ndarray]) -> None:
+        ready = []
+        for row, number in enumerate(batch["video"].tolist()):
+            if number < 0:
+                continue
+            failure = str(batch["failure"][row])
+            about = {"id": str(batch["id"][row]), "label": int(batch["label"][row])}
+            videos[number] = about | {"failure": failure}
+            if not failure:
+                # Copies: the memory of a batch is used again.
+                patches = {s.grid: batch[f"patches{k}"][row].copy() for k, s in enumerate(settings)}
+                ready.append(Video(number, patches))
+        finished.extend(packed.add(ready))
+
+    start = time.perf_counter()
+    evaluate.for_each_batch(
+        take, config, source, settings, mesh, lambda: False, None, after_batch, "evaluating"
+    )
+    finished += packed.finish()
+    seconds = time.perf_counter() - start
+    if not finished:
+        data = config.data.validation
+        raise evaluate.NothingReadableError(data, len(source), source[0], videos[0]["failure"])
+    return CascadeEvaluation(
+        _report(cascade, config, source, settings, videos, finished, len(source) / seconds),
+        _predictions(videos, finished),
+        config.model.classes,
+    )
+
+
+def _report(
+    cascade: Cascade,
+    config: ConfigDict,
+    source: Source,
+    settings: Sequence[Setting],
+    videos: dict[int, dict[str, Any]],
+    finished: Sequence[Finished],
+    videos_per_second: float,
+) -> dict[str, Any]:
+    probabilities = np.stack([one.probabilities for one in finished])
+    labels = np.array([videos[one.number]["label"] for one in finished])
+    ranked = np.argsort(-probabilities, axis=1, kind="stable")
+    steps = np.array([one.step for one in finished])
+    reached = [float((steps >= number).mean()) for number in range(len(cascade.steps))]
+    costs, tokens = step_costs(cascade, config)
+    failures = [
+        {"id": own["id"], "reason": own["failure"]}
+        for _, own in sorted(videos.items())
+        if own["failure"]
+    ]
+    top = [(ranked[:, :first] == labels[:, None]).any(axis=1).sum() for first in (1, 5)]
+    row = {
+        "top1": float(top[0] / len(videos)),
+        "top5": float(top[1] / len(videos)),
+        "loss": float(np.mean(evaluate.cross_entropy(probabilities, labels))),
+        "decoded": len(finished),
+        "failed": len(failures),
+        "reached": reached,
+        "average_gflops": float(np.dot(reached, costs)),
+        "average_tokens": float(np.dot(reached, tokens)),
+        "calibration": calibration.measure(probabilities, labels),
+    }
+    return {
+        "task": NAME,
+        "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
+        "views": str(views_of(config)),
+        NAME: cascade.to_json(),
+        "budgets": {NAME: row},
+        "videos_per_second": videos_per_second,
+        "failures": failures,
+        "warning": evaluate.warn_of_failures(
+            config, len(failures), len(videos), evaluate.first_of(failures)
+        ),
+    }
+
+
+def step_costs(cascade: Cascade, config: ConfigDict) -> tuple[list[float], list[int]]:
+    """GFLOPs and tokens of each step for a video that reaches it, over the views that it adds."""
+    model, views = model_config(config), views_of(config).count
+    costs, tokens = [], []
+    for own in passes(cascade, views, shares_ranking=model.rounding == "exact"):
+        budget, grid, _ = own.setting
+        cost, added = gflops(model, grid, budget), own.stop - own.start
+        costs.append(added * (cost.all - (cost.selection if own.takes_ranking else 0.0)))
+        tokens.append(added * evaluate.tokens_kept(model, grid, budget))
+    return costs, tokens
+
+
+def _predictions(
+    videos: dict[int, dict[str, Any]], finished: Sequence[Finished]
+) -> list[dict[str, Any]]:
+    """As those of an evaluation, with the number of the "step" that a video stopped at, from 1."""
+    answers = {one.number: one for one in finished}
+    rows = []
+    for number, own in sorted(videos.items()):
+        about = {"id": own["id"], "label": own["label"]}
+        if own["failure"]:
+            rows.append(about | {"failure": own["failure"]})
+            continue
+        answer = answers[number]
+        (top,) = evaluate.likeliest(answer.probabilities[None])
+        rows.append(about | {"step": answer.step + 1, "predictions": {NAME: top}})
+    return rows

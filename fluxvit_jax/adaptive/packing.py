@@ -1,0 +1,212 @@
+"""Runs a cascade on many videos in full batches: those that go on are packed together.
+
+Every step has one compiled program of one batch size, so nothing recompiles and the mean cost is
+real time. Videos that wait for a step, less than two batches for each, keep their patches in the
+memory of the host.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Wrapped
+
+from fluxvit_jax.adaptive.cascade import Cascade, Step
+from fluxvit_jax.distributed.mesh import (
+    batch_sharding,
+    compiler_options,
+    local_rows,
+    replicated,
+    shard_batch,
+    traced_on_mesh,
+)
+from fluxvit_jax.evaluation.evaluate import (
+    Setting,
+    class_count,
+    on_view,
+    predictor,
+    probabilities_of,
+)
+from fluxvit_jax.grids import Grid
+from fluxvit_jax.models.fluxvit import FluxViTConfig
+
+
+@dataclass(slots=True)
+class Video:
+    """A video on its way through a cascade.
+
+    number: of the video, for random selectors; patches: by grid, uint8 [V, P, 588]; total: float32
+    [C], the sum of the last step's probabilities over its views; average: float [C], of the steps
+    so far; ranked: by grid, int32 [V, N], the patches of each view as the selector ranks them.
+    """
+
+    number: int
+    patches: Mapping[Grid, np.ndarray]
+    total: np.ndarray | None = None
+    average: np.ndarray | None = None
+    ranked: dict[Grid, np.ndarray] = field(default_factory=dict)
+
+
+class Finished(NamedTuple):
+    """The answer to a video: probabilities float [C], and the step that it stopped at, from 0."""
+
+    number: int
+    probabilities: np.ndarray
+    step: int
+
+
+class PackedCascade:
+    """A cascade over a stream of videos. `add` them, and `finish` at the end."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        model: FluxViTConfig,
+        params: dict,
+        batch: int,
+        views: int,
+        seed: int,
+        mesh: Mesh,
+    ):
+        """params: on the devices; batch: videos of a batch; views: of a video."""
+        self._cascade, self._params, self._batch, self._mesh = cascade, params, batch, mesh
+        self._waiting: list[list[Video]] = [[] for _ in cascade.steps]
+        self._passes = passes(cascade, views, shares_ranking=model.rounding == "exact")
+        self._programs = [_program(own, model, seed, mesh) for own in self._passes]
+
+    def add(self, videos: Sequence[Video]) -> list[Finished]:
+        """Takes videos, runs the batches that are full, and returns the answers that are known."""
+        self._waiting[0] += videos
+        return self._run(full_only=True)
+
+    def finish(self) -> list[Finished]:
+        """Runs what is left in batches that are filled up, and returns all other answers."""
+        return self._run(full_only=False)
+
+    def _run(self, full_only: bool) -> list[Finished]:
+        finished: list[Finished] = []
+        for number, waiting in enumerate(self._waiting):
+            while len(waiting) >= (self._batch if full_only else 1):
+                videos = waiting[: self._batch]
+                del waiting[: self._batch]
+                finished += self._run_batch(number, videos)
+        return finished
+
+    def _run_batch(self, number: int, videos: Sequence[Video]) -> list[Finished]:
+        own = self._passes[number]
+        rows = [*videos, *[videos[0]] * (self._batch - len(videos))]
+        totals = self._ask(number, rows)[: len(videos)]
+        before = None
+        if number:
+            before = np.stack([video.average for video in videos if video.average is not None])
+        averages, stops = self._cascade.join(number, totals / own.stop, before)
+        finished = []
+        for video, total, average, done in zip(videos, totals, averages, stops, strict=True):
+            if done:
+                finished.append(Finished(video.number, average, number))
+                continue
+            video.total, video.average = total, average
+            video.patches = {grid: video.patches[grid] for grid in own.later_grids}
+            self._waiting[number + 1].append(video)
+        return finished
+
+    def _ask(self, number: int, rows: Sequence[Video]) -> np.ndarray:
+        """Sums of the probabilities over the views so far: float32 [batch, C]."""
+        own, program = self._passes[number], self._programs[number]
+        start = np.zeros((len(rows), class_count(self._params)), np.float32)
+        if own.start:
+            start = np.stack([row.total for row in rows if row.total is not None])
+        videos = np.array([row.number for row in rows], np.int32)
+        sharded = shard_batch({"total": start, "video": videos}, self._mesh)
+        total, rankings = sharded["total"], []
+        grid = own.setting.grid
+        for view in range(own.start, own.stop):
+            arrays = {"patches": np.stack([row.patches[grid][view] for row in rows])}
+            if own.takes_ranking:
+                arrays["ranked"] = np.stack([row.ranked[grid][view] for row in rows])
+            more = tuple(shard_batch(arrays, self._mesh).values())
+            total = program(self._params, total, *more, sharded["video"], np.int32(view))
+            if own.ranked_budget:
+                total, ranked = total
+                rankings.append(local_rows(ranked))
+        for row, ranked in zip(rows, np.stack(rankings, axis=1) if rankings else (), strict=False):
+            row.ranked[grid] = ranked
+        return local_rows(total)
+
+
+class Pass(NamedTuple):
+    """How a step is run.
+
+    start, stop: of the views that are looked at; those before `start` the step before has seen.
+    ranked_budget: rank the patches for so many tokens, and keep that for a later step; 0: do not.
+    takes_ranking: patches were ranked by an earlier step. later_grids: those of the steps to come.
+    """
+
+    setting: Setting
+    start: int
+    stop: int
+    ranked_budget: int
+    takes_ranking: bool
+    later_grids: frozenset[Grid]
+
+
+def passes(cascade: Cascade, views: int, shares_ranking: bool) -> list[Pass]:
+    """How each step of a cascade is run on videos of so many views."""
+    steps, found = cascade.steps, []
+    for number, step in enumerate(steps):
+        before = steps[number - 1] if number else None
+        goes_on = step.goes_on(before)
+        # A view can be ranked once for all steps that look at it on the same grid.
+        ranked_before = shares_ranking and any(one.covers(step) for one in steps[:number])
+        later = [one for one in steps[number + 1 :] if step.covers(one)]
+        ranks = shares_ranking and bool(later) and not ranked_before
+        found.append(
+            Pass(
+                setting=Setting(step.budget, _grid(step), step.head),
+                start=before.views if before and goes_on else 0,
+                stop=step.views or views,
+                ranked_budget=max(one.budget for one in [step, *later]) if ranks else 0,
+                takes_ranking=ranked_before and not goes_on,
+                later_grids=frozenset(map(_grid, steps[number + 1 :])),
+            )
+        )
+    return found
+
+
+def _grid(step: Step) -> Grid:
+    return Grid.square(*step.grid)
+
+
+def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable | Wrapped:
+    """The program of a pass, which adds a view's probabilities to a running total.
+
+    Arguments as of `evaluate.predictor`, which it is where nothing is shared; one that ranks
+    returns the total and the ranking int32 [b, N], one that takes a ranking has it after the
+    patches.
+    """
+    if not own.ranked_budget and not own.takes_ranking:
+        return predictor(model, own.setting, seed, mesh, multi_label=False)
+    answer, (budget, grid, head) = probabilities_of(model, multi_label=False), own.setting
+
+    def rank(params, total, patches, video, view):
+        network, patches, keys = on_view(params, patches, video, view, model, seed)
+        ranked = network.rank(patches, grid, own.ranked_budget, keys)
+        output = network.on_grid(patches, grid, budget, head, ranked=ranked)
+        return total + answer(params, output), ranked
+
+    def take(params, total, patches, ranked, video, view):
+        network, patches, _ = on_view(params, patches, video, view, model, seed)
+        output = network.on_grid(patches, grid, budget, head, ranked=ranked)
+        return total + answer(params, output)
+
+    by_clip = batch_sharding(mesh)
+    clips = 4 if own.takes_ranking else 3
+    return jax.jit(
+        traced_on_mesh(take if own.takes_ranking else rank, mesh),
+        in_shardings=(None, *[by_clip] * clips, replicated(mesh)),
+        out_shardings=by_clip if own.takes_ranking else (by_clip, by_clip),
+        compiler_options=compiler_options(mesh),
+    )
