@@ -23,6 +23,9 @@ from fluxvit_jax.evaluation.calibration import at_temperature
 CONFIDENCES = ("probability", "margin", "entropy", "agreement")
 
 
+Size = tuple[int, int]  # of a grid: frames and pixels
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One pass of a cascade.
@@ -47,7 +50,7 @@ class Step:
     cell: str = ""
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Size:
         """Frames and pixels."""
         return self.frames, self.resolution
 
@@ -64,6 +67,22 @@ class Step:
     def __str__(self) -> str:
         views = f", {self.views} views" if self.views else ""
         return f"{self.budget} tokens ({self.frames} x {self.resolution} px{views})"
+
+
+class Pass(NamedTuple):
+    """How a step is run.
+
+    start, stop: of the views that are looked at; those before `start` the step before has seen.
+    ranked_budget: rank the patches for so many tokens, and keep that for a later step; 0: do not.
+    takes_ranking: patches were ranked by an earlier step. later_grids: those of the steps to come.
+    """
+
+    step: Step
+    start: int
+    stop: int
+    ranked_budget: int
+    takes_ranking: bool
+    later_grids: frozenset[Size]
 
 
 class Answers(NamedTuple):
@@ -137,6 +156,31 @@ class Cascade:
                 break
         assert answer is not None  # there is a first step
         return Answers(answer, stopped_at)
+
+    def passes(self, views: int, shares_ranking: bool) -> list[Pass]:
+        """How each step is run on videos of so many views.
+
+        shares_ranking: where several steps look at one grid, the first ranks its patches for all:
+        smaller budgets keep the first of them.
+        """
+        found = []
+        for number, step in enumerate(self.steps):
+            earlier, later = self.steps[:number], self.steps[number + 1 :]
+            goes_on = bool(earlier) and step.goes_on(earlier[-1])
+            ranked = shares_ranking and any(one.covers(step) for one in earlier)
+            covered = [one for one in later if step.covers(one)]
+            ranks = shares_ranking and bool(covered) and not ranked
+            found.append(
+                Pass(
+                    step=step,
+                    start=earlier[-1].views if goes_on else 0,
+                    stop=step.views or views,
+                    ranked_budget=max(one.budget for one in [step, *covered]) if ranks else 0,
+                    takes_ranking=ranked and not goes_on,
+                    later_grids=frozenset(one.grid for one in later),
+                )
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """{"confidence", "steps": [{fields of `Step`}]}."""

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.adaptive import planner as cascade_planner
 from fluxvit_jax.adaptive.cascade import Cascade
-from fluxvit_jax.adaptive.packing import Finished, PackedCascade, Video, passes
+from fluxvit_jax.adaptive.packing import Finished, PackedCascade, Video, setting_of
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.views import views_of
@@ -31,7 +31,7 @@ from fluxvit_jax.distributed.mesh import (
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import calibration, evaluate, zero_shot
-from fluxvit_jax.evaluation.evaluate import Evaluation, Setting, Weights
+from fluxvit_jax.evaluation.evaluate import Evaluation, Weights
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
 from fluxvit_jax.token_optimization import planner
@@ -73,7 +73,7 @@ def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
     say(f"evaluating {loaded.origin} on {len(source)} videos: {cascade}")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
         evaluation = evaluate_cascade(cascade, loaded.params, config, source, mesh, watchdog.alive)
-    settings = [own.setting for own in passes(cascade, views_of(config).count, False)]
+    settings = [setting_of(step) for step in cascade.steps]
     described = json.dumps(cascade.to_json())
     name = evaluate.report_name(config, source, settings, loaded, described)
     evaluate.tell(evaluation, name, config, loaded, folder, names)
@@ -114,8 +114,7 @@ def evaluate_cascade(
     params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
     params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
     views = views_of(config).count
-    own = passes(cascade, views, False)
-    settings = list({one.setting.grid: one.setting for one in own}.values())
+    grids = {step.grid: setting_of(step) for step in cascade.steps}
     packed = PackedCascade(
         cascade,
         model_config(config, platform_of(mesh)),
@@ -138,13 +137,21 @@ def evaluate_cascade(
             videos[number] = about | {"failure": failure}
             if not failure:
                 # Copies: the memory of a batch is used again.
-                patches = {s.grid: batch[f"patches{k}"][row].copy() for k, s in enumerate(settings)}
+                patches = {own: batch[f"patches{k}"][row].copy() for k, own in enumerate(grids)}
                 ready.append(Video(number, patches))
         finished.extend(packed.add(ready))
 
     start = time.perf_counter()
     evaluate.for_each_batch(
-        take, config, source, settings, mesh, lambda: False, None, after_batch, "evaluating"
+        take,
+        config,
+        source,
+        list(grids.values()),
+        mesh,
+        lambda: False,
+        None,
+        after_batch,
+        "evaluating",
     )
     finished += packed.finish()
     seconds = time.perf_counter() - start
@@ -152,7 +159,7 @@ def evaluate_cascade(
         data = config.data.validation
         raise evaluate.NothingReadableError(data, len(source), source[0], videos[0]["failure"])
     return CascadeEvaluation(
-        _report(cascade, config, source, settings, videos, finished, len(source) / seconds),
+        _report(cascade, config, source, videos, finished, len(source) / seconds),
         _predictions(videos, finished),
         config.model.classes,
     )
@@ -162,7 +169,6 @@ def _report(
     cascade: Cascade,
     config: ConfigDict,
     source: Source,
-    settings: Sequence[Setting],
     videos: dict[int, dict[str, Any]],
     finished: Sequence[Finished],
     videos_per_second: float,
@@ -208,8 +214,8 @@ def step_costs(cascade: Cascade, config: ConfigDict) -> tuple[list[float], list[
     """GFLOPs and tokens of each step for a video that reaches it, over the views that it adds."""
     model, views = model_config(config), views_of(config).count
     costs, tokens = [], []
-    for own in passes(cascade, views, shares_ranking=model.rounding == "exact"):
-        budget, grid, _ = own.setting
+    for own in cascade.passes(views, shares_ranking=model.rounding == "exact"):
+        budget, grid, _ = setting_of(own.step)
         cost, added = gflops(model, grid, budget), own.stop - own.start
         costs.append(added * (cost.all - (cost.selection if own.takes_ranking else 0.0)))
         tokens.append(added * evaluate.tokens_kept(model, grid, budget))

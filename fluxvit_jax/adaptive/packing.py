@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from fluxvit_jax.adaptive.cascade import Cascade, Step
+from fluxvit_jax.adaptive.cascade import Cascade, Pass, Size, Step
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
     compiler_options,
@@ -38,16 +38,17 @@ from fluxvit_jax.models.fluxvit import FluxViTConfig
 class Video:
     """A video on its way through a cascade.
 
-    number: of the video, for random selectors; patches: by grid, uint8 [V, P, 588]; total: float32
-    [C], the sum of the last step's probabilities over its views; average: float [C], of the steps
-    so far; ranked: by grid, int32 [V, N], the patches of each view as the selector ranks them.
+    number: of the video, for random selectors; patches: by frames and pixels of a grid, uint8
+    [V, P, 588]; total: float32 [C], the sum of the last step's probabilities over its views;
+    average: float [C], of the steps so far; ranked: by grid, int32 [V, N], the patches of each view
+    as the selector ranks them.
     """
 
     number: int
-    patches: Mapping[Grid, np.ndarray]
+    patches: Mapping[Size, np.ndarray]
     total: np.ndarray | None = None
     average: np.ndarray | None = None
-    ranked: dict[Grid, np.ndarray] = field(default_factory=dict)
+    ranked: dict[Size, np.ndarray] = field(default_factory=dict)
 
 
 class Finished(NamedTuple):
@@ -74,7 +75,7 @@ class PackedCascade:
         """params: on the devices; batch: videos of a batch; views: of a video."""
         self._cascade, self._params, self._batch, self._mesh = cascade, params, batch, mesh
         self._waiting: list[list[Video]] = [[] for _ in cascade.steps]
-        self._passes = passes(cascade, views, shares_ranking=model.rounding == "exact")
+        self._passes = cascade.passes(views, shares_ranking=model.rounding == "exact")
         self._programs = [_program(own, model, seed, mesh) for own in self._passes]
 
     def add(self, videos: Sequence[Video]) -> list[Finished]:
@@ -122,7 +123,7 @@ class PackedCascade:
         videos = np.array([row.number for row in rows], np.int32)
         sharded = shard_batch({"total": start, "video": videos}, self._mesh)
         total, rankings = sharded["total"], []
-        grid = own.setting.grid
+        grid = own.step.grid
         for view in range(own.start, own.stop):
             arrays = {"patches": np.stack([row.patches[grid][view] for row in rows])}
             if own.takes_ranking:
@@ -137,47 +138,9 @@ class PackedCascade:
         return local_rows(total)
 
 
-class Pass(NamedTuple):
-    """How a step is run.
-
-    start, stop: of the views that are looked at; those before `start` the step before has seen.
-    ranked_budget: rank the patches for so many tokens, and keep that for a later step; 0: do not.
-    takes_ranking: patches were ranked by an earlier step. later_grids: those of the steps to come.
-    """
-
-    setting: Setting
-    start: int
-    stop: int
-    ranked_budget: int
-    takes_ranking: bool
-    later_grids: frozenset[Grid]
-
-
-def passes(cascade: Cascade, views: int, shares_ranking: bool) -> list[Pass]:
-    """How each step of a cascade is run on videos of so many views."""
-    steps, found = cascade.steps, []
-    for number, step in enumerate(steps):
-        before = steps[number - 1] if number else None
-        goes_on = step.goes_on(before)
-        # A view can be ranked once for all steps that look at it on the same grid.
-        ranked_before = shares_ranking and any(one.covers(step) for one in steps[:number])
-        later = [one for one in steps[number + 1 :] if step.covers(one)]
-        ranks = shares_ranking and bool(later) and not ranked_before
-        found.append(
-            Pass(
-                setting=Setting(step.budget, _grid(step), step.head),
-                start=before.views if before and goes_on else 0,
-                stop=step.views or views,
-                ranked_budget=max(one.budget for one in [step, *later]) if ranks else 0,
-                takes_ranking=ranked_before and not goes_on,
-                later_grids=frozenset(map(_grid, steps[number + 1 :])),
-            )
-        )
-    return found
-
-
-def _grid(step: Step) -> Grid:
-    return Grid.square(*step.grid)
+def setting_of(step: Step) -> Setting:
+    """The setting of an evaluation that is a step's."""
+    return Setting(step.budget, Grid.square(*step.grid), step.head)
 
 
 def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable | Wrapped:
@@ -187,9 +150,10 @@ def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable
     returns the total and the ranking int32 [b, N], one that takes a ranking has it after the
     patches.
     """
+    setting = setting_of(own.step)
     if not own.ranked_budget and not own.takes_ranking:
-        return predictor(model, own.setting, seed, mesh, multi_label=False)
-    answer, (budget, grid, head) = probabilities_of(model, multi_label=False), own.setting
+        return predictor(model, setting, seed, mesh, multi_label=False)
+    answer, (budget, grid, head) = probabilities_of(model, multi_label=False), setting
 
     def rank(params, total, patches, video, view):
         network, patches, keys = on_view(params, patches, video, view, model, seed)

@@ -198,7 +198,7 @@ def plans(report: Report, limits: Sequence[Limit], device: str | None) -> list[C
     found += [
         _of_cascade(report, name, own, views, limits, device)
         for name, own in report["cascades"].items()
-        if len(own["steps"]) > 1
+        if len(own["steps"]) > 1 or own["steps"][0]["views"]
     ]
     return found
 

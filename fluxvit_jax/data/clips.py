@@ -1,6 +1,7 @@
 """One clip of a video file, as a network is asked about it: evenly spread frames."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,9 @@ from fluxvit_jax.data import frame_sampling
 from fluxvit_jax.data.augmentation import crop_view, resize_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.errors import UserError
+
+# Frames of one video that are kept at their own size; one of more is decoded for each clip.
+MAX_DECODED_BYTES = 1 << 30
 
 
 class Clip(NamedTuple):
@@ -28,10 +32,24 @@ def read_clip(video: Video, frames: int, resolution: int) -> Clip:
 
     Raises DecodeError for a video that cannot be read.
     """
-    numbers = frame_sampling.test_frames(len(video), frames)
-    pixels = middle_square(video.read(numbers), resolution)
-    rate = video.frame_rate
-    return Clip(pixels, numbers, numbers / rate if rate else np.zeros(frames))
+    (clip,) = read_clips(video, [(frames, resolution)])
+    return clip
+
+
+def read_clips(video: Video, sizes: Sequence[tuple[int, int]]) -> list[Clip]:
+    """The clip of each (frames, resolution), as `read_clip` reads it, from one decode.
+
+    Raises DecodeError for a video that cannot be read.
+    """
+    wanted = [frame_sampling.test_frames(len(video), frames) for frames, _ in sizes]
+    numbers, rate = np.unique(np.concatenate(wanted)), video.frame_rate
+    if len(sizes) > 1 and len(numbers) * video.read(numbers[:1]).nbytes > MAX_DECODED_BYTES:
+        return [read_clip(video, *size) for size in sizes]
+    pixels, clips = video.read(numbers), []
+    for own, (_, resolution) in zip(wanted, sizes, strict=True):
+        square = middle_square(pixels[np.searchsorted(numbers, own)], resolution)
+        clips.append(Clip(square, own, own / rate if rate else np.zeros(len(own))))
+    return clips
 
 
 def middle_square(pixels: np.ndarray, resolution: int) -> np.ndarray:

@@ -12,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fluxvit_jax.adaptive.cascade import Answers, Cascade, Size
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert import clip_parts, official_names, weight_files
 from fluxvit_jax.convert.config_json import PretrainedConfig
 from fluxvit_jax.data import decoding
 from fluxvit_jax.data.class_names import numbered
-from fluxvit_jax.data.clips import read_clip
+from fluxvit_jax.data.clips import read_clip, read_clips
 from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.deploy.cascade_passes import CascadePasses
+from fluxvit_jax.deploy.resize import fit
 from fluxvit_jax.deploy.shared_space import SharedSpace
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, nearest_head
@@ -261,6 +264,41 @@ class PretrainedModel:
                 return read_clip(opened, *grid).frames, budget
         except decoding.DecodeError as error:
             raise UserError(str(error)) from error
+
+    def run_cascade(self, video: Video | Sequence[Video], cascade: Cascade) -> Answers:
+        """The answers of a cascade to n videos, which it asks at more tokens only if in doubt.
+
+        Args:
+            video: as in `predict`; frames are taken evenly, scaled and cut to the grid of a step.
+            cascade: such as `fluxvit_jax.plan(WORKDIR, average_milliseconds=8).cascade`.
+
+        Raises:
+            UserError: as in `predict`, or a step looks at several views.
+            ValueError: frames that cannot be.
+
+        >>> answers = model.run_cascade(["a.mp4", "b.mp4"], best.cascade)
+        >>> answers.probabilities.argmax(-1), answers.step
+        """
+        if not self.has_classifier:
+            raise UserError(
+                "these weights have no classes of their own, so a cascade has no answer"
+            )
+        several = isinstance(video, Sequence) and not isinstance(video, str)
+        videos = cast("Sequence[Video]", video if several else [video])
+        sized = [self._sized(one, cascade) for one in videos]
+        return CascadePasses(self.params, self.config.model, cascade, sized).answers()
+
+    def _sized(self, video: Video, cascade: Cascade) -> dict[Size, np.ndarray]:
+        """A video, or an array of them, on each grid of a cascade: uint8 [B, T, size, size, 3]."""
+        sizes = list(dict.fromkeys(step.grid for step in cascade.steps))
+        if not isinstance(video, str | os.PathLike):
+            return {size: fit(np.asarray(video), *size) for size in sizes}
+        try:
+            with decoding.Video(video) as opened:
+                clips = read_clips(opened, sizes)
+        except decoding.DecodeError as error:
+            raise UserError(str(error)) from error
+        return {size: clip.frames[None] for size, clip in zip(sizes, clips, strict=True)}
 
     def encode_video(self, video: Video | Sequence[Video], tokens: int | None = None) -> np.ndarray:
         """Unit vectors of videos in the space of texts: float32 [B, D]. For Flux-CLIP.
@@ -538,12 +576,11 @@ def forward(
             patches, grid, budget, head, key
         )
 
-    # The platform is known when this is lowered; an exported program is for several.
-    answer = jax.lax.platform_dependent(
+    answer = fluxvit.on_platform(
+        lambda network, patches: network.on_grid(patches, grid, budget, head, key),
         params,
+        model,
         patches.astype(model.dtype),
-        cpu=run(attention="chunked", float32_products=True),
-        default=run(),
     )
     return answer, token_selection.mask(answer.kept, grid.tokens)
 

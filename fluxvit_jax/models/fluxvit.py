@@ -1,6 +1,7 @@
 """FluxViT: patches and their grid in, a clip vector and class scores out, at any token budget."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -558,6 +559,26 @@ def init_params(config: FluxViTConfig, key: Key[Array, ""]) -> dict:
 def graphdef(config: FluxViTConfig) -> nnx.GraphDef:
     """The model's structure, without computing any parameter."""
     return blocks.graphdef(partial(FluxViT, config))
+
+
+def on_platform(
+    call: Callable[..., Any], params: dict, config: FluxViTConfig, *arrays: Array
+) -> Any:
+    """What `call(network, *arrays)` returns, by the fastest way of the platform.
+
+    It is known when this is lowered; an exported program is for several.
+    """
+
+    def run(**changes: Any) -> Callable[..., Any]:
+        graph = graphdef(replace(config, **changes))
+        return lambda params, *arrays: call(from_params(graph, params), *arrays)
+
+    return jax.lax.platform_dependent(
+        params,
+        *arrays,
+        cpu=run(attention="chunked", float32_products=True),
+        default=run(),
+    )
 
 
 def _layers(stacked: Any, first: int, last: int | None = None) -> Any:
