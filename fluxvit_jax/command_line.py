@@ -125,15 +125,18 @@ def define_flags() -> None:
         "calibrated", False, "predict: probabilities at the temperatures of the newest evaluation."
     )
     flags.DEFINE_float("milliseconds", None, "predict: the best setting of a search in this time.")
+    average = "predict: the best cascade of a search whose average video costs no more"
+    flags.DEFINE_float("average_milliseconds", None, f"{average}; --milliseconds: at worst.")
+    flags.DEFINE_float("average_gflops", None, f"{average}.")
 
 
 def resolved(argv: Sequence[str]) -> list[str]:
     """The command line with the file of the recipe.
 
-    A recipe of ours may be given by its name. Modes of a run take the config of the workdir's own
-    run where no recipe is given.
+    A recipe of ours may be given by its name, and flags may be spelled with hyphens. Modes of a run
+    take the config of the workdir's own run where no recipe is given.
     """
-    argv = loading.located(argv)
+    argv = loading.located([_with_underscores(argument) for argument in argv])
     workdir = loading.flag_argument(argv, "workdir")
     mode = loading.flag_argument(argv, "mode") or "train"
     if workdir and mode in OF_A_RUN and loading.flag_argument(argv, "config") is None:
@@ -142,6 +145,13 @@ def resolved(argv: Sequence[str]) -> list[str]:
         if stored_recipe.is_run(workdir):
             return [argv[0], f"--config={stored_recipe.__file__}:{workdir}", *argv[1:]]
     return argv
+
+
+def _with_underscores(argument: str) -> str:
+    """An argument that spells a flag of ours with hyphens, such as --class-names, as absl does."""
+    name, equals, value = argument.partition("=")
+    ours = name.startswith("--") and name[2:].replace("-", "_") in flags.FLAGS
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if ours else argument
 
 
 def help_text(argv: Sequence[str]) -> str:

@@ -141,6 +141,8 @@ def _run_weights(options: "flags.FlagValues") -> int:
         class_names=options.class_names,
         classes=options.classes,
         milliseconds=options.milliseconds,
+        average_milliseconds=options.average_milliseconds,
+        average_gflops=options.average_gflops,
         workdir=options.workdir,
         window=options.window,
         stride=options.stride,

@@ -19,6 +19,7 @@ import numpy as np
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.calibration import at_temperature
+from fluxvit_jax.reports.wording import count
 
 CONFIDENCES = ("probability", "margin", "entropy", "agreement")
 
@@ -65,7 +66,7 @@ class Step:
         return self.grid == later.grid and (not self.views or 0 < later.views <= self.views)
 
     def __str__(self) -> str:
-        views = f", {self.views} views" if self.views else ""
+        views = f", {count(self.views, 'view')}" if self.views else ""
         return f"{self.budget} tokens ({self.frames} x {self.resolution} px{views})"
 
 

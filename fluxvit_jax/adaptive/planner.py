@@ -1,8 +1,8 @@
 """`fluxvit_jax.plan`: the best cell or cascade of a search within a limit on its cost.
 
 A limit on the *average* cost of a video may be met by a cascade: easy videos stop early. Where a
-single cell is as accurate for as much, that cell is planned, as a cascade of one step. Accuracies
-are those that the search measured; nothing is interpolated.
+single cell is as good, it is in the report as a cascade of one step. Accuracies are those that the
+search measured; nothing is interpolated.
 """
 
 import os
@@ -24,14 +24,14 @@ from fluxvit_jax.token_optimization.planner import Limit, Plan, Report
 class CascadePlan:
     """A cascade with its cost and accuracy; `str` describes it in a few sentences.
 
-    name: of the cascade in the report, or of the cell of a single step.
+    name: of the cascade in the report.
     gflops, milliseconds: what each step costs a video that reaches it, all of the step's views; the
         sum is the worst case. milliseconds is None where no device was given.
     average_gflops, average_milliseconds: mean of the videos that the search chose on.
     reached: the share of those that reach each step.
     top1, top1_interval, split: as in `Plan`; chose: the accuracy that it was compared by.
     over: on the reporting split, {"cell", "top1", "interval"}: by how much it is more accurate than
-        the best cell for as many GFLOPs; None of a single cell.
+        the best cell for as many GFLOPs; None where that is not known.
     """
 
     name: str
@@ -78,6 +78,7 @@ def plan(
     average_milliseconds: float | None = ...,
     average_gflops: float | None = ...,
     device: str | None = ...,
+    views: bool = ...,
 ) -> CascadePlan: ...
 def plan(
     report: str | os.PathLike | Mapping[str, Any],
@@ -89,6 +90,7 @@ def plan(
     average_gflops: float | None = None,
     device: str | None = None,
     merging: bool = True,
+    views: bool = False,
 ) -> Plan | CascadePlan:
     """The most accurate cell, or cascade, that costs no more than a limit.
 
@@ -100,6 +102,8 @@ def plan(
     Args:
         report, device: as in `planner.plan`.
         merging: of cells; cascades have no cells that merge tokens.
+        views: whether a cascade may look at several views of a video, as --mode=evaluate can; by
+            default at one, as `run_cascade`, --mode=predict and servers do.
 
     Raises:
         UserError: there is no such report, device or limit, the report has no cascades, or nothing
@@ -129,13 +133,14 @@ def plan(
         )
     worst = {"milliseconds": milliseconds, "gflops": gflops}
     given = {kind: value for kind, value in (averages | worst).items() if value is not None}
-    return plan_cascade(report, given, device)
+    return plan_cascade(report, given, device, views)
 
 
 def plan_cascade(
     report: str | os.PathLike | Mapping[str, Any],
     given: Mapping[str, float],
     device: str | None = None,
+    views: bool = False,
 ) -> CascadePlan:
     """As `plan`, with limits by the names of its arguments, that of an average first."""
     limits = [Limit(kind, value) for kind, value in given.items()]
@@ -143,15 +148,15 @@ def plan_cascade(
         planner.check_limit(limit)
     timed = any(limit.kind.endswith("milliseconds") for limit in limits)
     known, device = planner.with_timings(report, device, timed)
-    return choose(known, limits, device)
+    return choose(known, limits, device, views)
 
 
-def choose(report: Report, limits: Sequence[Limit], device: str | None) -> CascadePlan:
+def choose(report: Report, limits: Sequence[Limit], device: str | None, views: bool) -> CascadePlan:
     """As `plan`, of a report that was read, and by the timings of a device that it knows.
 
     limits: the first is one of an average.
     """
-    costs = {own: _costs(own, limits) for own in plans(report, limits, device)}
+    costs = {own: _costs(own, limits) for own in plans(report, limits, device, views)}
     timed = {own: cost for own, cost in costs.items() if cost}
     if not timed:
         raise UserError(f"the report has no cells timed on {device}; let --mode=search finish")
@@ -168,7 +173,7 @@ def choose(report: Report, limits: Sequence[Limit], device: str | None) -> Casca
             for limit, cost in zip(limits, timed[cheapest], strict=True)
         ]
         raise UserError(
-            f"no cell and no cascade is within {' and '.join(words)}; the cheapest, "
+            f"no cascade is within {' and '.join(words)}; the cheapest, "
             f"{cheapest.name}, takes {' and '.join(takes)}"
         )
     best = min(fitting, key=lambda own: (-own.chose, timed[own][0], own.average_gflops))
@@ -181,8 +186,12 @@ def _costs(own: CascadePlan, limits: Sequence[Limit]) -> list[float]:
     return [cost for cost in costs if cost is not None] if None not in costs else []
 
 
-def plans(report: Report, limits: Sequence[Limit], device: str | None) -> list[CascadePlan]:
-    """Every cell that was measured on all videos and merges no tokens, and every cascade.
+def plans(
+    report: Report, limits: Sequence[Limit], device: str | None, several_views: bool
+) -> list[CascadePlan]:
+    """The cascades of a report.
+
+    several_views: as `views` in `plan`; without them those that look at one view only.
 
     Raises UserError: the report has no cascades, or one is damaged.
     """
@@ -192,14 +201,17 @@ def plans(report: Report, limits: Sequence[Limit], device: str | None) -> list[C
             "or had search.cascade_steps=1; run --mode=search again, which evaluates the cells "
             "whose probabilities it lacks"
         )
-    complete, _ = planner.by_certainty(planner.measured(report["cells"], merging=False))
     views = report.get("view_count", 1)
-    found = [_of_cell(report, name, views, limits, device) for name in complete]
-    found += [
+    found = [
         _of_cascade(report, name, own, views, limits, device)
         for name, own in report["cascades"].items()
-        if len(own["steps"]) > 1 or own["steps"][0]["views"]
+        if several_views or max(step["views"] or views for step in own["steps"]) == 1
     ]
+    if not found:
+        raise UserError(
+            f"the report's cascades all look at several of the {views} views of a video; search "
+            "with --config.eval.clips=1 --config.eval.crops=1, or evaluate one with eval.cascade"
+        )
     return found
 
 
@@ -221,7 +233,7 @@ def chosen(text: str, *reports: str | os.PathLike | None) -> tuple[Cascade, Repo
             "report with --config.eval.plan=REPORT, or give a cascade in a .json file"
         )
     if "=" in text:
-        best = plan_cascade(file, _limits_in(text))
+        best = plan_cascade(file, _limits_in(text), views=True)
         print(best, file=sys.stderr, flush=True)
         return best.cascade, planner.read_report(file), str(file)
     report = planner.read_report(file)
@@ -259,30 +271,6 @@ def named(report: Report, name: str, source: str) -> Cascade:
 def _step(name: str, cell: Mapping[str, Any]) -> Step:
     size = {key: cell[key] for key in ("budget", "frames", "resolution", "head")}
     return Step(**size, cell=name)
-
-
-def _of_cell(
-    report: Report, name: str, views: int, limits: Sequence[Limit], device: str | None
-) -> CascadePlan:
-    cell = report["cells"][name]
-    split, accuracy = planner.accuracy_of(cell)
-    time = planner.cost_of(report, name, "milliseconds", device)
-    return CascadePlan(
-        name=name,
-        cascade=Cascade((_step(name, cell),)),
-        gflops=(views * cell["gflops"],),
-        milliseconds=None if time is None else (views * time,),
-        average_gflops=views * cell["gflops"],
-        average_milliseconds=None if time is None else views * time,
-        reached=(1.0,),
-        top1=accuracy["top1"],
-        top1_interval=accuracy.get("top1_interval"),
-        split=split,
-        chose=cell["choose"]["top1"],
-        over=None,
-        limits=tuple(limits),
-        device=device,
-    )
 
 
 def _of_cascade(

@@ -30,7 +30,7 @@ class CascadePasses:
         Raises UserError: a step looks at several views, or has a head or grid that cannot be.
         """
         for number, step in enumerate(cascade.steps, 1):
-            check_step(step.views == 0, number, f"looks at {step.views} views, and one is at hand")
+            check_step(step.views <= 1, number, f"looks at {step.views} views, and one is at hand")
             check_step(step.head < model.budgets, number, f"the network has no head {step.head}")
             fits = step.resolution % PATCH == 0
             check_step(fits, number, f"{step.resolution} px is no multiple of {PATCH}")

@@ -99,8 +99,46 @@ def _write(
         manifest["space"] = export_space.write(model.space, folder, PLATFORMS)
     if report:
         manifest["plan"] = describe_plan(budgets, report)
+        manifest["cascades"] = write_cascades(model, params, folder, report)
     content = json.dumps(checksums.add_checksum(manifest), indent=1)
     (folder / MANIFEST).write_text(content + "\n")
+
+
+def write_cascades(
+    model: PretrainedModel, params: dict[str, Any], folder: Path, report: planner.Report
+) -> dict[str, Any]:
+    """Writes the programs of cascades that look at one view; what the manifest says of them.
+
+    {"programs": {cell: {"program", "frames", "resolution", "sha256"}}, and what `adaptive.planner`
+    reads of a report: "cells", "cascades", "devices", "notes", "view_count"}.
+    """
+    views = report.get("view_count", 1)
+    cascades = {
+        name: {key: own[key] for key in own if key != "stopped_by_class"}
+        for name, own in report["cascades"].items()
+        if max(step["views"] or views for step in own["steps"]) == 1
+    }
+    names = {step["cell"] for own in cascades.values() for step in own["steps"]}
+    cells = {name: report["cells"][name] for name in sorted(names)}
+    programs = {}
+    for name, cell in tqdm(cells.items(), "exporting", unit="cell", disable=None):
+        grid, program = Grid.square(cell["frames"], cell["resolution"]), f"{name}.stablehlo"
+        content = lower(model.config.model, params, grid, cell["budget"], cell["head"])
+        (folder / program).write_bytes(content)
+        size = {key: cell[key] for key in ("frames", "resolution")}
+        programs[name] = size | {"program": program, "sha256": checksums.sha256(folder / program)}
+    devices = {
+        device: {"cells": {name: table["cells"][name] for name in names & table["cells"].keys()}}
+        for device, table in report["devices"].items()
+    }
+    return {
+        "programs": programs,
+        "cells": cells,
+        "cascades": cascades,
+        "devices": devices,
+        "notes": report["notes"],
+        "view_count": views,
+    }
 
 
 def lower(

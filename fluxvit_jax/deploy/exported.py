@@ -5,25 +5,29 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.export
 import numpy as np
 
+from fluxvit_jax.adaptive.cascade import Answers, Cascade
+from fluxvit_jax.adaptive.planner import CascadePlan, choose
 from fluxvit_jax.data import captions
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.deploy.resize import fit
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.devices import device_name
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.token_optimization import planner
+from fluxvit_jax.token_optimization.planner import Limit
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.npz"
-LATENCY = "latency.json"  # {device: {budget: milliseconds}}, written by servers that may
+LATENCY = "latency.json"  # {device: {budget or cell: milliseconds}}, by servers that may write
 VERSION = 1  # of the folder's layout
 TIMED = 10  # calls of a program, after a first one
 
@@ -59,10 +63,28 @@ class ExportedModel:
         self._milliseconds: dict[str, float] = {}
         self._space_params: dict[str, dict[str, jax.Array]] = {}
 
+    @overload
     def __call__(
-        self, video: np.ndarray, tokens: int | None = None, milliseconds: float | None = None
-    ) -> ExportedOutput:
-        """Class scores and vectors of clips at a token budget.
+        self, video: np.ndarray, *, average_milliseconds: float, milliseconds: float | None = ...
+    ) -> Answers: ...
+    @overload
+    def __call__(
+        self, video: np.ndarray, *, average_gflops: float, milliseconds: float | None = ...
+    ) -> Answers: ...
+    @overload
+    def __call__(
+        self, video: np.ndarray, tokens: int | None = ..., milliseconds: float | None = ...
+    ) -> ExportedOutput: ...
+    def __call__(
+        self,
+        video: np.ndarray,
+        tokens: int | None = None,
+        milliseconds: float | None = None,
+        *,
+        average_milliseconds: float | None = None,
+        average_gflops: float | None = None,
+    ) -> ExportedOutput | Answers:
+        """Class scores and vectors of clips at a token budget, or the answers of a cascade.
 
         Args:
             video: uint8 pixels, RGB, [T, height, width, 3] or [B, T, ...]. Where they are not of
@@ -70,9 +92,22 @@ class ExportedModel:
                 square cut out.
             tokens: one of `budgets`; the largest by default.
             milliseconds: instead of `tokens`: the budget is then that of `budget_within`.
+            average_milliseconds, average_gflops: instead of both: the clips are asked by the
+                cascade of `cascade_within`, at more tokens only if in doubt; `milliseconds` beside
+                them limits the worst case.
 
-        Raises ValueError for a video or budget that cannot be.
+        Raises ValueError for a video, budget or limit that cannot be.
         """
+        averages = {
+            "average_milliseconds": average_milliseconds,
+            "average_gflops": average_gflops,
+        }
+        given = {kind: value for kind, value in averages.items() if value is not None}
+        if given:
+            if tokens is not None or len(given) > 1:
+                raise ValueError("tokens and average limits each choose programs; give one")
+            worst = {} if milliseconds is None else {"milliseconds": milliseconds}
+            return self.run_cascade(video, self.cascade_within(**given, **worst).cascade)
         if tokens is not None and milliseconds is not None:
             raise ValueError("tokens and milliseconds both choose a program; give one of them")
         if milliseconds is not None:
@@ -86,6 +121,61 @@ class ExportedModel:
         logits, pooled, kept = self._program(budget)(self._params, patches)
         side = own["resolution"] // PATCH
         return ExportedOutput(logits, pooled, kept.reshape(-1, own["frames"], side, side))
+
+    def run_cascade(self, video: np.ndarray, cascade: Cascade) -> Answers:
+        """The answers of a cascade to clips; video: as in a call of the model.
+
+        A step's program runs on the next power of two of clips, so that it compiles for few sizes.
+
+        Raises ValueError for a video that cannot be, or a cascade of other programs.
+        """
+        programs = self.manifest.get("cascades", {}).get("programs", {})
+        if missing := [step.cell for step in cascade.steps if step.cell not in programs]:
+            raise ValueError(f"{self._folder}: has no program for {missing[0]!r}")
+        fitted = {step.grid: fit(video, *step.grid) for step in cascade.steps}
+
+        def ask(number: int, clips: np.ndarray) -> np.ndarray:
+            step = cascade.steps[number]
+            own = programs[step.cell]
+            rows = np.resize(clips, 1 << (len(clips) - 1).bit_length())
+            patches = np.stack([patchify(clip) for clip in fitted[step.grid][rows]])
+            logits, *_ = self._loaded(own["program"], own["sha256"])(self._params, patches)
+            return np.asarray(jax.nn.softmax(logits))[: len(clips)]
+
+        return cascade.run(len(next(iter(fitted.values()))), ask)
+
+    def cascade_within(self, **limits: float) -> CascadePlan:
+        """The most accurate cascade of the search within limits, as `fluxvit_jax.plan` finds it.
+
+        Args:
+            limits: average_milliseconds or average_gflops, and of the worst case milliseconds and
+                gflops. Times are those of a clip alone on this device, measured once if the
+                manifest has none.
+
+        Raises ValueError: the manifest knows no cascades, or none is within the limits.
+        """
+        report = self.manifest.get("cascades")
+        if not report or not report["cascades"]:
+            raise ValueError(
+                f"{self._folder}: has no cascades; run --mode=search and export again, or choose "
+                "by tokens"
+            )
+        device = None
+        if any("milliseconds" in kind for kind in limits):
+            device = device_name()
+            cells = report["programs"]
+            exported = {
+                name: own["milliseconds"]
+                for name, own in report["devices"].get(device, {"cells": {}})["cells"].items()
+            }
+            times = self._times(cells, exported)
+            timed = {"cells": {name: {"milliseconds": own} for name, own in times.items()}}
+            report = report | {"devices": {device: timed}}
+        limited = [Limit(kind, value) for kind, value in limits.items()]
+        try:
+            return choose(report, limited, device, views=False)
+        except UserError as error:
+            raise ValueError(f"{self._folder}: {error}") from error
 
     def budget_within(self, milliseconds: float) -> int:
         """The budget whose program is the most accurate of those that answer in time.
@@ -103,7 +193,9 @@ class ExportedModel:
                 f"{self._folder}: how accurate its programs are is not known; run --mode=search "
                 "and export again, or choose by tokens"
             )
-        times = self._times(programs)
+        known = self.manifest["plan"]["devices"].get(device_name(), {})
+        exported = {budget: timings["milliseconds"] for budget, timings in known.items()}
+        times = self._times(programs, exported)
         best = planner.best_within(programs, times, milliseconds)
         if best is None:
             cheapest = min(times, key=lambda budget: times[budget])
@@ -113,31 +205,38 @@ class ExportedModel:
             )
         return int(best)
 
-    def _times(self, budgets: Iterable[str]) -> dict[str, float]:
-        """Milliseconds of one clip at each budget on this device, measured if not known."""
-        device = device_name()
-        exported = self.manifest["plan"]["devices"].get(device, {})
-        known = {budget: timings["milliseconds"] for budget, timings in exported.items()}
-        for times in (self._milliseconds, known, self._read_latency().get(device, {})):
-            if all(budget in times for budget in budgets):
-                self._milliseconds = {budget: times[budget] for budget in budgets}
-                return self._milliseconds
-        self._milliseconds = {budget: self._time(int(budget)) for budget in budgets}
-        self._keep_latency(device)
-        return self._milliseconds
+    def _times(self, names: Iterable[str], exported: Mapping[str, float]) -> dict[str, float]:
+        """Milliseconds of one clip on this device by budget or cell, measured if not known.
 
-    def _time(self, budget: int) -> float:
+        exported: those that the manifest has.
+        """
+        names, device = list(names), device_name()
+        for times in (self._milliseconds, exported, self._read_latency().get(device, {})):
+            if all(name in times for name in names):
+                self._milliseconds |= {name: times[name] for name in names}
+                return {name: times[name] for name in names}
+        self._milliseconds |= {name: self._time(name) for name in names}
+        self._keep_latency(device)
+        return {name: self._milliseconds[name] for name in names}
+
+    def _time(self, name: str) -> float:
         """Milliseconds of a program's call on one clip: the median of those after the first."""
-        own = self.manifest["budgets"][str(budget)]
+        own = self._described(name)
         shape = (own["frames"], own["resolution"], own["resolution"], 3)
         # Random by seed: patches that are equal would all score alike.
         clip = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        patches, program, taken = jax.device_put(patchify(clip)[None]), self._program(budget), []
+        patches, taken = jax.device_put(patchify(clip)[None]), []
+        program = self._loaded(own["program"], own["sha256"])
         for _ in range(1 + TIMED):
             begin = time.perf_counter()
             jax.block_until_ready(program(self._params, patches))
             taken.append(time.perf_counter() - begin)
         return 1000 * statistics.median(taken[1:])
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """What the manifest says of the program of a budget, or of a cell of cascades."""
+        budgets = self.manifest["budgets"]
+        return budgets[name] if name in budgets else self.manifest["cascades"]["programs"][name]
 
     def _read_latency(self) -> dict[str, dict[str, float]]:
         """What servers have measured before; nothing where the file is missing or damaged."""
@@ -151,7 +250,8 @@ class ExportedModel:
             return {}
 
     def _keep_latency(self, device: str) -> None:
-        known = {**self._read_latency(), device: self._milliseconds}
+        latency = self._read_latency()
+        known = latency | {device: latency.get(device, {}) | self._milliseconds}
         # A folder that only others may write serves as well; then each process measures.
         with contextlib.suppress(OSError):
             atomic.write(self._folder / LATENCY, json.dumps(known, indent=1) + "\n")

@@ -4,15 +4,17 @@ A video is seen once at each budget: frames spread evenly over it, the middle sq
 printed, drawn as a page and filmed; a folder becomes `predictions.csv`. With `--window` it is also
 seen in windows that move along it, which gives a timeline: a table, and a plot on the page.
 Features, if asked for, are written beside as `.npz`. Instead of budgets a limit on the time may be
-given; what a search has found within it is then run.
+given; what a search has found within it is then run. With a limit on the average time that may be
+a cascade, which asks a video again at more tokens only if it is in doubt.
 """
 
 import csv
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -20,10 +22,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax.adaptive.cascade import Cascade
+from fluxvit_jax.adaptive.planner import plan_cascade
 from fluxvit_jax.convert.config_json import Setting, describe_assumption
 from fluxvit_jax.data.annotations import read_class_names, videos_below
-from fluxvit_jax.data.clips import Clip, read_clip
+from fluxvit_jax.data.clips import Clip, read_clips
 from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.deploy.cascade_passes import CascadePasses
 from fluxvit_jax.deploy.page import Shown, write_film, write_page
 from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained
 from fluxvit_jax.deploy.shared_space import TextClassifier
@@ -67,16 +72,20 @@ def predict(
         out = out._replace(logits=classifier.logits(out.pooled))
     temperature = model.temperature_at(out.tokens_kept) if calibrated else 1.0
     (found,) = model.likeliest(out, class_names, top, temperature)
-    seconds = _seconds(model, clip, budget, head) if timed else 0.0
+    seconds = 0.0
+    if timed:
+        seconds = _median_seconds(
+            lambda: model(clip.frames, budget, head).logits.block_until_ready()
+        )
     return Shown(budget, clip.frames, np.asarray(out.kept[0]), clip.times, found, out.head, seconds)
 
 
-def _seconds(model: PretrainedModel, clip: Clip, budget: int, head: int | None) -> float:
-    """The median of some passes, or the time of one where it is long."""
+def _median_seconds(run: Callable[[], Any]) -> float:
+    """The median of some calls that wait for their result, or the time of one where it is long."""
     times: list[float] = []
     while len(times) < TIMED_PASSES and sum(times) < TIMED_SECONDS:
         begin = time.perf_counter()
-        model(clip.frames, budget, head).logits.block_until_ready()
+        run()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
@@ -119,6 +128,20 @@ class Options(NamedTuple):
     window: str = ""  # length of a window, such as "4s"; none: no timeline
     stride: str = ""  # from window to window; the length by default
     calibrated: bool = False  # whether probabilities are at the temperatures of an evaluation
+    average_milliseconds: float | None = None  # of a cascade; `milliseconds`: at worst
+    average_gflops: float | None = None
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """The limits of a cascade, that of an average first; none if no cascade is asked for."""
+        given = {
+            "average_milliseconds": self.average_milliseconds,
+            "average_gflops": self.average_gflops,
+        }
+        averages = {kind: value for kind, value in given.items() if value is not None}
+        if averages and self.milliseconds is not None:
+            averages["milliseconds"] = self.milliseconds
+        return averages
 
 
 def run(options: Options, config: ConfigDict | None = None) -> int:
@@ -137,13 +160,17 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     if options.top < 1 or any(budget < 2 for budget in options.tokens):
         raise UserError("--top must be at least 1 and --tokens at least 2")
     windows = _windows(options)
-    if options.tokens and options.milliseconds is not None:
+    if options.tokens and (options.averages or options.milliseconds is not None):
         raise UserError("--tokens and --milliseconds both choose a budget; give one of them")
+    _check_cascade(options)
     dtype = options.dtype or "float32"
     model = from_pretrained(options.weights, options.network or None, dtype)
     settings = model.config.asked(options.tokens, config.eval.settings if config else ())
-    head = None
-    if options.milliseconds is not None:
+    head, cascade = None, None
+    if options.averages:
+        model, cascade = _planned_cascade(model, options)
+        settings = [(step.budget, *step.grid) for step in cascade.steps]
+    elif options.milliseconds is not None:
         model, settings, head = _planned(model, options)
     classifier = _text_classifier(model, options)
     if options.calibrated:
@@ -159,6 +186,7 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
         windows,
         classifier,
         options.calibrated,
+        cascade,
     )
     try:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -192,6 +220,7 @@ class _Job(NamedTuple):
     windows: tuple[float, float] | None  # seconds of a window, and from window to window
     classifier: TextClassifier | None  # of classes by their names
     calibrated: bool
+    cascade: Cascade | None  # of the settings, which are run until the answer is sure
 
     def predict(self, clip: Clip, budget: int, top: int, timed: bool = False) -> Shown:
         """What `predict` finds."""
@@ -210,12 +239,33 @@ class _Job(NamedTuple):
     def read(self, path: Path) -> list[Clip]:
         """The clip of each setting. Raises DecodeError."""
         with Video(path) as video:
-            return [read_clip(video, *grid) for _, *grid in self.settings]
+            return read_clips(video, [(frames, size) for _, frames, size in self.settings])
 
     def answers(self, clips: Sequence[Clip], timed: bool = False) -> Iterator[Shown]:
-        """What `predict` finds at each setting."""
+        """What `predict` finds at each setting; of a cascade at each step until one is sure."""
+        if self.cascade:
+            yield from self._cascade_answers(self.cascade, clips, timed)
+            return
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
             yield self.predict(clip, budget, self.top, timed)
+
+    def _cascade_answers(
+        self, cascade: Cascade, clips: Sequence[Clip], timed: bool
+    ) -> Iterator[Shown]:
+        by_size = {
+            step.grid: clip.frames[None] for step, clip in zip(cascade.steps, clips, strict=True)
+        }
+        passes = CascadePasses(self.model.params, self.model.config.model, cascade, [by_size])
+        this, average = np.zeros(1, int), None
+        for number, (step, clip) in enumerate(zip(cascade.steps, clips, strict=True)):
+            probabilities, kept = passes.run(number, this)
+            average, stops = cascade.join(number, probabilities, average)
+            order = np.argsort(-average[0], kind="stable")[: self.top]
+            top = [(self.class_names[c], float(average[0, c])) for c in order]
+            seconds = _median_seconds(partial(passes.run, number, this)) if timed else 0.0
+            yield Shown(step.budget, clip.frames, kept[0], clip.times, top, step.head, seconds)
+            if stops[0]:
+                return
 
     def timelines(self, path: Path) -> "list[Timeline]":
         """The windows of a video at each setting. Raises DecodeError."""
@@ -290,6 +340,41 @@ def _planned(
     return model, [(best.budget, best.frames, best.resolution)], best.head
 
 
+def _check_cascade(options: Options) -> None:
+    """Raises UserError for what cannot be had together with a cascade."""
+    if not options.averages:
+        return
+    for flag, value in (
+        ("window", options.window),
+        ("features", options.features),
+        ("classes", options.classes),
+        ("calibrated", options.calibrated),
+    ):
+        if value:
+            raise UserError(
+                f"--{flag}: is for one budget, and an average limit may ask a video at several; "
+                "give --milliseconds or --tokens"
+            )
+
+
+def _planned_cascade(model: PretrainedModel, options: Options) -> tuple[PretrainedModel, Cascade]:
+    """What the search of these weights found best within average limits: network and cascade.
+
+    Raises UserError: as `_planned`.
+    """
+    source = planner.find_report(options.workdir, options.weights) or options.weights
+    report, device = planner.read_report(source), devices.device_name()
+    planner.check_weights(report, model.params, source)
+    timed = any("milliseconds" in kind for kind in options.averages)
+    if timed and device not in report["devices"]:
+        report = planner.measure_device(source, model)
+    best = plan_cascade(report, options.averages, device if timed else None)
+    print(best, flush=True)
+    if options.dtype is None:
+        model = planner.as_searched(model, report)
+    return model, best.cascade
+
+
 def _predict_video(job: _Job, path: Path) -> None:
     try:
         clips = job.read(path)
@@ -302,6 +387,8 @@ def _predict_video(job: _Job, path: Path) -> None:
         for name, probability in one.top:
             print(f"  {probability:7.2%}  {name}", flush=True)
         shown.append(one)
+    if job.cascade:
+        print(f"sure after {len(shown)} of {count(len(job.cascade.steps), 'step')}")
     # Not the video's own name: it may lie in the folder that is written into.
     stem = storage.display_name(path.stem)
     page, film = job.out / f"{stem}.kept.html", job.out / f"{stem}.kept.mp4"
@@ -400,7 +487,12 @@ def _timeline_rows(job: _Job, name: Path, timelines: "Sequence[Timeline]") -> It
 
 
 def _rows(job: _Job, name: Path, clips: Sequence[Clip]) -> Iterator[list[Any]]:
-    """The lines of a video in the table, one a budget."""
+    """The lines of a video in the table, one a budget; of a cascade that of its last step."""
+    if job.cascade:
+        shown = list(job.answers(clips))
+        setting, last = job.settings[len(shown) - 1], shown[-1]
+        yield [cell(name), *setting, last.head, *_class_cells(last.top), ""]
+        return
     for setting, one in zip(job.settings, job.answers(clips), strict=True):
         yield [cell(name), *setting, one.head, *_class_cells(one.top), ""]
 

@@ -68,8 +68,14 @@ def members(
         if top1[name] > most or (name in chosen and candidate.method == "select"):
             wanted.append(candidate)
         most = max(most, top1[name])
-    best = sorted(wanted, key=lambda c: (-top1[c.name], gflops[c.name]))[:MOST_CELLS]
-    return [candidate for candidate in ordered if candidate in best]
+    return _spread(wanted, MOST_CELLS)
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def find(
@@ -101,10 +107,7 @@ def find(
         for cell in cells
         for at, views in enumerate(view_counts)
     ]
-    found = fitting.front(entries, table.labels, max_steps)
-    if len(found) <= MOST:
-        return found
-    return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, MOST).round().astype(int))]
+    return _spread(fitting.front(entries, table.labels, max_steps), MOST)
 
 
 def describe_all(

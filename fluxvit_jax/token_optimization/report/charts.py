@@ -1,7 +1,8 @@
 """Charts of accuracy against cost, and the section of the page that shows them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -25,6 +26,7 @@ from fluxvit_jax.token_optimization.report.reading import (
     METHODS,
     SHORT,
     Report,
+    cascade_milliseconds,
     complete_cells,
     costs,
     grid,
@@ -40,7 +42,8 @@ NAME = 48  # points that the name of a grid is wide, 24x336 being among the long
 
 LEGEND = """Every cell of the search by its top-1 accuracy on the choosing split. No cell is better
 than one on the front at no more cost; its large points have their grids beside them. Cells measured
-on fewer videos are hollow and no part of the front."""
+on fewer videos are hollow and no part of the front. Cascades are drawn at their mean cost of a
+view."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,7 @@ class Chart:
     title: str
     unit: str
     points: list[Point]
+    cascades: list[tuple[float, float]]  # mean cost and top-1 in percent, by rising cost
 
     @property
     def front(self) -> list[Point]:
@@ -86,7 +90,12 @@ def charts_of(report: Report) -> list[Chart]:
     """Top-1 on the choosing split against tokens, GFLOPs, and milliseconds on each device."""
     cells, complete = measured_cells(report), complete_cells(report)
 
-    def chart(title: str, unit: str, known: Mapping[str, float | None]) -> Chart:
+    def chart(
+        title: str,
+        unit: str,
+        known: Mapping[str, float | None],
+        average: Callable[[dict[str, Any]], float | None] = lambda own: None,
+    ) -> Chart:
         points = [
             Point(
                 cost=cost,
@@ -98,15 +107,37 @@ def charts_of(report: Report) -> list[Chart]:
             for name, cell in cells.items()
             if (cost := known[name]) is not None
         ]
-        return Chart(title=title, unit=unit, points=points)
+        cascades = [
+            (cost / report.get("view_count", 1), 100 * own["choose"]["top1"])
+            for own in report["cascades"].values()
+            if (cost := average(own)) is not None
+        ]
+        return Chart(
+            title=title,
+            unit=unit,
+            points=points,
+            cascades=[cascades[i] for i in pareto(cascades)],
+        )
 
     charts = [
         chart("Tokens", "tokens", {name: cell.get("tokens") for name, cell in cells.items()}),
-        chart("GFLOPs", "GFLOPs", {name: cell.get("gflops") for name, cell in cells.items()}),
+        chart(
+            "GFLOPs",
+            "GFLOPs",
+            {name: cell.get("gflops") for name, cell in cells.items()},
+            lambda own: own["choose"]["average_gflops"],
+        ),
     ]
     for device in report["devices"]:
         times = {name: costs(report, device, name).get("milliseconds") for name in cells}
-        charts.append(chart(device, "milliseconds a clip", times))
+        charts.append(
+            chart(
+                device,
+                "milliseconds a clip",
+                times,
+                partial(cascade_milliseconds, report, device=device),
+            )
+        )
     return [chart for chart in charts if chart.points]
 
 
@@ -129,6 +160,10 @@ def _keys(charts: Sequence[Chart]) -> str:
     line = '<path d="M0 9 12 6 24 2" fill="none"/><circle cx="12" cy="6" r="3.5"/>'
     keys = [mark(method) + METHODS[method] for method in methods]
     keys.append(f'<svg class="line" viewBox="0 0 24 12" aria-hidden="true">{line}</svg>front')
+    if any(chart.cascades for chart in charts):
+        dashed = '<path d="M0 9 12 6 24 2" fill="none" stroke-dasharray="4 2"/>'
+        kind = 'class="line cascades" viewBox="0 0 24 12" aria-hidden="true"'
+        keys.append(f"<svg {kind}>{dashed}</svg>cascades")
     if has_partial(charts):
         keys.append("".join(mark(method, hollow=True) for method in methods) + "fewer videos")
     return "".join(f"<span>{key}</span>" for key in keys)
@@ -161,6 +196,9 @@ def _figure(report: Report, chart: Chart, wide: Size) -> str:
         f"Top-1 accuracy on the choosing split against {chart.unit} of {len(chart.points)} cells. "
         f"{front}"
     )
+    if chart.cascades:
+        cost, top1 = chart.cascades[-1]
+        alt += f". The best cascade: {number(cost)} {chart.unit}, {top1:.1f} %"
     return card(chart.title, picture(alt, drawn, wide, NARROW, LIGHT, DARK))
 
 
@@ -183,6 +221,16 @@ def draw(axes: Axes, report: Report, chart: Chart, colors: dict[str, str]) -> No
     axes.set_axisbelow(True)
     front = chart.front
     axes.plot(*_coordinates(front), color=colors["quiet"], linewidth=1.5)
+    if chart.cascades:
+        axes.plot(
+            *zip(*chart.cascades, strict=True),
+            color=colors["warn"],
+            linewidth=1.5,
+            linestyle=(0, (4, 2)),
+            marker=".",
+            markersize=4,
+            zorder=2.5,
+        )
     for method, color in method_colors(colors).items():
         others = [p for p in chart.points if p.method == method and p not in front]
         small: Style = {"linestyle": "none", "marker": MARKERS[method], "markersize": 5.5}
@@ -206,6 +254,8 @@ def _coordinates(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 def _set_limits(axes: Axes, chart: Chart) -> None:
     """Limits with room around the points, and for the names of the front above and to the left."""
     costs, accuracies = _coordinates(chart.points)
+    costs += [cost for cost, _ in chart.cascades]
+    accuracies += [top1 for _, top1 in chart.cascades]
     name = 1.2 * NAME / (axes.bbox.width * 72 / axes.figure.dpi)  # share of the width
     low, high = min(costs), max(costs)
     if low > 0 and high / low > LOG_FROM:

@@ -5,7 +5,13 @@ from typing import Any
 
 from fluxvit_jax.reports.elements import document, fact, facts, notes
 from fluxvit_jax.reports.wording import count
-from fluxvit_jax.token_optimization.report import charts, comparison, heat_maps, lists
+from fluxvit_jax.token_optimization.report import (
+    cascade_table,
+    charts,
+    comparison,
+    heat_maps,
+    lists,
+)
 from fluxvit_jax.token_optimization.report.reading import Report
 from fluxvit_jax.token_optimization.report.style import CSS
 
@@ -16,6 +22,7 @@ def text(report: Report) -> str:
         comparison.accuracies(report),
         comparison.prices(report),
         charts.section(report),
+        cascade_table.text(report),
         heat_maps.section(report),
         lists.stopped(report),
         lists.everything(report),

@@ -26,6 +26,7 @@ UNKNOWN: Report = {
     "cells": {},
     "chosen": {},
     "devices": {},
+    "cascades": {},
     "choose": {},
     "report": {},
 }
@@ -89,6 +90,19 @@ def is_chosen(report: Report, budget: int) -> bool:
 def costs(report: Report, device: str, name: str) -> dict[str, float]:
     """The costs of a cell on a device; empty if they are not known."""
     return report["devices"][device].get("cells", {}).get(name, {})
+
+
+def cascade_milliseconds(report: Report, cascade: dict[str, Any], device: str) -> float | None:
+    """The mean time of a video by a cascade; None where a cell of it was not timed."""
+    views, total, before = report.get("view_count", 1), 0.0, None
+    for step, reached in zip(cascade["steps"], cascade["choose"]["reached"], strict=True):
+        time = costs(report, device, step["cell"]).get("milliseconds")
+        if time is None:
+            return None
+        seen = before["views"] if before and before["cell"] == step["cell"] else 0
+        total += reached * time * ((step["views"] or views) - seen)
+        before = step
+    return total
 
 
 def grid(cell: Cell) -> str:

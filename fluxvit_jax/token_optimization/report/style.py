@@ -46,6 +46,7 @@ CSS = (
 .whisker { background: linear-gradient(var(--quiet), var(--quiet)) 50% / 1px 100% no-repeat; }
 .keys .line { width: 1.5rem; height: 0.75em; margin-right: 0.4em; stroke: var(--quiet); }
 .keys .line { stroke-width: 1.5; fill: var(--quiet); }
+.keys .cascades { stroke: var(--warn); }
 .heat { table-layout: fixed; font-size: clamp(0.6875rem, 2.6vw, 0.8125rem); }
 .heat th, .heat td { text-align: center; padding: 0.3rem 0; border: 2px solid var(--card); }
 .heat th { color: var(--quiet); font-size: inherit; font-weight: 400; }
