@@ -1,11 +1,12 @@
-"""Runs a cascade on many videos in full batches: those that go on are packed together.
+"""Runs cascades and rules of motion on many videos in full batches.
 
+Videos that go on to a step, or that a rule sends to a cell, are packed together.
 Every step has one compiled program of one batch size, so nothing recompiles and the mean cost is
 real time. Videos that wait for a step, less than two batches for each, keep their patches in the
 memory of the host.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 
 from fluxvit_jax.adaptive.cascade import Cascade, Pass, Size, Step
+from fluxvit_jax.adaptive.motion import MotionRule
+from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
     compiler_options,
@@ -136,6 +139,50 @@ class PackedCascade:
         for row, ranked in zip(rows, np.stack(rankings, axis=1) if rankings else (), strict=False):
             row.ranked[grid] = ranked
         return local_rows(total)
+
+
+class PackedRule:
+    """A rule of motion over a stream of videos, as `PackedCascade`; a "step" is a rule's cell."""
+
+    def __init__(
+        self,
+        rule: MotionRule,
+        model: FluxViTConfig,
+        params: dict,
+        batch: int,
+        views: int,
+        seed: int,
+        mesh: Mesh,
+    ):
+        """Arguments as of `PackedCascade`."""
+        self._rule, self._batch = rule, batch
+        self._score = scorer(model, Grid.square(*rule.grid), params, seed, mesh)
+        self._cells = [
+            PackedCascade(Cascade((step,)), model, params, batch, views, seed, mesh)
+            for step in rule.steps
+        ]
+
+    def add(self, videos: Sequence[Video]) -> list[Finished]:
+        """Sends at most a batch of videos to their cells, and returns the answers that are known.
+
+        Videos need patches on the rule's grid too.
+        """
+        if not videos:
+            return []
+        rows = [*videos, *[videos[0]] * (self._batch - len(videos))]
+        scores = self._score(np.stack([video.patches[self._rule.grid][0] for video in rows]))
+        routed = self._rule.route(scores[: len(videos)])
+        return self._from_cells(
+            cell.add([video for video, own in zip(videos, routed, strict=True) if own == number])
+            for number, cell in enumerate(self._cells)
+        )
+
+    def finish(self) -> list[Finished]:
+        """All other answers."""
+        return self._from_cells(cell.finish() for cell in self._cells)
+
+    def _from_cells(self, answers: Iterable[Sequence[Finished]]) -> list[Finished]:
+        return [one._replace(step=number) for number, found in enumerate(answers) for one in found]
 
 
 def setting_of(step: Step) -> Setting:

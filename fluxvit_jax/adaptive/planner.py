@@ -5,6 +5,7 @@ single cell is as good, it is in the report as a cascade of one step. Accuracies
 search measured; nothing is interpolated.
 """
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,9 @@ from typing import Any, overload
 import numpy as np
 
 from fluxvit_jax.adaptive import cascade as cascades
+from fluxvit_jax.adaptive import motion
 from fluxvit_jax.adaptive.cascade import Cascade, Step
+from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization import planner
 from fluxvit_jax.token_optimization.planner import Limit, Plan, Report
@@ -238,6 +241,62 @@ def chosen(text: str, *reports: str | os.PathLike | None) -> tuple[Cascade, Repo
         return best.cascade, planner.read_report(file), str(file)
     report = planner.read_report(file)
     return named(report, text, str(file)), report, str(file)
+
+
+def chosen_rule(text: str, *reports: str | os.PathLike | None) -> tuple[MotionRule, Report, str]:
+    """The rule of motion that `eval.cascade` names, the report that it is of, and its path.
+
+    text: a name in the report, or limits as for `chosen`, of which those of the worst case are that
+    of the dearest cell. Times are those of the cells alone.
+
+    Raises UserError: there is no such rule or report.
+    """
+    file = planner.find_report(*reports)
+    if file is None:
+        raise UserError(f"eval.adaptive=motion ({text}): there is no search; run --mode=search")
+    limits = _limits_in(text) if "=" in text else {}
+    timed = any("milliseconds" in kind for kind in limits)
+    report, device = planner.with_timings(file, None, timed)
+    rules = report.get("motion") or {}
+    if not rules or (not limits and text not in rules):
+        raise UserError(
+            f"{file}: has no rule of motion {text!r}; there are {', '.join(rules) or 'none'}"
+        )
+    if not limits:
+        return motion.from_json(rules[text]), report, str(file)
+    costs = {name: _rule_costs(report, own, device) for name, own in rules.items()}
+    fitting = [
+        name
+        for name, own in costs.items()
+        if all(own[kind] <= limit for kind, limit in limits.items())
+    ]
+    if not fitting:
+        kind = next(iter(limits))
+        cheapest = min(costs.values(), key=lambda own: own[kind])[kind]
+        raise UserError(
+            f"{file}: no rule of motion is within {text}; the cheapest takes "
+            f"{_cost_words(kind, cheapest)}"
+        )
+    best = max(fitting, key=lambda name: rules[name]["choose"]["top1"])
+    say = planner.amount("gflops", costs[best]["average_gflops"])
+    split, accuracy = planner.accuracy_of(rules[best])
+    words = planner.accuracy_words(split, accuracy["top1"], accuracy["top1_interval"])
+    print(f"{best}: on average {say}; {words}.", file=sys.stderr, flush=True)
+    return motion.from_json(rules[best]), report, str(file)
+
+
+def _rule_costs(report: Report, own: Mapping[str, Any], device: str | None) -> dict[str, float]:
+    """What limits are compared with, by their names; what was not timed is above every limit."""
+    views, shares = report.get("view_count", 1), own["choose"]["shares"]
+    times = [planner.cost_of(report, s["cell"], "milliseconds", device) for s in own["steps"]]
+    known = [views * time if time is not None else math.inf for time in times]
+    work = [views * report["cells"][step["cell"]]["gflops"] for step in own["steps"]]
+    return {
+        "average_gflops": own["choose"]["average_gflops"],
+        "gflops": max(work),
+        "average_milliseconds": float(np.dot(shares, known)),
+        "milliseconds": max(known),
+    }
 
 
 def _limits_in(text: str) -> dict[str, float]:

@@ -389,6 +389,12 @@ FIELDS: dict[str, Field] = {
         "average_milliseconds=8,milliseconds=20; or a .json file",
         may_change=True,
     ),
+    "eval.adaptive": one_of(
+        "cascade",
+        "motion",
+        help="what eval.cascade is of: cascades, or rules of how much moves in a video",
+        may_change=True,
+    ),
     "eval.clips": Field(4, "clips of a video", positive, may_change=True),
     "eval.crops": Field(3, "crops of a clip", positive, may_change=True),
     "eval.frames": one_of(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.adaptive import evaluate_cascade
+from fluxvit_jax.adaptive import evaluate_adaptive
 from fluxvit_jax.data.annotations import open_source, read_class_names, text_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
@@ -18,7 +18,7 @@ from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
 
 
 def run(config: ConfigDict, workdir: str) -> int:
-    """Measures what `eval.task` says; see `evaluate`, `evaluate_cascade`, `retrieve` and others.
+    """Measures what `eval.task` says; see `evaluate`, `evaluate_adaptive`, `retrieve` and others.
 
     Returns the exit status, 0.
     """
@@ -32,7 +32,7 @@ def run(config: ConfigDict, workdir: str) -> int:
             return multiple_choice.run(config, workdir)
     folder = storage.path_of(workdir)
     weights_of = zero_shot_weights if task == "zero_shot" else evaluate.weights_with_config
-    measure = evaluate_cascade.run_weights if config.eval.cascade else evaluate.run_weights
+    measure = evaluate_adaptive.run_weights if config.eval.cascade else evaluate.run_weights
     return measure(*weights_of(config, folder), folder)
 
 

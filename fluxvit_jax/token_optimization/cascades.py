@@ -6,14 +6,15 @@ the choosing split; the reporting split tells how good they are.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fluxvit_jax.adaptive import fitting
+from fluxvit_jax.adaptive import fitting, motion
 from fluxvit_jax.adaptive.cascade import Answers, Cascade, Step
 from fluxvit_jax.adaptive.fitting import Entry, Found
+from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.evaluation.calibration import fit_temperature
 from fluxvit_jax.reports.confidence_intervals import paired_difference, share_interval
 from fluxvit_jax.token_optimization.candidates import Candidate
@@ -91,14 +92,10 @@ def find(
     """
     entries = [
         Entry(
-            step=Step(
-                budget=cell.budget,
-                frames=cell.grid.frames,
-                resolution=cell.grid.resolution,
-                head=cell.head,
+            step=replace(
+                _step_of(cell),
                 views=0 if views == view_counts[-1] else views,
                 temperature=fit_temperature(table.probabilities[cell.name][:, at], table.labels),
-                cell=cell.name,
             ),
             probabilities=table.probabilities[cell.name][:, at],
             cost=views * costs[cell.name][0],
@@ -149,6 +146,75 @@ def describe_all(
             "stopped_by_class": stopped_by_class(cascade, reporting, view_counts),
         }
     return described
+
+
+def describe_motion(
+    cells: Sequence[Candidate],
+    tables: Mapping[str, Table],
+    scores: Mapping[str, np.ndarray],
+    views: int,
+    costs: Mapping[str, tuple[float, float]],
+) -> dict[str, Any]:
+    """The rules of motion of a report by name, by rising GFLOPs: see `MotionRule.to_json`.
+
+    Each with "choose" and "report": {"videos", "top1", "top1_interval", "average_gflops", "shares"
+    of the videos that each cell is asked}. All views of a video count.
+
+    scores: of the readable videos of both splits, of the first cell's grid; costs: as in `find`.
+    """
+    grid = cells[0].grid
+    steps = [_step_of(cell) for cell in cells]
+    # A cell on the grid of the scores ranks patches by the very embeddings that they are made of.
+    score_cost = costs[cells[0].name][1]
+    dear = [
+        views * costs[cell.name][0] + (0.0 if cell.grid == grid else score_cost) for cell in cells
+    ]
+    right = {
+        name: [own.probabilities[c.name][:, -1].argmax(axis=1) == own.labels for c in cells]
+        for name, own in tables.items()
+    }
+    size = grid.frames, grid.resolution
+    found = motion.front(steps, dear, right[CHOOSE], scores[CHOOSE], size)
+    described = {}
+    for number, one in enumerate(_spread(found, MOST), 1):
+        own = [steps.index(step) for step in one.rule.steps]
+        described[f"motion-{number:02d}"] = one.rule.to_json() | {
+            name: _describe_rule(one.rule, own, right[name], scores[name], dear, tables[name])
+            for name in (CHOOSE, REPORT)
+        }
+    return described
+
+
+def _describe_rule(
+    rule: MotionRule,
+    cells: Sequence[int],
+    right: Sequence[np.ndarray],
+    scores: np.ndarray,
+    costs: Sequence[float],
+    table: Table,
+) -> dict[str, Any]:
+    """A rule on a split; cells: the numbers of its cells among those of `right` and `costs`."""
+    routed = rule.route(scores)
+    hits = sum(int(right[cell][routed == n].sum()) for n, cell in enumerate(cells))
+    shares = [float((routed == n).mean()) for n in range(len(cells))]
+    return {
+        "videos": table.videos,
+        "top1": hits / table.videos,
+        "top1_interval": share_interval(hits, table.videos),
+        "average_gflops": float(np.dot(shares, [costs[cell] for cell in cells])),
+        "shares": shares,
+    }
+
+
+def _step_of(cell: Candidate) -> Step:
+    """A cell as a step, all views of a video."""
+    return Step(
+        budget=cell.budget,
+        frames=cell.grid.frames,
+        resolution=cell.grid.resolution,
+        head=cell.head,
+        cell=cell.name,
+    )
 
 
 def describe(

@@ -19,19 +19,22 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax.adaptive import motion_scores
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
-from fluxvit_jax.distributed import devices, storage
+from fluxvit_jax.distributed import devices, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
+    device_put_global,
     gather,
     host_index,
     local_row_indices,
     make_mesh,
+    platform_of,
     round_up_to_shards,
     say,
 )
@@ -98,6 +101,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         search.choose()
         search.report()
         search.measure_costs()
+        search.score_motion()
         search.find_cascades()
         summary = search.write()
     if host_index() == 0:
@@ -225,6 +229,7 @@ class Search:
         self._results = ResultsLog(folder, about)
         self._probabilities = ProbabilityStore(folder)
         self._cascades: dict[str, Any] = {}
+        self._motion_rules: dict[str, Any] = {}
         self._earlier_costs = compute_on_host0(self._read_earlier_costs)
         self._num_compared = 0  # videos of the choosing split that all remaining candidates share
         self._dropped: dict[str, int] = {}  # candidate -> videos after which it was dropped
@@ -313,8 +318,49 @@ class Search:
                 self._write_now_and_then()
         self._watchdog.pause()
 
+    def score_motion(self) -> None:
+        """Scores how much moves in each video, on the grid of the cheapest cell of cascades."""
+        cells = self._members()
+        missing = [s for s in self._splits.values() if cells and not self._has_motion(s, cells)]
+        if not missing:
+            return
+        params = fluxvit.network_params(self._weights.params)
+        params = device_put_global(params, partition_rules.shardings(params, self._mesh))
+        model, grid = model_config(self._config, platform_of(self._mesh)), cells[0].grid
+        score = motion_scores.scorer(model, grid, params, self._config.seed, self._mesh)
+        for split in missing:
+            found: list[tuple[int, float]] = []
+
+            def take(batch: dict[str, np.ndarray], found: list[tuple[int, float]] = found) -> None:
+                scores = score(batch["patches0"][:, 0])
+                found.extend(zip(batch["video"].tolist(), scores.tolist(), strict=True))
+
+            evaluate.for_each_batch(
+                take,
+                self._config,
+                split.source,
+                [evaluate.Setting(cells[0].budget, grid, 0)],
+                self._mesh,
+                lambda: False,
+                None,
+                self._watchdog.alive,
+                "scoring motion",
+            )
+            by_number = dict(gather(found))
+            scores = [by_number[number] for number in range(len(split.source))]
+            self._probabilities.add(
+                split.name, 0, motion_name(cells), np.array(scores)[:, None, None]
+            )
+        self._watchdog.pause()
+
+    def _has_motion(self, split: Split, cells: Sequence[Candidate]) -> bool:
+        return self._probabilities.has(split.name, 0, motion_name(cells))
+
     def find_cascades(self) -> None:
-        """Finds cascades of cells on the choosing split, and tells how they do on the other."""
+        """Finds cascades of cells on the choosing split, and tells how they do on the other.
+
+        And rules of motion, likewise.
+        """
         self._finished = True
         cells = self._members()
         if host_index() != 0 or not cells:
@@ -324,6 +370,20 @@ class Search:
         self._cascades = cascades.describe_all(
             cells, tables, views_of(self._config).counts, costs, self._config.search.cascade_steps
         )
+        scores = {name: self._motion(split, cells) for name, split in self._splits.items()}
+        self._motion_rules = cascades.describe_motion(
+            cells, tables, scores, views_of(self._config).count, costs
+        )
+
+    def _motion(self, split: Split, cells: Sequence[Candidate]) -> np.ndarray:
+        """The scores of the readable videos of a split: float [n]."""
+        videos = len(split.source)
+        found = self._probabilities.read(split.name, motion_name(cells), videos)[:, 0, 0]
+        return found[self._readable(split)]
+
+    def _readable(self, split: Split) -> np.ndarray:
+        failed = self._results.failures(split.name)
+        return np.array([number for number in range(len(split.source)) if number not in failed])
 
     def _members(self) -> list[Candidate]:
         """The candidates that cascades are made of."""
@@ -349,7 +409,7 @@ class Search:
     def _table(self, split: Split, cells: Sequence[Candidate]) -> cascades.Table:
         """What cells said of the readable videos of a split."""
         videos, failed = len(split.source), self._results.failures(split.name)
-        read = np.array([number for number in range(videos) if number not in failed])
+        read = self._readable(split)
         labels = split.source.labels or [split.source[n].label for n in range(videos)]
         return cascades.Table(
             probabilities={
@@ -391,6 +451,7 @@ class Search:
             "skipped": [{"cell": name, "videos": n} for name, n in self._dropped.items()],
             "devices": self._describe_costs(),
             "cascades": self._cascades,
+            "motion": self._motion_rules,
         }
 
     def warnings(self) -> list[str]:
@@ -553,6 +614,12 @@ class Search:
             return {}
         earlier = planner.read_report(self._folder)
         return earlier["devices"] if earlier.get("fingerprint") == self._fingerprint else {}
+
+
+def motion_name(cells: Sequence[Candidate]) -> str:
+    """Under which scores of motion are kept, by their grid; cells: those of cascades."""
+    grid = cells[0].grid
+    return f"motion-{grid.frames}x{grid.resolution}"
 
 
 def table(summary: dict[str, Any]) -> str:

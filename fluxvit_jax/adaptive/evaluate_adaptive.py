@@ -1,12 +1,12 @@
-"""`--mode=evaluate --config.eval.cascade=...`: the accuracy of a cascade, and its mean cost.
+"""`--mode=evaluate --config.eval.cascade=...`: accuracy and mean cost of an adaptive budget.
 
-Videos that go on are packed into full batches, so the videos a second are those of a server that is
-never short of videos.
+That is a cascade, or with `eval.adaptive=motion` a rule of motion. Videos that go on are packed
+into full batches, so the videos a second are those of a server that is never short of videos.
 """
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,16 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax.adaptive import planner as cascade_planner
+from fluxvit_jax.adaptive import planner as adaptive_planner
 from fluxvit_jax.adaptive.cascade import Cascade
-from fluxvit_jax.adaptive.packing import Finished, PackedCascade, Video, setting_of
+from fluxvit_jax.adaptive.motion import MotionRule
+from fluxvit_jax.adaptive.packing import (
+    Finished,
+    PackedCascade,
+    PackedRule,
+    Video,
+    setting_of,
+)
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.views import views_of
@@ -31,26 +38,29 @@ from fluxvit_jax.distributed.mesh import (
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import calibration, evaluate, zero_shot
-from fluxvit_jax.evaluation.evaluate import Evaluation, Weights
+from fluxvit_jax.evaluation.evaluate import Evaluation, Setting, Weights
+from fluxvit_jax.evaluation.results import TOP
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
 from fluxvit_jax.token_optimization import planner
 
-NAME = "cascade"  # in place of a budget in a report
+Adaptive = Cascade | MotionRule
 
 
-class CascadeEvaluation(Evaluation):
-    """An evaluation whose table shows the steps of a cascade."""
+class AdaptiveEvaluation(Evaluation):
+    """An evaluation whose table shows the steps of a cascade, or the cells of a rule of motion."""
 
     def table(self) -> str:
         """A line for each step, and one for all."""
-        own = self.report["budgets"][NAME]
-        lines = ["step  budget  frames  resolution  head  views  reached"]
-        for number, step in enumerate(self.report[NAME]["steps"], 1):
+        name = self.report["task"]
+        own = self.report["budgets"][name]
+        lines = ["step  budget  frames  resolution  head  views  answer here"]
+        for number, step in enumerate(self.report[name]["steps"], 1):
             lines.append(
                 f"{number:>4}  {step['budget']:>6}  {step['frames']:>6}  {step['resolution']:>7} px"
                 f"  {step['head']:>4}  {step['views'] or 'all':>5}  "
-                f"{own['reached'][number - 1]:>7.1%}"
+                f"{own['answered'][number - 1]:>11.1%}"
             )
         lines.append(
             f"top-1 {own['top1']:.2%}, ECE {own['calibration']['ece']:.2%}; on average "
@@ -60,70 +70,75 @@ class CascadeEvaluation(Evaluation):
         return "\n".join(lines)
 
 
-def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
-    """Evaluates the cascade `eval.cascade` on `data.validation`, as `evaluate.run_weights` does.
+def name_of(adaptive: Adaptive) -> str:
+    """The task in a report, and what is in place of a budget there."""
+    return "cascade" if isinstance(adaptive, Cascade) else "motion"
 
-    Returns the exit status, 0. Raises UserError: as there, there is no such cascade, it is of other
-    weights, or there are several hosts.
+
+def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
+    """Evaluates `eval.cascade` on `data.validation`, as `evaluate.run_weights` does.
+
+    Returns the exit status, 0. Raises UserError: as there, there is no such cascade or rule, it is
+    of other weights, or there are several hosts.
     """
     if host_count() > 1:
         raise UserError("config.eval.cascade: is evaluated on one host; start one process")
-    cascade = chosen(config, loaded, folder)
+    adaptive = chosen(config, loaded, folder)
     source, mesh, names = evaluate.opened_validation(config, loaded)
-    say(f"evaluating {loaded.origin} on {len(source)} videos: {cascade}")
+    say(f"evaluating {loaded.origin} on {len(source)} videos: {adaptive}")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
-        evaluation = evaluate_cascade(cascade, loaded.params, config, source, mesh, watchdog.alive)
-    settings = [setting_of(step) for step in cascade.steps]
-    described = json.dumps(cascade.to_json())
+        evaluation = evaluate_adaptive(
+            adaptive, loaded.params, config, source, mesh, watchdog.alive
+        )
+    settings = [setting_of(step) for step in adaptive.steps]
+    described = json.dumps(adaptive.to_json())
     name = evaluate.report_name(config, source, settings, loaded, described)
     evaluate.tell(evaluation, name, config, loaded, folder, names)
     return 0
 
 
-def chosen(config: ConfigDict, loaded: Weights, folder: epath.Path) -> Cascade:
-    """The cascade of `eval.cascade`. Raises UserError: as `run_weights`."""
+def chosen(config: ConfigDict, loaded: Weights, folder: epath.Path) -> Adaptive:
+    """What `eval.cascade` names. Raises UserError: as `run_weights`."""
     text, views = config.eval.cascade, views_of(config)
-    cascade, report, source = cascade_planner.chosen(text, config.eval.plan, folder)
+    adaptive: Adaptive
+    report: planner.Report | None
+    of_motion = config.eval.adaptive == "motion"
+    find = adaptive_planner.chosen_rule if of_motion else adaptive_planner.chosen
+    adaptive, report, source = find(text, config.eval.plan, folder)
     if report is not None:
         planner.check_weights(report, fluxvit.network_params(loaded.params), source)
         if report["views"] != str(views):
             say(f"warning: {source}: was found on views of {report['views']}, not of {views}")
-    if (most := max(step.views for step in cascade.steps)) > views.count:
+    if (most := max(step.views for step in adaptive.steps)) > views.count:
         raise UserError(
             f"config.eval.cascade={text}: looks at {most} views, and eval.clips x eval.crops has "
             f"{views.count}"
         )
-    for step in cascade.steps:
+    for step in adaptive.steps:
         if step.head >= len(config.train.budgets):
             raise UserError(f"config.eval.cascade={text}: the network has no head {step.head}")
-    return cascade
+    return adaptive
 
 
-def evaluate_cascade(
-    cascade: Cascade,
+def evaluate_adaptive(
+    adaptive: Adaptive,
     params: dict,
     config: ConfigDict,
     source: Source,
     mesh: Mesh,
-    after_batch: Any = lambda: None,
-) -> CascadeEvaluation:
-    """Accuracy and cost of a cascade on the videos of `source`; arguments as in `evaluate`.
+    after_batch: Callable[[], None] = lambda: None,
+) -> AdaptiveEvaluation:
+    """Accuracy and cost on the videos of `source`; arguments as in `evaluate.evaluate`.
 
     Raises UserError: none can be read, or as `evaluate.evaluate`.
     """
     params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
     params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
-    views = views_of(config).count
-    grids = {step.grid: setting_of(step) for step in cascade.steps}
-    packed = PackedCascade(
-        cascade,
-        model_config(config, platform_of(mesh)),
-        params,
-        round_up_to_shards(config.eval.batch_size, mesh),
-        views,
-        config.seed,
-        mesh,
-    )
+    # The grids by frames and pixels; which budget stands beside them does not matter here.
+    grids = {step.grid: setting_of(step) for step in adaptive.steps}
+    if isinstance(adaptive, MotionRule) and adaptive.grid not in grids:
+        grids[adaptive.grid] = Setting(1, Grid.square(*adaptive.grid), 0)
+    packed = _packed(adaptive, params, config, mesh)
     videos: dict[int, dict[str, Any]] = {}
     finished: list[Finished] = []
 
@@ -158,15 +173,31 @@ def evaluate_cascade(
     if not finished:
         data = config.data.validation
         raise evaluate.NothingReadableError(data, len(source), source[0], videos[0]["failure"])
-    return CascadeEvaluation(
-        _report(cascade, config, source, videos, finished, len(source) / seconds),
-        _predictions(videos, finished),
+    return AdaptiveEvaluation(
+        _report(adaptive, config, source, videos, finished, len(source) / seconds),
+        _predictions(name_of(adaptive), videos, finished),
         config.model.classes,
     )
 
 
+def _packed(
+    adaptive: Adaptive, params: dict, config: ConfigDict, mesh: Mesh
+) -> PackedCascade | PackedRule:
+    rest = (
+        model_config(config, platform_of(mesh)),
+        params,
+        round_up_to_shards(config.eval.batch_size, mesh),
+        views_of(config).count,
+        config.seed,
+        mesh,
+    )
+    if isinstance(adaptive, Cascade):
+        return PackedCascade(adaptive, *rest)
+    return PackedRule(adaptive, *rest)
+
+
 def _report(
-    cascade: Cascade,
+    adaptive: Adaptive,
     config: ConfigDict,
     source: Source,
     videos: dict[int, dict[str, Any]],
@@ -177,31 +208,30 @@ def _report(
     labels = np.array([videos[one.number]["label"] for one in finished])
     ranked = np.argsort(-probabilities, axis=1, kind="stable")
     steps = np.array([one.step for one in finished])
-    reached = [float((steps >= number).mean()) for number in range(len(cascade.steps))]
-    costs, tokens = step_costs(cascade, config)
+    costs, tokens = costs_until(adaptive, config)
     failures = [
         {"id": own["id"], "reason": own["failure"]}
         for _, own in sorted(videos.items())
         if own["failure"]
     ]
-    top = [(ranked[:, :first] == labels[:, None]).any(axis=1).sum() for first in (1, 5)]
+    top = [(ranked[:, :first] == labels[:, None]).any(axis=1).sum() for first in (1, TOP)]
     row = {
         "top1": float(top[0] / len(videos)),
         "top5": float(top[1] / len(videos)),
         "loss": float(np.mean(evaluate.cross_entropy(probabilities, labels))),
         "decoded": len(finished),
         "failed": len(failures),
-        "reached": reached,
-        "average_gflops": float(np.dot(reached, costs)),
-        "average_tokens": float(np.dot(reached, tokens)),
+        "answered": [float((steps == number).mean()) for number in range(len(adaptive.steps))],
+        "average_gflops": float(np.mean(costs[steps])),
+        "average_tokens": float(np.mean(tokens[steps])),
         "calibration": calibration.measure(probabilities, labels),
     }
     return {
-        "task": NAME,
+        "task": name_of(adaptive),
         "dataset": {"videos": len(source), "fingerprint": source.fingerprint},
         "views": str(views_of(config)),
-        NAME: cascade.to_json(),
-        "budgets": {NAME: row},
+        name_of(adaptive): adaptive.to_json(),
+        "budgets": {name_of(adaptive): row},
         "videos_per_second": videos_per_second,
         "failures": failures,
         "warning": evaluate.warn_of_failures(
@@ -210,22 +240,32 @@ def _report(
     }
 
 
-def step_costs(cascade: Cascade, config: ConfigDict) -> tuple[list[float], list[int]]:
-    """GFLOPs and tokens of each step for a video that reaches it, over the views that it adds."""
+def costs_until(adaptive: Adaptive, config: ConfigDict) -> tuple[np.ndarray, np.ndarray]:
+    """GFLOPs and tokens of a video by the step that answers, all its views counted: float [steps].
+
+    Of a cascade with those of the steps before, of a rule of motion with those of the score.
+    """
     model, views = model_config(config), views_of(config).count
-    costs, tokens = [], []
-    for own in cascade.passes(views, shares_ranking=model.rounding == "exact"):
-        budget, grid, _ = setting_of(own.step)
-        cost, added = gflops(model, grid, budget), own.stop - own.start
-        costs.append(added * (cost.all - (cost.selection if own.takes_ranking else 0.0)))
-        tokens.append(added * evaluate.tokens_kept(model, grid, budget))
-    return costs, tokens
+    if isinstance(adaptive, Cascade):
+        costs, tokens = [], []
+        for own in adaptive.passes(views, shares_ranking=model.rounding == "exact"):
+            budget, grid, _ = setting_of(own.step)
+            cost, added = gflops(model, grid, budget), own.stop - own.start
+            costs.append(added * (cost.all - (cost.selection if own.takes_ranking else 0.0)))
+            tokens.append(added * evaluate.tokens_kept(model, grid, budget))
+        return np.cumsum(costs), np.cumsum(tokens)
+    settings = [setting_of(step) for step in adaptive.steps]
+    score = gflops(model, Grid.square(*adaptive.grid), 1).selection
+    return (
+        np.array([score + views * gflops(model, own.grid, own.budget).all for own in settings]),
+        np.array([views * evaluate.tokens_kept(model, own.grid, own.budget) for own in settings]),
+    )
 
 
 def _predictions(
-    videos: dict[int, dict[str, Any]], finished: Sequence[Finished]
+    name: str, videos: dict[int, dict[str, Any]], finished: Sequence[Finished]
 ) -> list[dict[str, Any]]:
-    """As those of an evaluation, with the number of the "step" that a video stopped at, from 1."""
+    """As those of an evaluation, with the number of the "step" that answers, from 1."""
     answers = {one.number: one for one in finished}
     rows = []
     for number, own in sorted(videos.items()):
@@ -235,5 +275,5 @@ def _predictions(
             continue
         answer = answers[number]
         (top,) = evaluate.likeliest(answer.probabilities[None])
-        rows.append(about | {"step": answer.step + 1, "predictions": {NAME: top}})
+        rows.append(about | {"step": answer.step + 1, "predictions": {name: top}})
     return rows
