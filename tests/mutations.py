@@ -76,6 +76,7 @@ MIXING = "objectives/test_mixing.py"
 DISTILLED = "objectives/test_flux_umt.py::test_the_loss_and_gradients_are_those_of_the_definition"
 BEST_STEP = "checkpoints/test_checkpointer.py::test_weights_of_the_best_step"
 DAMAGE = "checkpoints/test_checkpointer.py::test_damage_falls_back_to_the_step_before"
+CALIBRATION = "evaluation/test_calibration.py"
 EVALUATED = "evaluation/test_evaluate.py::test_every_video_counts_and_a_bad_one_as_wrong"
 TOP_FIVE = "evaluation/test_evaluate.py::test_five_of_seven_classes_are_the_top_five"
 MEAN_OF_VIEWS = "evaluation/test_evaluate.py::test_softmax_then_mean_over_the_views"
@@ -874,6 +875,43 @@ MUTATIONS = {
             '            self._rename(bad, "damaged")\n',
             "",
             (DAMAGE,),
+        ),
+    ],
+    "calibration": [
+        Mutation(
+            "temperature-upside-down",
+            "evaluation/calibration.py",
+            "return float(1 / np.sqrt(low * high))",
+            "return float(np.sqrt(low * high))",
+            (f"{CALIBRATION}::test_the_temperature_by_hand",),
+        ),
+        Mutation(
+            "temperature-of-its-own-half",
+            "evaluation/calibration.py",
+            "fit_temperature(probabilities[~own], labels[~own], total)",
+            "fit_temperature(probabilities[own], labels[own], total)",
+            (f"{CALIBRATION}::test_each_half_has_the_temperature_of_the_other",),
+        ),
+        Mutation(
+            "halves-of-other-classes",
+            "evaluation/calibration.py",
+            'first[np.argsort(labels, kind="stable")[::2]] = True',
+            "first[::2] = True",
+            (f"{CALIBRATION}::test_halves_have_the_same_classes_in_any_order",),
+        ),
+        Mutation(
+            "bins-with-their-lower-end",
+            "evaluation/calibration.py",
+            'side="left") - 1',
+            'side="right") - 1',
+            (f"{CALIBRATION}::test_reliability_by_hand",),
+        ),
+        Mutation(
+            "temperature-of-other-tokens",
+            "deploy/pretrained.py",
+            "self.temperatures[known[nearest_head(tokens, known)]]",
+            "self.temperatures[known[0]]",
+            ("deploy/test_pretrained.py::test_temperatures_of_the_newest_evaluation",),
         ),
     ],
     "evaluation": [

@@ -556,7 +556,7 @@ def as_searched(model: "PretrainedModel", report: Report) -> "PretrainedModel":
 
     network = replace(model.config.model, dtype=report["dtype"])
     changed = replace(model.config, model=network)
-    return PretrainedModel(model.params, changed, space=model.space)
+    return PretrainedModel(model.params, changed, model.evaluations, model.space)
 
 
 def _unmeasured(source: str | os.PathLike, report: Report, device: str) -> str:

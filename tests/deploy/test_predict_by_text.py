@@ -53,6 +53,7 @@ def test_what_cannot_be(clip_run, tiny_data, tmp_path):
         (clip_run, {}, "has no classes of its own; name some, such as --classes"),
         (clip_run, {"classes": CLASSES, "class_names": "k400"}, "give one of them"),
         (clip_run, {"classes": ("red", "red")}, "'red' is named twice"),
+        (clip_run, {"classes": CLASSES, "calibrated": True}, "leave out --classes"),
     ):
         with pytest.raises(UserError, match=message) as error:
             run(options(weights, video, out, **given))

@@ -16,6 +16,7 @@ from fluxvit_jax.deploy.pretrained import as_patches
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.calibration import at_temperature
 from fluxvit_jax.models import fluxvit
+from fluxvit_jax.token_optimization import planner
 from tests.models import golden
 from tests.models.test_fluxvit_golden import GOOD_CASES
 
@@ -249,6 +250,7 @@ def test_temperatures_of_the_newest_evaluation(finished, tmp_path):
     run = fluxvit_jax.from_pretrained(evaluated(finished.workdir, tmp_path / "run"))
     assert run.temperatures == {24: 0.5, 12: 2.0} and run.calibration["data"] == "/home/lists/b.csv"
     assert [run.temperature_at(tokens) for tokens in (99, 24, 17, 16, 2)] == [0.5, 0.5, 0.5, 2, 2]
+    assert planner.as_searched(run, {"dtype": "bfloat16"}).temperatures == run.temperatures
     video = photograph(4, 28, 28)
     for tokens, temperature in ((12, 2.0), (None, 2.0)):
         logits = np.asarray(run(video, tokens).logits[0], np.float64)

@@ -86,13 +86,13 @@ def test_temperatures_at_the_bounds_and_of_nothing():
 
 
 def test_reliability_by_hand():
-    """Bins of five: 0.55 and 0.6 (its upper end) are in the third, 0.9 and 1 in the last."""
-    confidence = np.array([0.55, 0.6, 0.9, 1.0])
-    found = reliability(np.stack([confidence, 1 - confidence], -1), np.array([1, 0, 0, 0]), bins=5)
-    assert found["bins"]["count"] == [0, 0, 2, 0, 2]
-    assert found["bins"]["confidence"] == [None, None, pytest.approx(0.575), None, 0.95]
-    assert found["bins"]["accuracy"] == [None, None, 0.5, None, 1.0]
-    assert found["ece"] == pytest.approx(0.5 * 0.075 + 0.5 * 0.05)
+    """Bins of a quarter: 0.7 and 0.75 (its upper end) are in the third, 0.9 and 1 in the last."""
+    confidence = np.array([0.7, 0.75, 0.9, 1.0])
+    found = reliability(np.stack([confidence, 1 - confidence], -1), np.array([1, 0, 0, 0]), bins=4)
+    assert found["bins"]["count"] == [0, 0, 2, 2]
+    assert found["bins"]["confidence"] == [None, None, pytest.approx(0.725), 0.95]
+    assert found["bins"]["accuracy"] == [None, None, 0.5, 1.0]
+    assert found["ece"] == pytest.approx(0.5 * 0.225 + 0.5 * 0.05)
     assert json.loads(json.dumps(found)) == found
 
 
