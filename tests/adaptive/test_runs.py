@@ -13,6 +13,7 @@ import pytest
 import fluxvit_jax
 from fluxvit_jax.adaptive import evaluate_adaptive, fitting
 from fluxvit_jax.adaptive.cascade import Cascade, Step, confidence, write
+from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.deploy import export, predict
@@ -303,6 +304,52 @@ def test_probabilities_are_evaluated_again_where_they_are_missing(searched, tiny
     again, first = read_report(workdir), read_report(searched.workdir)
     first["cascades"].pop("by-hand")
     assert json.dumps(again["cascades"]) == json.dumps(first["cascades"])
+
+
+def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_path, capsys):
+    report = read_report(searched.workdir)
+    scores = np.load(
+        next((searched.workdir / "search" / "probabilities" / "report").rglob("motion-*/*.npz"))
+    )["probabilities"][:, 0, 0]
+    source = open_source(str(tiny_data / "validation.csv"), "")
+    scores = scores[[n for n in range(len(source)) if source[n].id != tiny.BAD]]
+    middle = float(np.sort(scores)[5:7].mean())
+    rule = MotionRule(
+        tuple(
+            Step(budget=budget, frames=frames, resolution=size, head=head, cell=name)
+            for (budget, frames, size, head), name in zip(CELLS[::2], NAMES[::2], strict=True)
+        ),
+        (middle,),
+        True,
+        (4, 28),  # the cheapest cell's
+    )
+    described = {"videos": 16, "top1": 1.0, "top1_interval": [0, 1], "average_gflops": 0.001}
+    workdir = tmp_path / "run"
+    shutil.copytree(searched.workdir, workdir)
+    path = workdir / "search" / "report.json"
+    shares = {"choose": described | {"shares": [0.5, 0.5]}, "report": described}
+    report["motion"]["by-hand"] = rule.to_json() | shares
+    path.write_text(json.dumps(report))
+    config = make_config(tiny_data, eval__adaptive="motion", eval__cascade="by-hand")
+    assert tasks.run(config, str(workdir)) == 0
+    found, lines = tiny.read_evaluation(workdir)
+    cells = rule.route(scores)
+    assert sorted(set(cells)) == [0, 1]
+    answered = [line for line in lines if "failure" not in line]
+    assert [line["step"] - 1 for line in answered] == cells.tolist()
+    for number, (line, cell) in enumerate(zip(answered, cells, strict=True)):
+        expected = searched.tables[(0, 2)[cell]][number]
+        for label, probability in line["predictions"]["motion"]:
+            assert probability == pytest.approx(expected[label], abs=3e-6)
+    assert found["budgets"]["motion"]["answered"] == [(cells == n).mean() for n in (0, 1)]
+    assert "answer here" in capsys.readouterr().out
+    for text, message in (
+        ("average_gflops=1e-9", r"no rule of motion is within average_gflops=1e-9; the cheapest"),
+        ("motion-99", "has no rule of motion 'motion-99'"),
+    ):
+        config = make_config(tiny_data, eval__adaptive="motion", eval__cascade=text)
+        with pytest.raises(UserError, match=message):
+            tasks.run(config, str(workdir))
 
 
 @pytest.mark.parametrize(
