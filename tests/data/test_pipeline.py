@@ -25,6 +25,7 @@ from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_bat
 from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
+from tests import limited
 from tests.data.videos import full_decode, moving_texture, write_video
 
 VIDEOS = 13
@@ -330,7 +331,7 @@ def main_to_be_killed(folder: str) -> None:
 
 def test_workers_end_with_a_killed_main(folder):
     code = "import sys; from tests.data.test_pipeline import *; main_to_be_killed(sys.argv[1])"
-    main = subprocess.Popen(
+    main = limited.Process(
         [sys.executable, "-c", code, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -341,17 +342,7 @@ def test_workers_end_with_a_killed_main(folder):
     main.wait()
     main.stdout.close()
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_running, workers))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+    limited.wait_until(lambda: not any(map(limited.is_running, workers)))
 
 
 def test_bad_sizes_are_named(folder):

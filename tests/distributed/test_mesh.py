@@ -1,14 +1,13 @@
 """Meshes of eight devices: where arrays lie, and that a step does not depend on it."""
 
 import json
-import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import limited, tiny
 
 # data, fsdp, tensor
 MESHES = {"data x fsdp x tensor": (2, 2, 2), "data x fsdp x tensor, taught, two parts": (2, 2, 2)}
@@ -88,11 +87,9 @@ def steps(tiny_data, compiled, tmp_path_factory):
         print(json.dumps(told))
         """
     )
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", program],
         env=tiny.environment(compiled, 8),
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

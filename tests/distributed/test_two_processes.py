@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.distributed.watchdog import STATUS
 from fluxvit_jax.evaluation import evaluate
 from fluxvit_jax.token_optimization import latency, search
-from tests import hosts, tiny
+from tests import hosts, limited, tiny
 from tests.token_optimization.test_search import without_times
 from tests.training.test_train import saved_steps, split_of, unfinish
 
@@ -156,12 +155,10 @@ print(len(first))
 
 def test_a_state_is_the_same_on_any_mesh(pair, tiny_data, compiled, tmp_path):
     """Of two hosts, then from shape to shape: data, FSDP and tensor parallel, and together."""
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", SHAPES, str(tiny_data), str(pair), str(tmp_path)],
         env=tiny.environment(compiled, 8),
         cwd=tiny.ROOT,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 100

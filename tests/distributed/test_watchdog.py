@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from fluxvit_jax.distributed.watchdog import STATUS, Watchdog
+from tests import limited
 
 HANGING = """
 import ctypes, multiprocessing, sys, time
@@ -35,7 +36,7 @@ with watchdog.Watchdog(3, {folder!r}) as dog:
 def run(tmp_path):
     def run(hang: str) -> subprocess.CompletedProcess:
         program = HANGING.format(folder=str(tmp_path), hang=hang)
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        return limited.run([sys.executable, "-c", program])
 
     return run
 

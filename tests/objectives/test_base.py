@@ -15,15 +15,15 @@ from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training import train
-from tests import tiny
+from tests import limited, tiny
 from tests.objectives import toy
 
 PACKAGE = Path(train.__file__).parents[1]
 MESH = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
 
 
-def start(folder, workdir, cache, *options, devices=1) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(folder, workdir, cache, *options, devices=1) -> limited.Process:
+    return limited.Process(
         [
             *(sys.executable, "-m", "fluxvit_jax.main", f"--config={toy.__file__}:{folder}"),
             *(f"--workdir={workdir}", *options),

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,14 +12,14 @@ from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.preflight.largest_batch import PROBES, Trial, search_largest
 from fluxvit_jax.preflight.programs import model_flops
 from fluxvit_jax.preflight.text import text_of
-from tests import tiny
+from tests import limited, tiny
 
 GIB = 2**30
 
 
 def run(data: Path, workdir: Path, cache: Path, topology: str, *options: str):
     """A finished process of the mode with the tiny recipe."""
-    return subprocess.run(
+    return limited.run(
         [
             *(sys.executable, "-m", "fluxvit_jax.main", "--mode=preflight"),
             f"--config=tests/tiny.py:{data}",
@@ -30,8 +29,6 @@ def run(data: Path, workdir: Path, cache: Path, topology: str, *options: str):
         ],
         env=os.environ | tiny.environment(cache),
         cwd=tiny.ROOT,
-        capture_output=True,
-        text=True,
     )
 
 

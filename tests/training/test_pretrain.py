@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,8 +116,7 @@ def test_stopped_and_resumed_is_as_undisturbed(pretrained, tiny_data, data, comp
     """Masks and mixture included: the same metrics and parameters to the bit."""
     workdir = tmp_path / "run"
     process = start(tiny_data, data, workdir, compiled, "--config.data.workers=2")
-    while steps_in(workdir) < 12 and process.poll() is None:
-        time.sleep(0.01)
+    limited.wait_until(lambda: steps_in(workdir) >= 12, process)
     process.terminate()
     _, log = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, log

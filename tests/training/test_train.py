@@ -214,8 +214,7 @@ def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp
     """Two workers, where the undisturbed run has none. SIGTERM is that of test_pretrain.py."""
     workdir = tmp_path / "run"
     process = tiny.start(tiny_data, workdir, compiled, "--config.data.workers=2")
-    while steps_in(workdir) < 13 and process.poll() is None:
-        time.sleep(0.01)
+    limited.wait_until(lambda: steps_in(workdir) >= 13, process)
     process.kill()
     _, log = process.communicate()
     assert process.returncode == -signal.SIGKILL, log
