@@ -378,24 +378,52 @@ def broken(folder: Path) -> None:
         video.write_bytes(video.read_bytes()[:200])
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (shorter, "host 1 has another number of training videos than host 0, 15 and not 17; start"),
-        (other_list, "host 1 has another list of validation videos than host 0, "),
-        (no_list, r"^error: (host 1: )?validation.csv: no such file or folder$"),
-        (broken, r"^error: (host 1: )?config.data.train: 9 videos in a row cannot be read; "),
-    ],
-)
-def test_other_data_on_one_host(folders, compiled, tmp_path, spoil, message):
+# Tries one folder of data after another, each of which is refused before training; then the rest.
+ONE_AFTER_ANOTHER = """
+import os, sys
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.main import main
+from fluxvit_jax.training import train
+
+def train_in_each(*arguments, **options):
+    for folder in {faults}:
+        os.chdir(os.path.join(home, folder))
+        try:
+            real(*arguments, **options)
+        except UserError as error:
+            print(f"error: {{error}}", file=sys.stderr)
+    os.chdir(home)
+    return real(*arguments, **options)
+
+home = os.getcwd()
+real, train.train = train.train, train_in_each
+sys.exit(main())
+"""
+FAULTS = {
+    shorter: "host 1 has another number of training videos than host 0, 15 and not 17; start",
+    other_list: "host 1 has another list of validation videos than host 0, ",
+    no_list: r"^error: (host 1: )?validation.csv: no such file or folder$",
+}
+
+
+def test_other_data_on_one_host(folders, compiled, tmp_path):
     """All hosts say what is wrong with one of them, which reads in processes of its own."""
-    spoil(folders[1])
+    for number, folder in enumerate(folders):
+        for fault in FAULTS:
+            (folder / fault.__name__).mkdir()
+            for file in folder.glob("*.*"):
+                shutil.copy(file, folder / fault.__name__)
+            if number == 1:
+                fault(folder / fault.__name__)
+    broken(folders[1])
     command = arguments(".", tmp_path / "run", "--config.data.workers=1")
-    both = hosts.run(tmp_path / "logs", compiled, *command, folders=folders)
+    code = ONE_AFTER_ANOTHER.format(faults=[fault.__name__ for fault in FAULTS])
+    both = hosts.run(tmp_path / "logs", compiled, *command, code=code, folders=folders)
+    last = r"^error: (host 1: )?config.data.train: 9 videos in a row cannot be read; "
     for ended in both:
         assert ended.status == 2, ended.err
-        (error,) = ended.errors
-        assert re.search(message, error), error
+        for error, message in zip(ended.errors, [*FAULTS.values(), last], strict=True):
+            assert re.search(message, error), error
         assert "Traceback" not in ended.err
-    assert "host 1" in both[0].errors[0]
+    assert all("host 1" in error for error in both[0].errors)
     assert not (tmp_path / "run/metrics.jsonl").exists()
