@@ -642,7 +642,7 @@ MUTATIONS = {
         ),
         Mutation(
             "a-clip-from-the-whole-video",
-            "data/pipeline.py",
+            "data/reading.py",
             "first, end = record.segment or (0, length)",
             "first, end = 0, length",
             ("data/test_media.py::test_a_clip_inside_a_long_video",),
@@ -1185,7 +1185,7 @@ MUTATIONS = {
         ),
         Mutation(
             "data-from-the-start-again",
-            "data/pipeline.py",
+            "data/host_share.py",
             "(self._start_step + step) * self._items_per_batch",
             "step * self._items_per_batch",
             ("data/test_pipeline.py::test_resumes_at_any_step_on_any_number_of_hosts",),

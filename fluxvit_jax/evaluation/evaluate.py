@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +32,9 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.class_names import KnownNames, numbered
-from fluxvit_jax.data.decoding import DecodeError
-from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.reading import reasons_unreadable
 from fluxvit_jax.data.splits import (
     check_same_videos,
     common_class_names,
@@ -43,7 +43,6 @@ from fluxvit_jax.data.splits import (
     open_compared,
 )
 from fluxvit_jax.data.supervised_workers import Quarantine
-from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
@@ -161,35 +160,20 @@ class NothingReadableError(UserError):
         )
 
 
-def check_readable(source: Source, data: str, clip_seconds: float) -> None:
+def check_readable(source: Source, data: str, config: ConfigDict) -> None:
     """Raises `NothingReadableError` unless some video can be read; the first such ends the check.
 
-    data: name of the videos for the message. clip_seconds: time limit for each; 0: none.
+    data: name of the videos for the message.
     """
     first = ""
-    for number in range(len(source)):
-        reason = _why_unreadable(source[number], clip_seconds)
-        if not reason:
-            return
-        first = first or reason
+    reasons = reasons_unreadable(source, config.data.workers, config.data.clip_seconds)
+    with closing(reasons):
+        for reason in reasons:
+            if not reason:
+                return
+            first = first or reason
     if first:
         raise NothingReadableError(data, len(source), source[0], first)
-
-
-def _why_unreadable(record: Record, clip_seconds: float) -> str:
-    """Why the first frame of a video cannot be read; "" if it can."""
-    if record.failure:
-        return record.failure
-
-    def read() -> None:
-        with open_clip(record.video) as video:
-            video.read([0])
-
-    try:
-        within(clip_seconds, record.id, read)
-    except DecodeError as error:
-        return error.reason
-    return ""
 
 
 def describe_failures(failed: int, videos: int, first: str) -> str:
@@ -594,7 +578,7 @@ def run_weights(config: ConfigDict, folder: epath.Path, loaded: "Weights") -> in
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
         check_params_divide(config, mesh)
-        check_readable(source, config.data.validation, config.data.clip_seconds)
+        check_readable(source, config.data.validation, config)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
     settings = planned_or_given(config, loaded.params)

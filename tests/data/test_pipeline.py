@@ -16,7 +16,7 @@ import pytest
 
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.config.grids import evaluation_grids
-from fluxvit_jax.data import frame_sampling, pipeline, random_streams
+from fluxvit_jax.data import evaluation_videos, frame_sampling, random_streams
 from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
 from fluxvit_jax.data.augmentation import augment_clip
 from fluxvit_jax.data.decoding import Video
@@ -409,10 +409,10 @@ def test_evaluation_is_the_same_by_workers_and_from_a_prepared_folder(folder, tm
     assert_equal(take(evaluate_on(make_config(workers=2), prepared), None), expected)
 
 
-@pytest.mark.parametrize("memory", [pipeline.MAX_DECODED_BYTES, 0])
+@pytest.mark.parametrize("memory", [evaluation_videos.MAX_DECODED_BYTES, 0])
 def test_views_are_those_of_the_plain_way(folder, memory, monkeypatch):
     """Also where a video is too large to be kept whole, and where views are larger than it."""
-    monkeypatch.setattr(pipeline, "MAX_DECODED_BYTES", memory)
+    monkeypatch.setattr(evaluation_videos, "MAX_DECODED_BYTES", memory)
     config, source = make_config(), make_source(folder)
     config.eval.settings = ((16, 4, 42), (16, 3, 70))
     batches = take(evaluate_on(config, source), None)

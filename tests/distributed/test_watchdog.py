@@ -12,11 +12,11 @@ from tests import limited
 HANGING = """
 import ctypes, multiprocessing, sys, time
 
-from fluxvit_jax.distributed import watchdog
+from fluxvit_jax.distributed import stacks, watchdog
 
 
 def read_for_ever():
-    watchdog.listen()
+    stacks.listen()
     ready.set()
     ctypes.CDLL(None).sleep(1000)
 
