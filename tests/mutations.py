@@ -1214,9 +1214,26 @@ MUTATIONS = {
         Mutation(
             "signal-as-plain-number",
             "training/preemption.py",
-            "self.signal = 128 + number",
-            "self.signal = int(number)",
+            "self._signal = 128 + number",
+            "self._signal = int(number)",
             ("training/test_train.py::test_a_second_signal_acts_at_once",),
+        ),
+        Mutation(
+            "steps-in-vain-count",
+            "training/train_step.py",
+            "partial(jnp.where, usable & done)",
+            "partial(jnp.where, usable)",
+            (
+                "distributed/test_two_processes.py::"
+                "test_a_run_that_one_host_stopped_goes_on_elsewhere",
+            ),
+        ),
+        Mutation(
+            "signal-stays-at-its-host",
+            "distributed/lifelines.py",
+            "self._tell(-status)",
+            "pass",
+            ("distributed/test_lifelines.py::test_a_signal_is_told",),
         ),
         Mutation(
             "rate-of-the-step-before",

@@ -12,7 +12,6 @@ samples, and memory is bounded by `BUFFERED_ITEMS` items a worker, however large
 processes are spawned and import `__main__`, so the program needs its `__main__` guard.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -291,12 +290,6 @@ class Batches(Iterator[Arrays]):
         if self._workers:
             self._workers.went_on()
         return {name: np.concatenate([item[name] for item in items]) for name in items[0]}
-
-    def until(self, stop: Callable[[], bool]) -> Iterator[Arrays]:
-        """The batches that are left, or those before `stop` returns True."""
-        with contextlib.suppress(StopIteration):
-            while (batch := self.next_unless(stop)) is not None:
-                yield batch
 
     def _next_item(self, stop: Callable[[], bool]) -> Arrays | None:
         number = self._num_taken

@@ -7,6 +7,7 @@ video that cannot be read is listed with its reason and counts as wrong; if no v
 evaluation fails. With `train.multi_label` the probabilities are sigmoids, and the measure is mAP.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,7 @@ from fluxvit_jax.data.splits import (
 )
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import views_of
-from fluxvit_jax.distributed import atomic, partition_rules, storage
+from fluxvit_jax.distributed import atomic, lifelines, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
@@ -167,7 +167,7 @@ def check_readable(source: Source, data: str, config: ConfigDict) -> None:
     """
     first = ""
     reasons = reasons_unreadable(source, config.data.workers, config.data.clip_seconds)
-    with closing(reasons):
+    with contextlib.closing(reasons):
         for reason in reasons:
             if not reason:
                 return
@@ -214,8 +214,9 @@ def evaluate(
         params: the network's parameters, on the devices or as numpy arrays.
         mesh: the devices; all of them by default.
         settings: of different budgets; by default those of `eval.settings`.
-        stop: called after each batch, and on a single host while waiting for one; once it returns
-            True, evaluation ends and returns None.
+        stop: called before each batch, by all hosts, and on a single host while waiting for one;
+            once it returns True, evaluation ends and returns None. With several hosts it is True
+            once `lifelines.stop_status` is not 0 on any of them.
         quarantine: see `pipeline.evaluation_batches`.
         after_batch: called after each batch.
 
@@ -298,16 +299,20 @@ def for_each_batch(
         rows=local_row_indices(mesh, batch_size).tolist(),
         quarantine=quarantine,
     )
-    # Hosts call `stop` together, and so wait for their batches first, however long that takes.
-    stop_waiting = stop if host_count() == 1 else (lambda: False)
+    # A host that has heard of a signal waits no longer for its batch. Then hosts call `stop`
+    # together, before any of them computes what takes all of them.
+    stop_waiting = stop if host_count() == 1 else (lambda: lifelines.stop_status() != 0)
     with batches, progress_bar(len(source), desc=words, unit="video") as bar:
-        for batch in batches.until(stop_waiting):
-            take(batch)
-            bar.update(min(batch_size, len(source) - bar.n))
-            after_batch()
-            if stop():
-                return False
-        return not stop_waiting()
+        with contextlib.suppress(StopIteration):
+            while True:
+                batch = batches.next_unless(stop_waiting)
+                if stop():
+                    return False
+                assert batch is not None  # else `stop` would have known
+                take(batch)
+                bar.update(min(batch_size, len(source) - bar.n))
+                after_batch()
+        return True
 
 
 @functools.lru_cache(MAX_PROGRAMS)
