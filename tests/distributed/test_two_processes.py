@@ -166,31 +166,28 @@ def test_a_state_is_the_same_on_any_mesh(pair, tiny_data, compiled, tmp_path):
     assert int(done.stdout.split()[-1]) > 100
 
 
-# Before training first calls a function, some hosts signal themselves.
-SIGNALLED = """
+# Host 1 is killed before its first step.
+KILLED = """
 import os
 import signal
 import sys
 
 from fluxvit_jax.distributed import mesh as parallel
-from fluxvit_jax.training import train, validation
+from fluxvit_jax.training import train
 from fluxvit_jax.main import main
 
 
-def signalled(*arguments, **options):
-    {function} = real
-    if parallel.host_index() in {hosts}:
-        os.kill(os.getpid(), signal.{name})
+def killed(*arguments, **options):
+    if parallel.host_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **options)
 
 
-real, {function} = {function}, signalled
+real, train.device_batch = train.device_batch, killed
 sys.exit(main())
 """
-
-
-# The readers of host 0 stop before step 7. Then host 1, which waits for step 7 on the devices, gets
-# SIGTERM: after a second it has long begun to wait.
+# At some batch the readers of host 0 hang. Then host 1, which waits for host 0, gets a signal:
+# after a second it has long begun to wait.
 HANGING = """
 import multiprocessing, os, signal, sys, threading
 from fluxvit_jax.data import pipeline
@@ -198,18 +195,23 @@ from fluxvit_jax.distributed.mesh import host_index
 from fluxvit_jax.main import main
 
 def next_unless(batches, stop):
-    if batches.state()["step"] == 6 and host_index() == 0:
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGSTOP)
-        batches._arrived.clear()
-    elif batches.state()["step"] == 6:
-        threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    evaluates = hasattr(batches._items._items, "views")
+    if {when}:
+        if host_index() == 0:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGSTOP)
+            batches._arrived.clear()
+        else:
+            threading.Timer(1, os.kill, (os.getpid(), signal.{name})).start()
     return real(batches, stop)
 
 real, pipeline.Batches.next_unless = pipeline.Batches.next_unless, next_unless
 if __name__ == "__main__":
     sys.exit(main())
 """
+
+
+WITH_A_READER = ("--config.data.workers=1", "--config.data.clip_seconds=0")
 
 
 @pytest.mark.slow
@@ -221,10 +223,10 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
     """
     workdir = shutil.copytree(pair, tmp_path / "run")
     unfinish(workdir, 4)
-    options = ["--config.data.workers=1", "--config.data.clip_seconds=0"]
-    options += ["--config.log.every_steps=5", "--config.parallel.mesh.tensor=2"]
-    tensor = arguments(tiny_data, workdir, *options)
-    both = hosts.run(tmp_path / "logs", compiled, *tensor, code=HANGING, devices=1)
+    options = ["--config.log.every_steps=5", "--config.parallel.mesh.tensor=2"]
+    tensor = arguments(tiny_data, workdir, *WITH_A_READER, *options)
+    code = HANGING.format(when="not evaluates and batches.state()['step'] == 6", name="SIGTERM")
+    both = hosts.run(tmp_path / "logs", compiled, *tensor, code=code, devices=1)
     assert [ended.status for ended in both] == [128 + signal.SIGTERM] * 2, both[0].err
     assert "going on from step 4 of 8" in both[0].err
     # Steps 7 and 8 were done in vain: host 1 had begun them.
@@ -244,19 +246,18 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
 def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
     pair, tiny_data, compiled, tmp_path
 ):
-    """And Ctrl-C comes to both hosts while they evaluate, after the last step."""
+    """And Ctrl-C comes to one while the other one's reader hangs, in the evaluation at the end."""
     workdir = shutil.copytree(pair, tmp_path / "run")
     unfinish(workdir, 4)
     command = arguments(tiny_data, workdir)
-    code = SIGNALLED.format(hosts="{1}", name="SIGKILL", function="train.device_batch")
-    both = hosts.run(tmp_path / "logs", compiled, *command, code=code)
+    both = hosts.run(tmp_path / "logs", compiled, *command, code=KILLED)
     assert [ended.status for ended in both] == [STATUS, -signal.SIGKILL], both[0].err
     (error,) = both[0].errors
     assert error.startswith("error: host 1 has died without a word")
     assert "stack trace" not in both[0].err and "Traceback" not in both[0].err
 
-    code = SIGNALLED.format(hosts="{0, 1}", name="SIGINT", function="validation.evaluate")
-    both = hosts.run(tmp_path / "logs", compiled, *command, code=code)
+    code = HANGING.format(when="evaluates", name="SIGINT")
+    both = hosts.run(tmp_path / "logs", compiled, *command, *WITH_A_READER, code=code)
     assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
     assert "going on from step 4 of 8" in both[0].err
     assert "stopped at step 8; the same command goes on from there" in both[0].err

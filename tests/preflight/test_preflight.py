@@ -144,8 +144,7 @@ def test_a_report_as_text():
 def checked(tiny_data, compiled, tmp_path_factory):
     """The tiny run on two CPU devices, and on three, which do not divide its batch."""
     workdir = tmp_path_factory.mktemp("preflight") / "new"
-    quick = "--config.train.budgets=(24,)"
-    process = run(tiny_data, workdir, compiled, "cpu:2,cpu:3", quick)
+    process = run(tiny_data, workdir, compiled, "cpu:2,cpu:3")
     assert process.returncode == 1, process.stderr
     return process, json.loads((workdir / "preflight.json").read_text())
 
