@@ -1,15 +1,13 @@
 """Several processes on this machine that run one program, as the hosts of a cluster do."""
 
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import tiny
+from tests import limited, tiny
 
-HANG = 300  # seconds; no test waits longer
 ROOTS = (tiny.ROOT, tiny.ROOT)
 NOTHING = ({}, {})
 
@@ -52,7 +50,7 @@ def run(
     for host, (folder, own) in enumerate(zip(folders, environments, strict=True)):
         joining = [coordinator, f"--hosts={len(folders)}", f"--host={host}"] if flags else []
         with (logs / f"{host}.out").open("w") as out, (logs / f"{host}.err").open("w") as err:
-            process = subprocess.Popen(
+            process = limited.Process(
                 [sys.executable, *program, *arguments, *joining],
                 env=tiny.environment(cache, devices) | own,
                 cwd=folder,
@@ -61,7 +59,7 @@ def run(
             )
         processes.append(process)
     try:
-        statuses = [process.wait(HANG) for process in processes]
+        statuses = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -643,7 +643,7 @@ MUTATIONS = {
         ),
         Mutation(
             "a-clip-from-the-whole-video",
-            "data/pipeline.py",
+            "data/reading.py",
             "first, end = record.segment or (0, length)",
             "first, end = 0, length",
             ("data/test_media.py::test_a_clip_inside_a_long_video",),
@@ -1223,7 +1223,7 @@ MUTATIONS = {
         ),
         Mutation(
             "data-from-the-start-again",
-            "data/pipeline.py",
+            "data/host_share.py",
             "(self._start_step + step) * self._items_per_batch",
             "step * self._items_per_batch",
             ("data/test_pipeline.py::test_resumes_at_any_step_on_any_number_of_hosts",),
@@ -1252,9 +1252,26 @@ MUTATIONS = {
         Mutation(
             "signal-as-plain-number",
             "training/preemption.py",
-            "self.signal = 128 + number",
-            "self.signal = int(number)",
+            "self._signal = 128 + number",
+            "self._signal = int(number)",
             ("training/test_train.py::test_a_second_signal_acts_at_once",),
+        ),
+        Mutation(
+            "steps-in-vain-count",
+            "training/train_step.py",
+            "partial(jnp.where, usable & done)",
+            "partial(jnp.where, usable)",
+            (
+                "distributed/test_two_processes.py::"
+                "test_a_run_that_one_host_stopped_goes_on_elsewhere",
+            ),
+        ),
+        Mutation(
+            "signal-stays-at-its-host",
+            "distributed/lifelines.py",
+            "self._tell(-status)",
+            "pass",
+            ("distributed/test_lifelines.py::test_a_signal_is_told",),
         ),
         Mutation(
             "rate-of-the-step-before",

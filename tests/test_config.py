@@ -35,6 +35,7 @@ from fluxvit_jax.models.token_selection import SELECTORS, Rounding
 from fluxvit_jax.objectives.base import check_objective
 from fluxvit_jax.objectives.flux_umt import MASKS
 from fluxvit_jax.objectives.flux_umt_teacher import block_pairs
+from tests import limited
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -699,7 +700,7 @@ def test_a_program_gets_its_config_or_one_line(tmp_path):
         f"--config.train.epochs=3 --config={K400}": "before a value for --config was specified",
     }
     running = {
-        line: subprocess.Popen(
+        line: limited.Process(
             [sys.executable, "program.py", *line.split()],
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -709,7 +710,7 @@ def test_a_program_gets_its_config_or_one_line(tmp_path):
         for line in lines
     }
     for line, process in running.items():
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
         good = "evaluate" in line
         assert process.returncode == (0 if good else 2), err
         assert lines[line] in (out if good else err)

@@ -25,6 +25,7 @@ from absl import flags
 from fluxvit_jax import command_line
 from fluxvit_jax.config import reference
 from fluxvit_jax.distributed import hosts
+from tests import limited
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +83,7 @@ def run_bash(text: str) -> None:
         if words[:2] == ["python", "-m"]:
             run_module(*words[2:])
         else:
-            subprocess.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL)
+            limited.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL)
 
 
 def run_module(module: str, *arguments: str) -> None:
@@ -184,6 +185,6 @@ def test_the_site_builds(tmp_path):
         "--strict",
         f"--site-dir={tmp_path / 'site'}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = limited.run(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "from_pretrained" in (tmp_path / "site/api/index.html").read_text()

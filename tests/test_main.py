@@ -23,11 +23,11 @@ from fluxvit_jax.convert import official_names
 from fluxvit_jax.data import places
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.training.completeness import check_complete
-from tests import tiny
+from tests import limited, tiny
 
 
 def outcome(process) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return process.returncode, out, err
 
 
@@ -60,14 +60,14 @@ def test_mistakes_are_one_line(tiny_data, compiled, tmp_path, options, message):
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 def test_a_run_needs_a_recipe(tmp_path, mode):
     command = [sys.executable, "-m", "fluxvit_jax.main", f"--mode={mode}", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    done = limited.run(command, cwd=tiny.ROOT)
     assert done.returncode == 2 and "no recipe given" in error_line(done.stderr)
 
 
 def program(*options: str) -> str:
     """What the program prints, which ends well and without a word on stderr."""
     command = [sys.executable, "-m", "fluxvit_jax.main", *options]
-    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    done = limited.run(command, cwd=tiny.ROOT)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
 
@@ -90,7 +90,7 @@ def test_help_that_a_pager_cuts_short():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "fluxvit_jax.main", "--help"]
-    done = subprocess.run(command, cwd=tiny.ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = limited.run(command, cwd=tiny.ROOT, stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert done.returncode == -signal.SIGPIPE and done.stderr == ""
 
@@ -255,11 +255,9 @@ def test_no_noise_of_a_libtpu_without_a_tpu(monkeypatch, libtpu, devices, platfo
 
 def test_evaluate_needs_a_workdir_only_and_prints_a_table(finished, compiled):
     command = ["--mode=evaluate", f"--workdir={finished.workdir}"]
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-m", "fluxvit_jax.main", *command],
         env=tiny.environment(compiled),
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "leaked" not in done.stderr and "Traceback" not in done.stderr
@@ -269,7 +267,7 @@ def test_evaluate_needs_a_workdir_only_and_prints_a_table(finished, compiled):
     assert [row[0] for row in rows[1:3]] == ["24", "12"]
 
 
-def catches(process: subprocess.Popen, number: int) -> bool:
+def catches(process: limited.Process, number: int) -> bool:
     """Whether a process has a handler of its own for a signal (Linux)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     (caught,) = re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)
@@ -279,8 +277,8 @@ def catches(process: subprocess.Popen, number: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_has_begun(tiny_data, compiled, tmp_path, number):
     process = tiny.start(tiny_data, tmp_path, compiled)
-    while not catches(process, signal.SIGTERM):  # as the program does from its first line on
-        time.sleep(0.01)
+    # As the program does from its first line on.
+    assert limited.wait_until(lambda: catches(process, signal.SIGTERM), process)
     time.sleep(0.5)  # while it imports
     process.send_signal(number)
     status, _, err = outcome(process)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import zipfile
 
 import pytest
 
 from fluxvit_jax.config.loading import load_config
-from tests import tiny
+from tests import limited, tiny
 
 PARTS = ("configs", "fluxvit_jax", "pyproject.toml", "README.md", "LICENSE")
 
@@ -26,9 +25,7 @@ def unpacked(tmp_path_factory):
         else:
             shutil.copy(source, clone / part)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", build, out], cwd=clone, capture_output=True, text=True
-    )
+    done = limited.run([sys.executable, "-c", build, out], cwd=clone)
     assert done.returncode == 0, done.stderr
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -39,12 +36,10 @@ def unpacked(tmp_path_factory):
 def test_a_recipe_by_its_name(unpacked, tmp_path):
     program = "import sys; from fluxvit_jax.main import main; sys.exit(main())"
     options = ["--config=k400:small", "--config.train.epochs=2", "--print_config"]
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", program, *options],
         cwd=tmp_path,
         env=tiny.environment(tmp_path) | {"PYTHONPATH": str(unpacked)},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     expected = load_config("configs/k400.py:small", options[1:2]).to_dict()

@@ -28,6 +28,7 @@ from fluxvit_jax.distributed import checksums
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
 from fluxvit_jax.objectives.flux_clip import FluxCLIP
+from tests import limited
 from tests.data.videos import moving_texture, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -227,10 +228,10 @@ def start(
     cache: Path,
     *options: str,
     devices: int = 1,
-) -> subprocess.Popen:
+) -> limited.Process:
     """The program, as a process of its own, on this recipe; see `environment`."""
     command = [sys.executable, "-m", "fluxvit_jax.main", f"--config={__file__}:{argument}"]
-    return subprocess.Popen(
+    return limited.Process(
         [*command, f"--workdir={workdir}", *options],
         env=environment(cache, devices),
         cwd=ROOT,

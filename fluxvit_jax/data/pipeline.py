@@ -12,10 +12,8 @@ samples, and memory is bounded by `BUFFERED_ITEMS` items a worker, however large
 processes are spawned and import `__main__`, so the program needs its `__main__` guard.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import cv2
@@ -25,28 +23,30 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data import captions
-from fluxvit_jax.data.annotations import Label, Record, Source, open_source, training_part
+from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
-from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.grid_sampling import grid_of_group
+from fluxvit_jax.data.host_share import Arrays, HostShare, Items
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.media import turn_of_step
 from fluxvit_jax.data.mixture import Mixture, open_mixture
 from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
+from fluxvit_jax.data.reading import reading_video, segment_of
 from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
     WorkerDeathError,
     check_shared_memory,
-    reading,
 )
 from fluxvit_jax.data.tokenizer import tokenize
-from fluxvit_jax.data.views import Views, cut_views, read_frames, views_of
+from fluxvit_jax.data.views import views_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
 
@@ -55,20 +55,6 @@ REPLACEMENTS = 8
 
 # Items that a worker can be ahead, the one that it is making included. Each lies in shared memory.
 BUFFERED_ITEMS = 4
-
-# Limit of one video's frames at full size while views are cut. A larger video is decoded once for
-# each resolution instead and scaled down while decoding; the views are the same.
-MAX_DECODED_BYTES = 512 << 20
-
-Arrays = dict[str, np.ndarray]
-
-
-class Items(Protocol):
-    """A random-access sequence of items, each a dict of arrays with a leading axis."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Arrays: ...
 
 
 @runtime_checkable
@@ -304,12 +290,6 @@ class Batches(Iterator[Arrays]):
             self._workers.went_on()
         return {name: np.concatenate([item[name] for item in items]) for name in items[0]}
 
-    def until(self, stop: Callable[[], bool]) -> Iterator[Arrays]:
-        """The batches that are left, or those before `stop` returns True."""
-        with contextlib.suppress(StopIteration):
-            while (batch := self.next_unless(stop)) is not None:
-                yield batch
-
     def _next_item(self, stop: Callable[[], bool]) -> Arrays | None:
         number = self._num_taken
         if number == len(self._items):
@@ -483,124 +463,6 @@ class TrainGroups:
         return [
             augment_clip(clip, size, augment, rng) for clip, rng in zip(clips, rngs, strict=True)
         ]
-
-
-@dataclasses.dataclass(repr=False)
-class EvaluationVideos:
-    """The videos of a source with their views: item i is video i, and padding beyond the last.
-
-    See `evaluation_batches` for the arrays, which have a leading axis of 1 here.
-    """
-
-    source: Source
-    grids: tuple[Grid, ...]
-    views: Views
-    multi_hot: int = 0  # as in `TrainGroups`
-    open_video: Callable[..., Any] = open_clip
-    quarantine: Quarantine = dataclasses.field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, number: int) -> Arrays:
-        label: Label = () if self.multi_hot else 0
-        video, name, failure, views = -1, "", "", None
-        if number < len(self.source):
-            video = number
-            try:
-                with reading_video(self.source, number, self.quarantine) as record:
-                    name, label = record.id, record.label
-                    with self.open_video(record.video) as opened:
-                        views = self._views(opened)
-            except DecodeError as error:
-                name, failure = error.path, error.reason
-                if self.source.labels is not None:  # what is in quarantine is not opened
-                    label = self.source.labels[number]
-        item = {
-            "video": np.array([video], np.int64),
-            "id": np.array([name], np.str_),
-            "label": label_array([label], self.multi_hot),
-            "failure": np.array([failure], np.str_),
-        }
-        if views is None:
-            shape = (self.views.count,)
-            views = [np.zeros((*shape, g.tokens, PATCH_VALUES), np.uint8) for g in self.grids]
-        return item | {f"patches{k}": patches[None] for k, patches in enumerate(views)}
-
-    def _views(self, video: Video) -> list[np.ndarray]:
-        """Patches uint8 [V, P, 588] on each grid."""
-        read = partial(read_frames, video, views=self.views, most_bytes=MAX_DECODED_BYTES)
-        shared = read(self.grids)
-        views = []
-        for grid in self.grids:
-            frames = shared or read([grid], short_side=grid.resolution)
-            assert frames is not None  # scaled down, they are never too large
-            views.append(cut_views(frames, grid, self.views))
-        return views
-
-
-class HostShare:
-    """The items that one host makes: those at `rows` of each global batch, in order.
-
-    Its length is a whole number of batches, the same for all hosts, so it may index `items` beyond
-    their length.
-
-    items_per_batch: of a global batch. rows: all by default.
-    """
-
-    def __init__(
-        self,
-        items: Items,
-        items_per_batch: int,
-        rows: Sequence[int] | None = None,
-        start_step: int = 0,
-    ):
-        self._items = items
-        self._items_per_batch = items_per_batch
-        self._rows = [int(row) for row in (range(items_per_batch) if rows is None else rows)]
-        self._start_step = start_step
-
-    @property
-    def per_batch(self) -> int:
-        """Items of a batch that this host makes."""
-        return len(self._rows)
-
-    def __len__(self) -> int:
-        # In integers: training groups are 2**62.
-        batches = (len(self._items) + self._items_per_batch - 1) // self._items_per_batch
-        return max(0, batches - self._start_step) * self.per_batch
-
-    def __getitem__(self, number: int) -> Arrays:
-        step, row = divmod(number, self.per_batch)
-        return self._items[(self._start_step + step) * self._items_per_batch + self._rows[row]]
-
-
-@contextlib.contextmanager
-def reading_video(source: Source, number: int, quarantine: Quarantine) -> Iterator[Record]:
-    """A context that reads a video of a source: what hangs or crashes inside is charged to it.
-
-    Raises DecodeError, which names the id of the video, or its number if not even that can be read.
-    """
-    with reading(f"video {number}", quarantine):
-        record = source[number]
-    if record.failure:
-        raise DecodeError(record.id, record.failure)
-    with reading(record.id, quarantine):
-        try:
-            yield record
-        except DecodeError as error:
-            raise DecodeError(record.id, error.reason) from error
-
-
-def segment_of(record: Record, length: int) -> tuple[int, int]:
-    """The first frame of a record's clip in its video of `length` frames, and the one after.
-
-    Raises DecodeError if the video ends before.
-    """
-    first, end = record.segment or (0, length)
-    if end > length:
-        raise DecodeError(record.id, f"has {length} frames, and the list names {first} to {end}")
-    return first, end
 
 
 def _check_multiple(what: str, value: int, unit: int) -> None:

@@ -37,7 +37,7 @@ from typing import IO, Any
 import cv2
 
 from fluxvit_jax.data.decoding import DecodeError
-from fluxvit_jax.distributed import watchdog
+from fluxvit_jax.distributed import stacks
 from fluxvit_jax.errors import UserError
 
 POLL_SECONDS = 0.1  # within which the main process hears a signal
@@ -315,7 +315,7 @@ def _work(main: socket.socket) -> None:
     """The life of a worker."""
     global _main
     _end_with_parent()
-    watchdog.listen()
+    stacks.listen()
     cv2.setNumThreads(0)  # the workers themselves are the parallelism
     _main = channel = _Channel(main)
     make: Make

@@ -1,14 +1,18 @@
-"""Connections between hosts that break when one of them dies, so that the others can say so.
+"""Connections between hosts: they break when one of them dies, and tell of a signal to stop.
 
 Host 0 has a TCP connection with every other host, besides those of JAX. The kernel closes it
 however a process dies, and its probes find out a machine that is gone. JAX alone would abort the
 others with a stack: up to a minute later, or at once if host 0 dies, which `_outlive` puts off.
+
+A signal reaches all hosts whatever their main threads are doing, such as waiting within JAX for a
+host that waits for its data. It is a hint only: what follows from it, hosts decide together.
 """
 
 import contextlib
 import os
 import secrets
 import selectors
+import signal
 import socket
 import stat
 import struct
@@ -28,8 +32,9 @@ from fluxvit_jax.distributed.mesh import (
 PROBES = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3}
 CONNECT_SECONDS = 10  # to reach host 0
 OUTLIVE_SECONDS = 5  # for all hosts to say that host 0 died
-NUMBER = struct.Struct("!i")  # a message: number of a host that died, or LEAVES
-LEAVES = -1  # the sender ends, and has said why
+NUMBER = struct.Struct("!i")  # a message: number of a host that died, LEAVES, or less
+LEAVES = -1  # the sender ends, and has said why; less than that is -stop_status()
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _lifelines: "_Lifelines | None" = None  # of this process, if there are several hosts
 
@@ -58,13 +63,33 @@ def leave() -> None:
         _lifelines.leave()
 
 
+def stop_status() -> int:
+    """128 + the number of a signal that some host has got; 0 before, and without other hosts.
+
+    Hosts learn of it at different times. See `signal_descriptor`.
+    """
+    return _lifelines.stop_status if _lifelines is not None else 0
+
+
+def signal_descriptor() -> int:
+    """For `signal.set_wakeup_fd`, which has all hosts told of a signal; -1 without other hosts."""
+    return _lifelines.signal_descriptor if _lifelines is not None else -1
+
+
 class _Lifelines:
-    """The connections of this process. peers: each with the number of its host."""
+    """The connections of this process. peers: each with the number of its host.
+
+    Attributes:
+        stop_status, signal_descriptor: see the functions.
+    """
 
     def __init__(self, peers: dict[socket.socket, int], on_death: Callable[[int], None]):
         self._peers, self._on_death = peers, on_death
         self._leaving = False
+        self.stop_status = 0
         self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)  # as `signal.set_wakeup_fd` asks for
+        self.signal_descriptor = self._ours.fileno()
         self._selector = selectors.DefaultSelector()
         for readable in (self._theirs, *peers):
             self._selector.register(readable, selectors.EVENT_READ)
@@ -91,10 +116,20 @@ class _Lifelines:
     def _watch(self) -> None:
         while True:
             for key, _ in self._selector.select():
-                if key.fileobj is self._theirs:
-                    return
                 assert isinstance(key.fileobj, socket.socket)
-                self._hear(key.fileobj)
+                if key.fileobj is not self._theirs:
+                    self._hear(key.fileobj)
+                elif not (signals := self._theirs.recv(64)):
+                    return  # `close`
+                else:
+                    for number in set(signals).intersection(STOPS):
+                        self._stop(128 + number)
+
+    def _stop(self, status: int) -> None:
+        """Notes the first signal, and tells of it."""
+        if not self.stop_status:
+            self.stop_status = status
+            self._tell(-status)
 
     def _hear(self, peer: socket.socket) -> None:
         try:
@@ -103,6 +138,9 @@ class _Lifelines:
             message = b""
         host = self._peers[peer]
         [number] = NUMBER.unpack(message) if message else [host]
+        if number < LEAVES:
+            self._stop(-number)
+            return
         if number in (host, LEAVES):
             # It stays open: if this host closed it before `leave`, that would be a death.
             self._selector.unregister(peer)

@@ -4,7 +4,6 @@ import faulthandler
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -13,11 +12,10 @@ from pathlib import Path
 
 from fluxvit_jax.distributed import lifelines, storage
 from fluxvit_jax.distributed.mesh import host_count, host_index
+from fluxvit_jax.distributed.stacks import SIGNAL, STACKS
 
 STATUS = 75  # exit status of what may do better when started again; sysexits.h: EX_TEMPFAIL
 POLL_SECONDS = 1.0
-STACKS = "FLUXVIT_STACKS"  # environment variable: file that processes write their stacks to
-SIGNAL = signal.SIGUSR1  # on which they do
 CHILD_SECONDS = 0.2  # until a child has written
 
 
@@ -109,10 +107,3 @@ class Watchdog:
             return self._stacks
         host = f"-{host_index()}" if host_count() > 1 else ""
         return shutil.move(self._stacks, str(self._folder / f"stacks{host}.txt"))
-
-
-def listen() -> None:
-    """Has this process, a child of one with a `Watchdog`, append its stacks when that asks."""
-    if path := os.environ.get(STACKS):
-        file = open(path, "a")  # noqa: SIM115  # faulthandler needs it open
-        faulthandler.register(SIGNAL, file)

@@ -92,7 +92,7 @@ def tiny_run(data: Path, workers: int) -> list[str]:
         "data.grids.resolutions": 28,
         "data.grids.tokens": "(16,16)",
         "train.init_from": "",
-        "train.budgets": "(16,8)",
+        "train.budgets": "(8,)",
         "train.batch_size": 4,
         "train.epochs": 8,
         "train.warmup_epochs": 1,

@@ -7,6 +7,7 @@ video that cannot be read is listed with its reason and counts as wrong; if no v
 evaluation fails. With `train.multi_label` the probabilities are sigmoids, and the measure is mAP.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -31,10 +32,9 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.class_names import KnownNames, numbered
-from fluxvit_jax.data.decoding import DecodeError
-from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.reading import reasons_unreadable
 from fluxvit_jax.data.splits import (
     check_same_videos,
     common_class_names,
@@ -43,9 +43,8 @@ from fluxvit_jax.data.splits import (
     open_compared,
 )
 from fluxvit_jax.data.supervised_workers import Quarantine
-from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.data.views import views_of
-from fluxvit_jax.distributed import atomic, partition_rules, storage
+from fluxvit_jax.distributed import atomic, lifelines, partition_rules, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
@@ -167,35 +166,20 @@ class NothingReadableError(UserError):
         )
 
 
-def check_readable(source: Source, data: str, clip_seconds: float) -> None:
+def check_readable(source: Source, data: str, config: ConfigDict) -> None:
     """Raises `NothingReadableError` unless some video can be read; the first such ends the check.
 
-    data: name of the videos for the message. clip_seconds: time limit for each; 0: none.
+    data: name of the videos for the message.
     """
     first = ""
-    for number in range(len(source)):
-        reason = _why_unreadable(source[number], clip_seconds)
-        if not reason:
-            return
-        first = first or reason
+    reasons = reasons_unreadable(source, config.data.workers, config.data.clip_seconds)
+    with contextlib.closing(reasons):
+        for reason in reasons:
+            if not reason:
+                return
+            first = first or reason
     if first:
         raise NothingReadableError(data, len(source), source[0], first)
-
-
-def _why_unreadable(record: Record, clip_seconds: float) -> str:
-    """Why the first frame of a video cannot be read; "" if it can."""
-    if record.failure:
-        return record.failure
-
-    def read() -> None:
-        with open_clip(record.video) as video:
-            video.read([0])
-
-    try:
-        within(clip_seconds, record.id, read)
-    except DecodeError as error:
-        return error.reason
-    return ""
 
 
 def describe_failures(failed: int, videos: int, first: str) -> str:
@@ -237,8 +221,9 @@ def evaluate(
         params: the network's parameters, on the devices or as numpy arrays.
         mesh: the devices; all of them by default.
         settings: of different budgets; by default those of `eval.settings`.
-        stop: called after each batch, and on a single host while waiting for one; once it returns
-            True, evaluation ends and returns None.
+        stop: called before each batch, by all hosts, and on a single host while waiting for one;
+            once it returns True, evaluation ends and returns None. With several hosts it is True
+            once `lifelines.stop_status` is not 0 on any of them.
         quarantine: see `pipeline.evaluation_batches`.
         after_batch: called after each batch.
         measure_calibration: of one label a video. It keeps all probabilities in memory, on each
@@ -331,16 +316,20 @@ def for_each_batch(
         rows=local_row_indices(mesh, batch_size).tolist(),
         quarantine=quarantine,
     )
-    # Hosts call `stop` together, and so wait for their batches first, however long that takes.
-    stop_waiting = stop if host_count() == 1 else (lambda: False)
+    # A host that has heard of a signal waits no longer for its batch. Then hosts call `stop`
+    # together, before any of them computes what takes all of them.
+    stop_waiting = stop if host_count() == 1 else (lambda: lifelines.stop_status() != 0)
     with batches, progress_bar(len(source), desc=words, unit="video") as bar:
-        for batch in batches.until(stop_waiting):
-            take(batch)
-            bar.update(min(batch_size, len(source) - bar.n))
-            after_batch()
-            if stop():
-                return False
-        return not stop_waiting()
+        with contextlib.suppress(StopIteration):
+            while True:
+                batch = batches.next_unless(stop_waiting)
+                if stop():
+                    return False
+                assert batch is not None  # else `stop` would have known
+                take(batch)
+                bar.update(min(batch_size, len(source) - bar.n))
+                after_batch()
+        return True
 
 
 @functools.lru_cache(MAX_PROGRAMS)
@@ -689,7 +678,7 @@ def opened_validation(
         source = open_named(config, "data.validation", loaded)
         mesh = make_mesh(config)
         check_params_divide(config, mesh)
-        check_readable(source, config.data.validation, config.data.clip_seconds)
+        check_readable(source, config.data.validation, config)
         names = check_class_names(config, loaded, {"data.validation": source})
     check_same_videos(validation=source)
     return source, mesh, names

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from scipy.special import softmax
 
 from fluxvit_jax.data import captions
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.retrieval import similarities, unit
+from fluxvit_jax.evaluation.retrieval import similarities, softmax, unit
 from fluxvit_jax.models import blocks, fluxvit
 from fluxvit_jax.models.blocks import l2_normalize
 from fluxvit_jax.models.clip_head import ClipHead

@@ -1,7 +1,9 @@
 """Confidence intervals (95 %) of accuracies over videos."""
 
+import math
+from statistics import NormalDist
+
 import numpy as np
-from scipy.stats import binomtest
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -10,9 +12,15 @@ Interval = tuple[float, float]
 
 
 def share_interval(right: int, videos: int) -> Interval:
-    """Wilson interval of a share, such as that of the correctly classified videos."""
-    low, high = binomtest(right, videos).proportion_ci(LEVEL, method="wilson")
-    return float(low), float(high)
+    """Wilson interval of a share, such as that of the correctly classified videos.
+
+    Not by scipy.stats: its import would be a fifth of the time in which a program starts.
+    """
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
+    middle = right + z**2 / 2
+    half = z * math.sqrt(right * (videos - right) / videos + z**2 / 4)
+    low, high = ((middle + side) / (videos + z**2) for side in (-half, half))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval:

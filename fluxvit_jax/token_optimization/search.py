@@ -88,7 +88,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         else:
             splits, notes = splits_of(config, weights)
         for split in splits:
-            evaluate.check_readable(split.source, split.data, config.data.clip_seconds)
+            evaluate.check_readable(split.source, split.data, config)
     check_same_videos(**{split.name: split.source for split in splits})
     for note in notes:
         say(f"warning: {note}")

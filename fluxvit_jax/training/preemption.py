@@ -4,6 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from fluxvit_jax.distributed import lifelines
 from fluxvit_jax.distributed.mesh import gather, host_count, say
 
 
@@ -11,44 +12,58 @@ class PreemptionHandler:
     """A context in which the first signal asks for a stop, and a second one acts at once.
 
     Hosts must stop at the same step, whichever of them got the signal. So with several hosts a
-    signal counts only once all hosts know it: training sends `signal` with its batches and passes
-    the maximum to `update`, or calls `sync`.
+    signal counts only once all hosts know it: training sends what `heard` tells with its batches
+    and passes the maximum to `update`, or calls `sync`. `lifelines` carry a signal from one host to
+    the others, so that none of them waits for data any more: see `stops_waiting`.
 
     Attributes:
-        signal: 128 + the signal that this host has got, or 0.
         status: the exit status that all hosts know, or 0.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
         self.status = 0
+        self._signal = 0  # 128 + the one that this host has got
+        self._wakeup = -1  # the descriptor that was set before
         self._handlers: dict[signal.Signals, Any] = {}
+
+    def heard(self) -> int:
+        """128 + a signal that this host has got or heard of, or 0; others may not have yet."""
+        return self._signal or lifelines.stop_status()
 
     def should_stop(self) -> bool:
         """Whether all hosts know that it is time to stop."""
         if host_count() == 1:
-            self.status = self.signal
+            self.status = self._signal
         return self.status != 0
 
-    def update(self, signal_of_hosts: int) -> None:
-        """Takes the maximum of all hosts' `signal`."""
-        self.status = max(self.status, signal_of_hosts)
+    def stops_waiting(self) -> bool:
+        """Whether this host is to wait no longer for its next batch; what follows, all decide."""
+        return self.heard() != 0
+
+    def update(self, heard_by_hosts: int) -> None:
+        """Takes the maximum of what all hosts have `heard`."""
+        self.status = max(self.status, heard_by_hosts)
 
     def sync(self) -> bool:
         """`should_stop` after an exchange between all hosts, which all must call it."""
-        self.update(max(gather([self.signal])))
+        self.update(max(gather([self.heard()])))
         return self.should_stop()
 
     def __enter__(self) -> "PreemptionHandler":
         signals = (signal.SIGINT, signal.SIGTERM)
         self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
+        if host_count() > 1:
+            descriptor = lifelines.signal_descriptor()
+            self._wakeup = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if host_count() > 1:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        self.signal = 128 + number
+        self._signal = 128 + number
         self.__exit__()
         say("stopping after this step; once more ends the program at once")

@@ -150,7 +150,7 @@ def open_data(config: ConfigDict) -> RunData:
             validation = retrieve.source_of(pairs.videos)
         else:
             validation = splits.open_validation(config, training)
-        check_readable(validation, config.data.validation, config.data.clip_seconds)
+        check_readable(validation, config.data.validation, config)
     elif objective.labelled or objective.captioned:
         say("no config.data.validation: the model is not evaluated on the way")
     return RunData(training=training, validation=validation, pairs=pairs, clip_data=clip_data)

@@ -30,7 +30,9 @@ from fluxvit_jax.checkpoints.workdir import (
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.pipeline import Batches, train_batches
+from fluxvit_jax.data.media import turn_of_step
+from fluxvit_jax.data.mixture import Mixture
+from fluxvit_jax.data.pipeline import Batches, plan_groups, train_batches
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.devices import device_name
@@ -41,6 +43,7 @@ from fluxvit_jax.distributed.hosts import (
     raise_on_all_hosts,
 )
 from fluxvit_jax.distributed.mesh import (
+    host_count,
     host_index,
     local_row_indices,
     platform_of,
@@ -61,8 +64,10 @@ from fluxvit_jax.training.profiling import ProfiledStep
 from fluxvit_jax.training.setup import Schedule, Setup, set_up
 from fluxvit_jax.training.train_state import abstract_state, initial_state, parameter_overview
 from fluxvit_jax.training.train_step import (
+    NO_BATCH,
     abstract_batch,
     device_batch,
+    empty_batch,
     make_objective,
     make_train_step,
 )
@@ -137,7 +142,8 @@ def train(
             saved_step = start
             pending: list[Tree] = []  # scalars of the latest steps, still on the devices
             nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
-            stop_signal = 0
+            stops: list[Any] = [0, 0]  # "stop" of the latest two steps, on the devices
+            batch_comes = True
 
             def save(step: int, quality: dict[str, float] | None) -> None:
                 nonlocal saved_step
@@ -147,6 +153,17 @@ def train(
                 goodput.saved(step)
                 saved_step = step
 
+            def stop_after(step: int) -> None:
+                """Saves what was done until `step` inclusive, the last one."""
+                if saved_step == step:
+                    return
+                bad_clips.write()
+                if pending:
+                    fetch(pending, step, nonfinite)
+                metrics.save()
+                bad_clips.save()
+                save(step, None)
+
             watchdog.alive()
             for step in range(start + 1, schedule.total + 1):
                 if validation.reason_to_stop() or (
@@ -155,27 +172,27 @@ def train(
                     break
                 # Train on the next batch.
                 goodput.enter("data_wait")
-                batch = batches.next_unless(preemption.should_stop)
-                if batch is None:  # stopped while waiting, say for a clip that hangs
-                    if saved_step < step - 1:
-                        bad_clips.write()
-                        if pending:
-                            fetch(pending, step - 1, nonfinite)
-                        metrics.save()
-                        bad_clips.save()
-                        save(step - 1, None)
+                # None if it is stopped while waiting, say for a clip that hangs.
+                batch = batches.next_unless(preemption.stops_waiting) if batch_comes else None
+                batch_comes = batch is not None
+                if batch is None and host_count() == 1:
+                    stop_after(step - 1)
                     break
                 goodput.enter("step")
-                bad_clips.note(step, batch["failure"])
-                inputs = device_batch(batch, preemption.signal, clip_fields)
+                if batch is None:  # others may have begun the step: all do it, in vain
+                    grids = grids_of_step(setup, step)
+                    inputs = empty_batch(config, grids, setup.mesh, preemption.heard())
+                else:
+                    bad_clips.note(step, batch["failure"])
+                    inputs = device_batch(batch, preemption.heard(), clip_fields)
                 sharded = shard_batch(inputs, setup.mesh)
                 with jax.transfer_guard("disallow"):
                     state, scalars = step_fn(step, state, setup.frozen, sharded)
                 # Wait for the step before: batches must not pile up on the devices.
-                preemption.update(int(stop_signal))
+                preemption.update(int(stops[-1]) % NO_BATCH)
                 watchdog.alive()
                 lock.check()
-                stop_signal = scalars.pop("stop")
+                stops = [stops[-1], scalars.pop("stop")]
                 pending.append(scalars)
 
                 # Report.
@@ -183,6 +200,13 @@ def train(
                 logs = last or step % config.log.every_steps == 0
                 evaluates = validation.due(step)
                 saves = last or evaluates or checkpoints.due(step) or preemption.should_stop()
+                if host_count() > 1 and (logs or saves):  # which wait for this step in any case
+                    preemption.update(int(stops[-1]) % NO_BATCH)
+                    saves = saves or preemption.should_stop()
+                    if in_vain := sum(int(stop) >= NO_BATCH for stop in stops):
+                        del pending[-in_vain:]
+                        stop_after(step - in_vain)
+                        break
                 if logs or saves:
                     bad_clips.write()
                     numbers, pending = fetch(pending, step, nonfinite), []
@@ -329,6 +353,16 @@ def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> Bad
             metrics.open()  # what it refuses, it should refuse before the compilation
     check_shared(setup.workdir / CONFIG)
     return BadClips(setup.workdir, start)
+
+
+def grids_of_step(setup: Setup, step: int) -> tuple[Grid, ...]:
+    """The grids that a step's clips may have: there are steps of images."""
+    data, groups = setup.config.data, setup.config.train.batch_size
+    source, groups = setup.data.training, groups // data.clips_per_grid
+    first, period = (step - 1) * groups, plan_groups(setup.config, source)
+    share = source.image_share if isinstance(source, Mixture) else 0.0
+    turn = turn_of_step((first % period if period else first) // groups, share)
+    return setup.image_grids if turn.images else setup.grids
 
 
 def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:

@@ -20,6 +20,7 @@ from fluxvit_jax.distributed.mesh import (
     compiler_options,
     data_parallel_mean,
     global_max,
+    local_row_indices,
     replicated,
     traced_on_mesh,
 )
@@ -33,6 +34,8 @@ from fluxvit_jax.training.optimizer import ema_update
 from fluxvit_jax.training.train_state import abstract_state
 
 Tree = dict[str, Any]
+
+NO_BATCH = 1 << 10  # more than any exit status; added to "stop" by a host that has no batch
 
 
 def make_objective(config: ConfigDict, grids: tuple[Grid, ...], platform: str) -> Objective:
@@ -58,7 +61,8 @@ def make_train_step(
     Scalars are the objective's terms, "gradient_norm" before clipping, "param_norm" and
     "update_norm" after the step, all float32; "bad_clips", the number of replaced clips in the run
     so far; "skipped", whether the step changed nothing because a norm or the loss was not a finite
-    number; and "stop", the maximum over the batch.
+    number; and "stop", the maximum over the batch. From `NO_BATCH` on, some host had no batch, and
+    the step has changed nothing at all.
     """
     model, part = model_config(config), freezing(config)
     group, parts = config.data.clips_per_grid, config.train.grad_accum_steps
@@ -88,13 +92,15 @@ def make_train_step(
         clips["key"] = jax.random.split(key, len(batch["label"]))
         trained = part.trained(params)
         gradients, terms = value_and_grad((trained, part.frozen(params), frozen), clips)
+        stop = global_max(batch["stop"], mesh)
+        done = stop < NO_BATCH
         updates, opt_state = optimizer.update(gradients, state["opt_state"], trained)
         trained = objective.constrained(optax.apply_updates(trained, updates))
         new = {
             "params": part.replaced(params, trained),
             "opt_state": opt_state,
-            "step": state["step"] + 1,
-            "bad_clips": state["bad_clips"] + jnp.sum(batch["bad"], dtype=jnp.int32),
+            "step": state["step"] + done.astype(jnp.int32),
+            "bad_clips": state["bad_clips"] + jnp.sum(batch["bad"] & done, dtype=jnp.int32),
         }
         if "ema" in state:
             average = ema_update(part.trained(state["ema"]), trained, config.train.ema_decay)
@@ -104,14 +110,15 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
         }
         usable = jnp.isfinite(jnp.stack([terms["loss"], *norms.values()])).all()
+        changes = partial(jnp.where, usable & done)
         for name in ("params", "opt_state", "ema"):
             if name in new:
-                new[name] = jax.tree.map(partial(jnp.where, usable), new[name], state[name])
+                new[name] = jax.tree.map(changes, new[name], state[name])
         return new, terms | norms | {
             "param_norm": optax.tree.norm(new["params"]),
             "bad_clips": new["bad_clips"],
-            "skipped": ~usable,
-            "stop": global_max(batch["stop"], mesh),
+            "skipped": ~usable & done,
+            "stop": stop,
         }
 
     return jax.jit(
@@ -159,6 +166,21 @@ def device_batch(
         "bad": batch["failure"] != "",
         "stop": np.full(len(batch["label"]), stop, np.int32),
     }
+
+
+def empty_batch(config: ConfigDict, grids: tuple[Grid, ...], mesh: Mesh, stop: int) -> Tree:
+    """What a host puts in, as `device_batch`, if it has to stop before it has its batch.
+
+    grids: those of the step, on all hosts; stop: above 0.
+    """
+    rows = len(local_row_indices(mesh, config.train.batch_size))
+    batch = {
+        name: np.zeros((rows, *x.shape[1:]), x.dtype)
+        for name, x in abstract_batch(config, grids, mesh).items()
+    }
+    batch["grid"][:] = grids[0]
+    batch["stop"][:] = NO_BATCH + stop
+    return batch
 
 
 def abstract_batch(config: ConfigDict, grids: tuple[Grid, ...], mesh: Mesh) -> Tree:

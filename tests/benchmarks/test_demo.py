@@ -3,19 +3,18 @@
 import signal
 import subprocess
 import sys
-import time
 
 import cv2
 import pytest
 
-from tests import tiny
+from tests import limited, tiny
 
 SHORT = ("--train=36", "--validation=12", "--epochs=2")
 STEPS = 4  # of 16 clips
 
 
-def start(out, compiled) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(out, compiled) -> limited.Process:
+    return limited.Process(
         [sys.executable, "-m", "benchmarks.demo", f"--out={out}", *SHORT],
         env=tiny.environment(compiled),
         cwd=tiny.ROOT,
@@ -29,10 +28,9 @@ def start(out, compiled) -> subprocess.Popen:
 def interrupt_while_training(out, compiled) -> None:
     """Ctrl-C, once the clips are written and the first model has begun."""
     process = start(out, compiled)
-    while not (out / "multi" / "config.json").exists() and process.poll() is None:
-        time.sleep(0.05)
-    subprocess.run(["kill", f"-{signal.SIGINT.value}", "--", f"-{process.pid}"], check=True)
-    printed, _ = process.communicate(timeout=300)
+    assert limited.wait_until((out / "multi" / "config.json").exists, process)
+    limited.run(["kill", f"-{signal.SIGINT.value}", "--", f"-{process.pid}"], check=True)
+    printed, _ = process.communicate()
     assert process.returncode == 130, printed
     assert "Traceback" not in printed, printed
 
@@ -42,7 +40,7 @@ def test_the_demo(compiled, tmp_path):
     out = tmp_path / "demo"
     interrupt_while_training(out, compiled)
     process = start(out, compiled)
-    printed, _ = process.communicate(timeout=600)
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
 
     for method in ("multi", "fixed"):

@@ -28,6 +28,7 @@ from fluxvit_jax.checkpoints.checkpointer import (
 )
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.errors import UserError
+from tests import limited
 
 OPTIMIZER = optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
 
@@ -265,16 +266,16 @@ CHILD = """
 """
 
 
-def start_child(workdir, last: int, moment: str = "any") -> subprocess.Popen:
+def start_child(workdir, last: int, moment: str = "any") -> limited.Process:
     code = textwrap.dedent(CHILD).format(tests=os.path.dirname(__file__))
     command = [sys.executable, "-c", code, str(workdir), str(last), moment]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return limited.Process(command, stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("moment", ["all but checksums written", "checksums written"])
 def test_killed_between_write_and_rename(tmp_path, moment):
     child = start_child(tmp_path, 3, moment)
-    child.communicate(timeout=120)
+    child.communicate()
     assert child.returncode == -signal.SIGKILL
     assert "3.orbax-checkpoint-tmp" in kept(tmp_path)
     assert restored_step(tmp_path) == 2
@@ -344,7 +345,7 @@ def test_another_sharding(tmp_path, processes):
     flags = f"--xla_force_host_platform_device_count={4 // processes}"
     code = textwrap.dedent(SHARDED).format()
     children = [
-        subprocess.Popen(
+        limited.Process(
             [sys.executable, "-c", code, str(tmp_path), str(processes), str(index), str(port)],
             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             stderr=subprocess.PIPE,
@@ -353,7 +354,7 @@ def test_another_sharding(tmp_path, processes):
         for index in range(processes)
     ]
     for child in children:
-        _, errors = child.communicate(timeout=120)
+        _, errors = child.communicate()
         assert child.returncode == 0, errors
 
 

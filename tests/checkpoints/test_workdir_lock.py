@@ -13,7 +13,7 @@ from etils import epath
 from fluxvit_jax.checkpoints import workdir_lock
 from fluxvit_jax.checkpoints.workdir_lock import FILE, WorkdirLock
 from fluxvit_jax.errors import UserError
-from tests import tiny
+from tests import limited, tiny
 
 HOLD = """
 import sys, time
@@ -28,7 +28,7 @@ with WorkdirLock(epath.Path(sys.argv[1])):
 @pytest.fixture
 def holder(tmp_path, compiled):
     """A process that holds the lock of the folder."""
-    process = subprocess.Popen(
+    process = limited.Process(
         [sys.executable, "-c", HOLD, str(tmp_path)],
         env=tiny.environment(compiled),
         stdout=subprocess.PIPE,
@@ -82,8 +82,7 @@ def test_a_live_holder_is_refused_at_once(holder, tmp_path):
 def test_a_killed_holder_is_taken_over_at_once(holder, tmp_path, capsys):
     """Not reaped by its parent, which is this process: it is a zombie."""
     holder.kill()
-    while workdir_lock._start_of(holder.pid) is not None:
-        time.sleep(0.01)
+    limited.wait_until(lambda: workdir_lock._start_of(holder.pid) is None)
     with WorkdirLock(epath.Path(tmp_path)):
         assert lease_of(tmp_path)["pid"] == os.getpid()
     assert f"taking over {tmp_path} from process {holder.pid}" in capsys.readouterr().err

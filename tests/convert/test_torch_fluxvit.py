@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -24,6 +23,7 @@ from fluxvit_jax.convert import official_names, torch_fluxvit  # noqa: E402
 from fluxvit_jax.convert.torch_fluxvit import FluxViT  # noqa: E402
 from fluxvit_jax.models import fluxvit, token_selection  # noqa: E402
 from fluxvit_jax.models.token_selection import GridLimits, Selection  # noqa: E402
+from tests import limited  # noqa: E402
 from tests.models import golden  # noqa: E402
 from tests.models.test_fluxvit_golden import GOOD_CASES, budget_of, close, data  # noqa: E402
 from tests.models.test_token_selection import plain_groups, plain_shares  # noqa: E402
@@ -463,7 +463,7 @@ def test_the_file_stands_alone(tmp_path):
     video = make_video(4, 3, 5)
     np.save(folder / "video.npy", video)
     command = [sys.executable, "-I", "-c", ALONE, str(folder), str(folder / "video.npy")]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    process = limited.run(command, cwd=folder)
     assert process.returncode == 0, process.stderr
     logits, foreign = json.loads(process.stdout)
     assert foreign == []

@@ -6,8 +6,8 @@ import pytest
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import open_source, read_named
 from fluxvit_jax.data.class_names import KnownNames
+from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.multi_label import label_array
-from fluxvit_jax.data.pipeline import EvaluationVideos
 from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError

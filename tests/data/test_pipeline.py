@@ -16,7 +16,7 @@ import pytest
 
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.config.grids import evaluation_grids
-from fluxvit_jax.data import frame_sampling, pipeline, random_streams
+from fluxvit_jax.data import evaluation_videos, frame_sampling, random_streams
 from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
 from fluxvit_jax.data.augmentation import augment_clip
 from fluxvit_jax.data.decoding import Video
@@ -25,6 +25,7 @@ from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_bat
 from fluxvit_jax.data.prepare import prepare
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
+from tests import limited
 from tests.data.videos import full_decode, moving_texture, write_video
 
 VIDEOS = 13
@@ -330,7 +331,7 @@ def main_to_be_killed(folder: str) -> None:
 
 def test_workers_end_with_a_killed_main(folder):
     code = "import sys; from tests.data.test_pipeline import *; main_to_be_killed(sys.argv[1])"
-    main = subprocess.Popen(
+    main = limited.Process(
         [sys.executable, "-c", code, str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -341,17 +342,7 @@ def test_workers_end_with_a_killed_main(folder):
     main.wait()
     main.stdout.close()
     assert len(workers) == 2
-    deadline = time.monotonic() + 20
-    while any(map(is_running, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(map(is_running, workers))
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
+    limited.wait_until(lambda: not any(map(limited.is_running, workers)))
 
 
 def test_bad_sizes_are_named(folder):
@@ -418,10 +409,10 @@ def test_evaluation_is_the_same_by_workers_and_from_a_prepared_folder(folder, tm
     assert_equal(take(evaluate_on(make_config(workers=2), prepared), None), expected)
 
 
-@pytest.mark.parametrize("memory", [pipeline.MAX_DECODED_BYTES, 0])
+@pytest.mark.parametrize("memory", [evaluation_videos.MAX_DECODED_BYTES, 0])
 def test_views_are_those_of_the_plain_way(folder, memory, monkeypatch):
     """Also where a video is too large to be kept whole, and where views are larger than it."""
-    monkeypatch.setattr(pipeline, "MAX_DECODED_BYTES", memory)
+    monkeypatch.setattr(evaluation_videos, "MAX_DECODED_BYTES", memory)
     config, source = make_config(), make_source(folder)
     config.eval.settings = ((16, 4, 42), (16, 3, 70))
     batches = take(evaluate_on(config, source), None)

@@ -20,12 +20,14 @@ import tensorflow_datasets as tfds
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.data.annotations import Example, open_source
 from fluxvit_jax.data.decoding import Video
-from fluxvit_jax.data.pipeline import EvaluationVideos, TrainGroups
+from fluxvit_jax.data.evaluation_videos import EvaluationVideos
+from fluxvit_jax.data.pipeline import TrainGroups
 from fluxvit_jax.data.prepare import Prepared, main, prepare
 from fluxvit_jax.data.shard_writer import Shard, write_shards
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
+from tests import limited
 
 SHARD_MB = 0.03  # one to three of the clips below
 CLIPS = 150  # of the runs that are stopped
@@ -110,7 +112,7 @@ def test_bytes_do_not_depend_on_workers_or_place(videos, whole, tmp_path):
 def start(annotations, out):
     command = [sys.executable, "-m", "fluxvit_jax.data.prepare", f"--annotations={annotations}"]
     command += [f"--out={out}", "--workers=2", "--shard_mb=0.001"]  # a shard a clip
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return limited.Process(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def workers_of(process):
@@ -136,9 +138,8 @@ def test_a_run_stopped_in_every_way_goes_on_and_ends_the_same(videos, tmp_path):
     finished = {}
     for way, status in {"kill": -9, "ctrl-c": 130, "terminate": 130}.items():
         process = start(annotations, out)
-        while len(written_by(out)) < len(finished) + 5:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
+        due = len(finished) + 5
+        assert limited.wait_until(lambda due=due: len(written_by(out)) >= due, process)
         workers = workers_of(process)
         assert len(workers) == 2
         if way == "kill":
@@ -148,14 +149,11 @@ def test_a_run_stopped_in_every_way_goes_on_and_ends_the_same(videos, tmp_path):
         else:  # although a worker does not answer
             os.kill(workers[0], signal.SIGSTOP)
             process.terminate()
-        errors = process.communicate(timeout=30)[1]
+        errors = process.communicate()[1]
         assert process.returncode == status and "Traceback" not in errors, errors
         if way != "kill":
             assert re.fullmatch("prepare: .* the same command goes on .*", errors.splitlines()[-1])
-        deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{worker}").exists() for worker in workers):
-            assert time.monotonic() < deadline, "a worker outlives the run"
-            time.sleep(0.01)
+        limited.wait_until(lambda own=workers: not any(map(limited.is_running, own)))
         with pytest.raises(UserError, match="finished `prepare`"):
             open_source(out)
         assert finished.items() <= written_by(out).items(), "a finished shard was written again"
@@ -164,10 +162,9 @@ def test_a_run_stopped_in_every_way_goes_on_and_ends_the_same(videos, tmp_path):
     # And the machine goes down before all of a shard is on the disk.
     os.truncate(finished.popitem()[0], 1000)
     process = start(annotations, out)
-    while len(workers_of(process)) < 2:
-        time.sleep(0.005)
+    assert limited.wait_until(lambda: len(workers_of(process)) == 2, process)
     os.kill(workers_of(process)[0], signal.SIGKILL)  # one is replaced
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert "was killed by SIGKILL, as happens when memory runs out; it is replaced" in errors
     assert all(path.stat().st_mtime_ns == moment for path, moment in finished.items())

@@ -9,13 +9,9 @@ import pytest
 
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.data.pipeline import (
-    Batches,
-    EvaluationVideos,
-    HostShare,
-    TrainGroups,
-    train_batches,
-)
+from fluxvit_jax.data.evaluation_videos import EvaluationVideos
+from fluxvit_jax.data.host_share import HostShare
+from fluxvit_jax.data.pipeline import Batches, TrainGroups, train_batches
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid

@@ -4,7 +4,6 @@ import hashlib
 import signal
 import subprocess
 import sys
-import time
 from itertools import combinations, pairwise
 
 import av
@@ -17,6 +16,7 @@ from sklearn.ensemble import ExtraTreesClassifier
 from fluxvit_jax.data import synthetic
 from fluxvit_jax.data.synthetic import MOTIONS, photographs, render, write_dataset
 from fluxvit_jax.errors import UserError
+from tests import limited
 
 TRAIN, VALIDATION = 36, 12
 
@@ -305,10 +305,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path):
     counts = [f"--train={TRAIN}", f"--validation={VALIDATION}"]
     command = [sys.executable, "-m", "fluxvit_jax.data.synthetic", f"--out={out}", *counts]
     command += ["--seed=5", "--workers=1"]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(out.rglob("*.mp4")):
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.05)
+    run = limited.Process(command, stderr=subprocess.PIPE, text=True)
+    assert limited.wait_until(lambda: list(out.rglob("*.mp4")), run), run.communicate()
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate()
     assert run.returncode == 130 and "goes on" in errors and "Traceback" not in errors

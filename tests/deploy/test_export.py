@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fluxvit_jax.deploy.exported import LATENCY, MANIFEST, WEIGHTS
 from fluxvit_jax.distributed import checksums, devices
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization.planner import read_report
+from tests import limited
 from tests.convert.test_weight_files import CONFIG, TINY_PTH
 from tests.deploy.test_pretrained import photograph
 from tests.token_optimization.test_planner import BEST, SECOND, TWIN, change, tiny_search
@@ -159,12 +159,10 @@ def served(bare: Path, folder: Path, video: np.ndarray, asked: str, scratch: Pat
         "model, video = fluxvit_jax.load_exported(sys.argv[1]), numpy.load('video.npy')\n"
         f"numpy.save('answer.npy', model(video, {asked}).logits)\n"
     )
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-S", "-c", program, str(folder)],
         env={"PYTHONPATH": str(bare), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]},
         cwd=scratch,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     return np.load(scratch / "answer.npy")

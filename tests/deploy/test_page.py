@@ -3,7 +3,6 @@
 import base64
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import skimage.data
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.deploy import page
 from fluxvit_jax.deploy.page import Shown, fade
+from tests import limited
 from tests.data.videos import moving_texture
 
 NASTY = '<script>alert(1)</script> & "x"'
@@ -285,7 +285,7 @@ def browser() -> str:
     """The first browser here that starts; a distribution may have a stub that only prints."""
     for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
         path = shutil.which(name)
-        if path and not subprocess.run([path, "--version"], capture_output=True).returncode:
+        if path and not limited.run([path, "--version"]).returncode:
             return path
     pytest.skip("no Chromium or Chrome on PATH that starts; Debian's package is chromium")
 
@@ -299,7 +299,7 @@ def screenshot(browser: str, path: Path, width: int, *flags: str) -> np.ndarray:
         *(f"--user-data-dir={path.with_name('profile')}", f"--screenshot={picture}"),
         *(*flags, path.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = limited.run(command)
     assert picture.exists(), done.stderr
     pixels = cv2.imread(str(picture))[..., ::-1].astype(int)
     assert pixels.shape == (1600, width, 3)

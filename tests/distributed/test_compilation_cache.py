@@ -1,12 +1,11 @@
 """Programs that one command has compiled and the next one loads."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import limited, tiny
 
 COMPILE = """
 import sys
@@ -24,7 +23,7 @@ def compile_once(home: Path, folder: str | None, **variables: str) -> tuple[str,
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment |= {"XDG_CACHE_HOME": str(home)} | variables
     command = [sys.executable, "-c", COMPILE, repr(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = limited.run(command, env=environment, check=True)
     said = [line for line in done.stderr.splitlines() if "programs are kept" in line]
     return done.stdout.strip(), "\n".join(said)
 

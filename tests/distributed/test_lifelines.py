@@ -1,11 +1,14 @@
-"""Connections between hosts: a death is noticed, an end that was told is none."""
+"""Connections between hosts: a death is noticed, an end that was told is none, a signal is told."""
 
+import os
+import signal
 import socket
 import time
 
 import pytest
 
 from fluxvit_jax.distributed.lifelines import _Lifelines
+from tests import limited
 
 
 @pytest.fixture
@@ -27,6 +30,14 @@ def test_a_death_is_noticed(pair):
     while not deaths and time.monotonic() < end:
         time.sleep(0.01)
     assert deaths == [1]
+
+
+def test_a_signal_is_told(pair):
+    (host0, deaths0, _), (host1, deaths1, _) = pair
+    os.write(host1.signal_descriptor, bytes([signal.SIGCHLD, signal.SIGTERM, signal.SIGINT]))
+    limited.wait_until(lambda: host0.stop_status)
+    assert host0.stop_status == host1.stop_status in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    assert deaths0 == deaths1 == []
 
 
 def test_an_end_that_was_told_is_no_death(pair):

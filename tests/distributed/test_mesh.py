@@ -1,18 +1,17 @@
 """Meshes of eight devices: where arrays lie, and that a step does not depend on it."""
 
 import json
-import subprocess
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import limited, tiny
 
 # data, fsdp, tensor
 MESHES = {"data x fsdp x tensor": (2, 2, 2), "data x fsdp x tensor, taught, two parts": (2, 2, 2)}
-# Where only the state is made. Steps of data parallel devices are in test_two_processes.py.
+# Where a step would tell nothing more. Steps of data parallel devices are in test_two_processes.py.
 OTHER_MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2)}
 
 
@@ -37,20 +36,27 @@ def steps(tiny_data, compiled, tmp_path_factory):
         from fluxvit_jax.config.grids import admissible_grids
         from fluxvit_jax.training.optimizer import make_optimizer
         from fluxvit_jax.objectives.base import objective_class
-        from fluxvit_jax.training.train_state import abstract_params, initial_state
+        from fluxvit_jax.training.train_state import (
+            abstract_params, abstract_state, initial_state
+        )
         from tests import tiny
         from tests.training.test_train import grid_batch
 
         def share_of(state):
-            held = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(state))
-            return held / sum(x.size for x in jax.tree.leaves(state))
+            leaves = jax.tree.leaves(state)
+            held = sum(np.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
+            if isinstance(leaves[0], jax.Array):
+                assert held == sum(x.addressable_shards[0].data.size for x in leaves)
+            return float(held / sum(np.prod(x.shape) for x in leaves))
 
         def run(sides, parts, teacher, count):
             data = {str(tiny_data)!r}
+            own = dict(train__batch_size=16, train__ema_decay=0.0)
             if teacher:
-                config = tiny.make_pretraining(data, {str(teacher)!r}, train__batch_size=16)
+                own |= dict(train__budgets=(24,))
+                config = tiny.make_pretraining(data, {str(teacher)!r}, **own)
             else:
-                config = tiny.make_config(data, train__batch_size=16)
+                config = tiny.make_config(data, **own)
             config.train.grad_accum_steps = parts
             # The keys' bias in a softmax has no gradient but rounding, which Adam would blow up.
             config.optim.eps = 1e-5
@@ -59,9 +65,9 @@ def steps(tiny_data, compiled, tmp_path_factory):
             grids = admissible_grids(config)
             mesh = parallel.make_mesh(config, jax.devices()[: int(np.prod(sides))])
             optimizer = make_optimizer(config, 20, abstract_params(config))
-            state = initial_state(config, optimizer, mesh)
             if not count:
-                return [], share_of(state), np.zeros(0)
+                return [], share_of(abstract_state(config, optimizer, mesh)), np.zeros(0)
+            state = initial_state(config, optimizer, mesh)
             frozen = objective_class(config).load_frozen(config, mesh)
             objective = step.make_objective(config, grids, "cpu")
             train_step = step.make_train_step(config, objective, optimizer, mesh)
@@ -88,11 +94,9 @@ def steps(tiny_data, compiled, tmp_path_factory):
         print(json.dumps(told))
         """
     )
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", program],
         env=tiny.environment(compiled, 8),
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)

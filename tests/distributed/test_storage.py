@@ -31,7 +31,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import evaluate
 from fluxvit_jax.token_optimization.results_log import CHOOSE, ResultsLog
 from fluxvit_jax.training.metrics import Metrics
-from tests import tiny
+from tests import limited, tiny
 from tests.training.test_metrics import events
 
 BUCKET = "gs://bucket"
@@ -60,7 +60,7 @@ class Emulator:
             "external-url": self.url,
             "public-host": self.host,
         }
-        self.process = subprocess.Popen(
+        self.process = limited.Process(
             [program, *(word for name, value in options.items() for word in (f"-{name}", value))],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -283,9 +283,12 @@ def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(
     workdir = storage.path_of(f"{BUCKET}/run")
     options = (data, workdir, compiled, "--config.checkpoint.every_steps=4")
     killed = tiny.start(*options)
-    while "commit_success.txt" in (saved := emulator.names("run/checkpoints/8/")) or not saved:
-        assert killed.poll() is None, killed.communicate()
-        time.sleep(0.005)
+
+    def saving() -> bool:
+        names = emulator.names("run/checkpoints/8/")
+        return bool(names) and "commit_success.txt" not in names
+
+    assert limited.wait_until(saving, killed), killed.communicate()
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
 
@@ -402,10 +405,8 @@ for use in (open_source, storage.check, storage.path_of, storage.read_bytes):
 
 
 def test_files_of_this_machine_need_none_of_it(tiny_data):
-    process = subprocess.run(
+    process = limited.run(
         [sys.executable, "-c", WITHOUT_GCSFS, tiny_data / "train.csv"],
-        capture_output=True,
-        text=True,
         cwd=tiny.ROOT,
     )
     assert process.returncode == 0, process.stderr

@@ -7,15 +7,16 @@ import threading
 import pytest
 
 from fluxvit_jax.distributed.watchdog import STATUS, Watchdog
+from tests import limited
 
 HANGING = """
 import ctypes, multiprocessing, sys, time
 
-from fluxvit_jax.distributed import watchdog
+from fluxvit_jax.distributed import stacks, watchdog
 
 
 def read_for_ever():
-    watchdog.listen()
+    stacks.listen()
     ready.set()
     ctypes.CDLL(None).sleep(1000)
 
@@ -35,7 +36,7 @@ with watchdog.Watchdog(3, {folder!r}) as dog:
 def run(tmp_path):
     def run(hang: str) -> subprocess.CompletedProcess:
         program = HANGING.format(folder=str(tmp_path), hang=hang)
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        return limited.run([sys.executable, "-c", program])
 
     return run
 

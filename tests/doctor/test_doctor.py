@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from fluxvit_jax.doctor import __main__ as doctor
 from fluxvit_jax.doctor import machine, runs, videos, workdir
 from fluxvit_jax.doctor.outcome import FAILED, OK, FailedError, Place, outcome_of
-from tests import tiny
+from tests import limited, tiny
 
 READ_ONLY = "/sys/doctor"  # nobody can make a folder there
 
@@ -173,11 +172,9 @@ else:
 def test_a_check_that_crashes_or_hangs(tmp_path, compiled, change, seconds, detail):
     program = tmp_path / "program.py"
     program.write_text(CRASHING.format(change=change, seconds=seconds))
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, program, tmp_path],
         env=tiny.environment(compiled),
-        capture_output=True,
-        text=True,
     )
     assert f"Outcome(result='FAILED', detail='{detail}'" in done.stdout, done.stderr
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -24,7 +23,7 @@ from fluxvit_jax.evaluation import calibration, evaluate
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.token_optimization import search
-from tests import tiny
+from tests import limited, tiny
 from tests.data.videos import moving_texture, write_video
 from tests.test_main import error_line, outcome
 
@@ -200,9 +199,7 @@ def test_devices_change_nothing(evaluation, tiny_data, compiled, devices):
         """
     )
     environment = tiny.environment(compiled, devices)
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
+    done = limited.run([sys.executable, "-c", program], env=environment)
     assert done.returncode == 0, done.stderr
     assert_same(evaluate.Evaluation(*json.loads(done.stdout)), evaluation)
 

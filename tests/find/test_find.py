@@ -23,7 +23,7 @@ from fluxvit_jax.find.__main__ import main
 from fluxvit_jax.find.index_file import Index, Moment, Settings
 from fluxvit_jax.find.moment_reader import read_parts
 from fluxvit_jax.find.search import Found
-from tests import tiny
+from tests import limited, tiny
 from tests.data.videos import moving_texture, write_video
 from tests.find.bad_reader import open_badly
 
@@ -129,7 +129,7 @@ def test_a_killed_index_goes_on(made, videos, clip_folder, tmp_path, capsys):
     """SIGKILL after the first videos; the same command embeds the others only."""
     out = tmp_path / "index.npz"
     own = [f"--checkpoint={clip_folder}", f"--out={out}", "--tokens=12", "--workers=0"]
-    process = subprocess.Popen(
+    process = limited.Process(
         [sys.executable, "-c", KILLED, "index", str(videos), *own, "--batch-size=1"],
         env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(tiny.ROOT)},
         stdin=subprocess.PIPE,

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import limited
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 # All that the scripts may use besides what is recorded: no real gcloud or docker can be reached.
@@ -79,13 +81,10 @@ class Recorders:
 
     def run(self, script: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
         """A script of launch/ with a command line, its environment empty but for PATH and HOME."""
-        return subprocess.run(
+        return limited.run(
             [LAUNCH / script, *words],
             env=self.environment(**environment),
             cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=60,
         )
 
     def words(self) -> list[list[str]]:

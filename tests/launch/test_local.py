@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests import tiny
+from tests import limited, tiny
 from tests.launch.recorder import LAUNCH, ROOT, commands, error_line
 
 PROGRAM = ("--", "--config=configs/demo.py", "--workdir=runs/x")
@@ -78,7 +78,7 @@ def test_the_package_is_missing(recorders):
 def hosts(recorders):
     """Starts three hosts and gives what started them, once all of them run."""
     recorders.install("python", HOST)
-    started = subprocess.Popen(
+    started = limited.Process(
         [LAUNCH / "local.sh", "--hosts=3", "--cpu-devices=2", *PROGRAM],
         env=recorders.environment(),
         stderr=subprocess.PIPE,
@@ -99,7 +99,7 @@ def hosts(recorders):
 
 def test_all_end_when_one_fails(hosts, tmp_path):
     (tmp_path / "end").write_text("3")
-    _, err = hosts.communicate(timeout=30)
+    _, err = hosts.communicate()
     assert hosts.returncode == 3 and "host 1 ended with status 3: stopping the others" in err
     assert (tmp_path / "signals-0").read_text() == (tmp_path / "signals-2").read_text() == "15\n"
 
@@ -107,7 +107,7 @@ def test_all_end_when_one_fails(hosts, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_each_host_once(number, hosts, tmp_path):
     hosts.send_signal(number)
-    _, err = hosts.communicate(timeout=30)
+    _, err = hosts.communicate()
     assert hosts.returncode == 128 + number, err
     for host in range(3):
         assert (tmp_path / f"signals-{host}").read_text() == f"{number.value}\n"
@@ -121,12 +121,10 @@ def test_a_run_on_two_devices(tiny_data, compiled, tmp_path):
     words += ["--config.train.epochs=1", "--config.train.warmup_epochs=0.5"]
     words += ["--config.train.budgets=(24,)", "--config.data.validation="]
     words += ["--config.parallel.mesh.fsdp=2"]  # refused on one device
-    done = subprocess.run(
+    done = limited.run(
         [LAUNCH / "local.sh", "--cpu-devices=2", "--", *words],
         env=environment,
         cwd=ROOT,
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     lines = tiny.read_lines(tmp_path / "run" / "metrics.jsonl")

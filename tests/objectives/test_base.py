@@ -15,15 +15,15 @@ from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training import train
-from tests import tiny
+from tests import limited, tiny
 from tests.objectives import toy
 
 PACKAGE = Path(train.__file__).parents[1]
 MESH = ("--config.parallel.mesh.fsdp=2", "--config.parallel.mesh.tensor=2")
 
 
-def start(folder, workdir, cache, *options, devices=1) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(folder, workdir, cache, *options, devices=1) -> limited.Process:
+    return limited.Process(
         [
             *(sys.executable, "-m", "fluxvit_jax.main", f"--config={toy.__file__}:{folder}"),
             *(f"--workdir={workdir}", *options),
@@ -38,11 +38,9 @@ def start(folder, workdir, cache, *options, devices=1) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def trained(tiny_data, compiled, tmp_path_factory):
-    """A finished run by the command line."""
+    """A finished run."""
     workdir = tmp_path_factory.mktemp("toy") / "run"
-    process = start(tiny_data, workdir, compiled)
-    _, log = process.communicate()
-    assert process.returncode == 0, log
+    assert train.train(toy.get_config(str(tiny_data)), workdir) == 0
     return workdir
 
 
@@ -60,7 +58,7 @@ def test_it_trains(trained):
 
 
 def test_it_is_resumed(trained, tiny_data, tmp_path):
-    """In this process; the metrics, with validation at steps 16 and 20, are the same bytes."""
+    """The metrics, with validation at steps 16 and 20, are the same bytes."""
     workdir = shutil.copytree(trained, tmp_path / "run")
     for step in (workdir / "checkpoints").iterdir():
         if step.name.isdigit() and int(step.name) > 18:

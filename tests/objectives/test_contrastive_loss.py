@@ -1,7 +1,6 @@
 """The contrastive loss against the official code, and over devices against one."""
 
 import json
-import subprocess
 import sys
 import textwrap
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.objectives.contrastive_loss import contrastive_loss
-from tests import tiny
+from tests import limited, tiny
 from tests.models.golden import GOLDEN
 
 TOLD = json.loads((GOLDEN / "clip/loss_cases.json").read_text())
@@ -71,11 +70,9 @@ def test_devices_give_the_gradient_of_the_whole_batch():
         print(json.dumps(answers))
         """
     )
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", program],
         env=tiny.environment(tiny.ROOT, 8) | {"JAX_ENABLE_COMPILATION_CACHE": "false"},
-        capture_output=True,
-        text=True,
         check=True,
     )
     one, eight = json.loads(done.stdout)

@@ -24,7 +24,7 @@ from fluxvit_jax.token_optimization.frame_reader import FrameReader
 from fluxvit_jax.token_optimization.planner import read_report
 from fluxvit_jax.token_optimization.results_log import FILE
 from fluxvit_jax.training import train
-from tests import tiny
+from tests import limited, tiny
 from tests.data.test_supervised_workers import REASONS, open_fatal
 from tests.evaluation.test_evaluate import random_params
 
@@ -255,11 +255,9 @@ latency.WARM_UP_SECONDS = latency.SECONDS = 0
 assert jax.device_count() == 4
 run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames="4", search__budgets=(12,))
 """
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", program],
         env=tiny.environment(compiled, 4),
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
     report, whole = read_report(tmp_path), found[0]
@@ -282,11 +280,11 @@ sys.exit(main(sys.argv))
 
 def start(
     folder: Path, workdir: Path, cache: Path, *options: str, before: str = ""
-) -> subprocess.Popen:
+) -> limited.Process:
     """`--mode=search` as a process, with timings that take no time, and code to run before."""
     command = [sys.executable, "-c", before + QUICK, f"--config={tiny.__file__}:{folder}"]
     command += [f"--workdir={workdir}", "--mode=search", "--config.search.frames=4"]
-    return subprocess.Popen(
+    return limited.Process(
         [*command, *options],
         env=tiny.environment(cache),
         cwd=tiny.ROOT,
@@ -318,9 +316,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, co
     print("killed after line", moment)
     path = killed / "search" / FILE
     process = start(tiny_data, killed, compiled)
-    while not path.exists() or path.read_text().count("\n") < moment:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
+    written = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
+    assert limited.wait_until(lambda: written() >= moment, process), process.communicate()
     process.kill()
     process.communicate()
     path.write_bytes(path.read_bytes() + b'{"split": "choose", "first')  # a line cut short

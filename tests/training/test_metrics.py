@@ -2,7 +2,6 @@
 
 import io
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.training import metrics
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.wandb_run import check_wandb
-from tests import tiny
+from tests import limited, tiny
 
 
 def events(folder) -> list[Event]:
@@ -165,11 +164,9 @@ def test_a_log_is_no_bar_that_could_be_disabled():
         "from fluxvit_jax.training.metrics import Progress; "
         "p = Progress(1, 1, 4); p.advance(); p.close()"
     )
-    done = subprocess.run(
+    done = limited.run(
         [sys.executable, "-c", code],
         env=tiny.environment(Path()) | {"TQDM_DISABLE": "1"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0 and done.stderr.startswith("step 1/1, "), done.stderr
 

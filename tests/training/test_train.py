@@ -35,7 +35,7 @@ from fluxvit_jax.training import train_step as steps
 from fluxvit_jax.training.optimizer import learning_rates, make_optimizer
 from fluxvit_jax.training.preemption import PreemptionHandler
 from fluxvit_jax.training.train_state import abstract_params, initial_state
-from tests import tiny
+from tests import limited, tiny
 
 STEPS = 20
 
@@ -186,6 +186,8 @@ def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path
         data__root=str(tiny_data),
         train__class_weights="balanced",
         train__early_stopping_epochs=1,
+        train__budgets=(24,),
+        eval__settings=((24, 6, 42),),
         eval__every_epochs=1,
         optim__learning_rate=1e-12,
         optim__min_learning_rate=0.0,
@@ -210,19 +212,16 @@ def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp_path):
-    """Two workers, where the undisturbed run has none. SIGTERM is that of test_pretrain.py."""
+def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp_path, capsys):
+    """Two workers before the kill, and none afterwards. SIGTERM is that of test_pretrain.py."""
     workdir = tmp_path / "run"
     process = tiny.start(tiny_data, workdir, compiled, "--config.data.workers=2")
-    while steps_in(workdir) < 13 and process.poll() is None:
-        time.sleep(0.01)
+    limited.wait_until(lambda: steps_in(workdir) >= 13, process)
     process.kill()
     _, log = process.communicate()
     assert process.returncode == -signal.SIGKILL, log
-    process = tiny.start(tiny_data, workdir, compiled, "--config.data.workers=2")
-    _, log = process.communicate()
-    assert process.returncode == 0, log
-    assert "going on from step" in log
+    assert train.train(tiny.make_config(tiny_data), workdir) == 0
+    assert "going on from step" in capsys.readouterr().err
     metrics = (workdir / "metrics.jsonl").read_bytes()
     assert metrics == (finished.workdir / "metrics.jsonl").read_bytes()
     ours, theirs = (
@@ -444,9 +443,10 @@ def test_a_step_without_a_finite_gradient_is_skipped(
     tiny_data, compiled, tmp_path, monkeypatch, capsys
 ):
     """Also in a run resumed after it; the schedule goes by the steps that were not skipped."""
-    config = tiny.make_config(tiny_data, data__validation="")
+    own = {"data__validation": "", "train__epochs": 2, "train__budgets": (24,)}
+    config = tiny.make_config(tiny_data, **own)
     workdir, real = tmp_path / "run", steps.accumulate
-    key = jax.random.fold_in(jax.random.key(config.seed), 10)  # of step 11
+    key = jax.random.fold_in(jax.random.key(config.seed), 4)  # of step 5
     bad = jax.random.key_data(jax.random.split(key, 8)[0])
 
     def accumulate(objective, params, frozen, batch, *sizes):
@@ -456,15 +456,15 @@ def test_a_step_without_a_finite_gradient_is_skipped(
 
     monkeypatch.setattr(steps, "accumulate", accumulate)
     assert train.train(config, workdir) == 0
-    said = "step 11: the gradient norm is nan; the step is skipped and changes nothing (1 in a row,"
+    said = "step 5: the gradient norm is nan; the step is skipped and changes nothing (1 in a row,"
     assert capsys.readouterr().err.count(said) == 1
     lines = split_of(workdir, "train")
-    assert [line["skipped_steps"] for line in lines] == [0] * 10 + [1] * 10
-    assert lines[10]["param_norm"] == lines[9]["param_norm"] != lines[11]["param_norm"]
+    assert [line["skipped_steps"] for line in lines] == [0] * 4 + [1] * 4
+    assert lines[4]["param_norm"] == lines[3]["param_norm"] != lines[5]["param_norm"]
     rates = [line["learning_rate"] for line in lines]
-    assert rates[11:] == list(learning_rates(config, STEPS)[10:-1])
+    assert rates[5:] == list(learning_rates(config, 8)[4:-1])
     metrics = (workdir / "metrics.jsonl").read_bytes()
-    unfinish(workdir, 18)
+    unfinish(workdir, 6)
     assert train.train(config, workdir) == 0
     assert (workdir / "metrics.jsonl").read_bytes() == metrics
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +20,13 @@ from fluxvit_jax.deploy import export, predict
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.training import metrics
 from fluxvit_jax.training.train import train
-from tests import tiny
+from tests import limited, tiny
 from tests.test_main import error_line, outcome
 
 # --- A killed worker
 
 
-def kill_workers(process: subprocess.Popen, begun: Callable[[], bool], times: int) -> str:
+def kill_workers(process: limited.Process, begun: Callable[[], bool], times: int) -> str:
     """Kills so many of them, or all if the program ends before, once `begun` says so.
 
     Returns what it has written to stderr at its end.
@@ -40,7 +39,7 @@ def kill_workers(process: subprocess.Popen, begun: Callable[[], bool], times: in
                 killed.add(pid)
         time.sleep(0.02)
     assert killed, process.communicate()[1]
-    return process.communicate(timeout=300)[1]
+    return process.communicate()[1]
 
 
 KILLED = "a worker that reads data was killed by SIGKILL, as happens when memory runs out; "
@@ -80,10 +79,10 @@ def small_disk(tmp_path, request):
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+    if os.geteuid() or limited.run(command).returncode:
         pytest.skip("only root may mount a small disk")
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    limited.run(["umount", "-l", str(folder)], check=True)
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -165,7 +164,7 @@ def test_an_evaluation_on_a_read_only_disk_is_printed(finished, tiny_data, compi
     """Nothing that was computed is lost."""
     workdir = shutil.copytree(finished.workdir, small_disk / "run")
     before = content_of(workdir)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    limited.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     status, out, err = outcome(tiny.start(tiny_data, workdir, compiled, "--mode=evaluate"))
     assert status == 2, err
     assert "run: Read-only file system; make it writable and start the same" in error_line(err)

@@ -9,7 +9,6 @@ can't be chosen any more once JAX has started.
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 from fluxvit_jax.preflight.compiler import topology
 from fluxvit_jax.preflight.compiler.program import Program, compile_for
+from tests import limited
 
 ROOT = Path(__file__).parents[3]
 TOPOLOGIES = {"cpu": "cpu:8", "tpu": "v5e:2x4"}
@@ -26,12 +26,10 @@ LAYERS, B, C = 5, 16, 128  # of the scanned products
 
 def run(where: str) -> dict[str, Any]:
     """What such a process prints."""
-    process = subprocess.run(
+    process = limited.run(
         [sys.executable, "-m", "tests.preflight.compiler.programs", where],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "", "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)

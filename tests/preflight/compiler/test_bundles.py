@@ -1,12 +1,12 @@
 """Cycles of kernels from the compiler's bundles."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from fluxvit_jax.preflight.compiler import bundles
 from fluxvit_jax.preflight.compiler.bundles import Count
+from tests import limited
 
 # A Pallas kernel on a grid of 10, in it a loop of 5 trips around one of 16, then one of 7, as
 # libtpu 0.0.42 wrote it for v5e; of its bundles only those that tell of loops have their content.
@@ -66,7 +66,7 @@ def test_what_was_written_is_found_by_name_and_removed():
 def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(bundles.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(bundles.tempfile, "tempdir", str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", ""])
+    process = limited.Process([sys.executable, "-c", ""])
     process.wait()
     left, other = (tmp_path / f"{bundles.PREFIX}{n}-x" for n in (process.pid, os.getpid()))
     for folder in (left, other):

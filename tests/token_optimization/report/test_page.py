@@ -2,13 +2,13 @@
 
 import html
 import re
-import subprocess
 
 import numpy as np
 import pytest
 
 from fluxvit_jax.token_optimization import report
 from fluxvit_jax.token_optimization.report.style import DARK, LIGHT
+from tests import limited
 from tests.deploy import test_page
 from tests.token_optimization.report.sample import NASTY, read, sample, words
 
@@ -73,7 +73,7 @@ def test_a_page_is_as_wide_as_its_window(browser, tmp_path, width):
         *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
         *("--dump-dom", f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = limited.run(command)
     assert f"<title>{width} of {width} px</title>" in done.stdout, done.stdout[:300] + done.stderr
 
 

@@ -1,13 +1,13 @@
 """The files of a report, also of searches that are not done, or small."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.token_optimization import report
+from tests import limited
 from tests.token_optimization.report.sample import (
     DEVICES,
     NASTY,
@@ -53,7 +53,7 @@ def test_importing_the_module_does_not_import_what_draws():
         "import sys, fluxvit_jax.token_optimization.report as r; "
         "print('matplotlib' in sys.modules, r.write.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = limited.run([sys.executable, "-c", code])
     assert (done.returncode, done.stdout) == (0, "False write\n"), done.stderr
 
 

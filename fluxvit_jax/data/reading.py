@@ -1,0 +1,110 @@
+"""Reading the videos of a source, which may hang or crash the process that does."""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fluxvit_jax.data.annotations import Record, Source
+from fluxvit_jax.data.decoding import DecodeError
+from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.supervised_workers import (
+    Quarantine,
+    SupervisedWorkers,
+    WorkerDeathError,
+    reading,
+)
+from fluxvit_jax.data.time_limit import within
+from fluxvit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def reading_video(source: Source, number: int, quarantine: Quarantine) -> Iterator[Record]:
+    """A context that reads a video of a source: what hangs or crashes inside is charged to it.
+
+    Raises DecodeError, which names the id of the video, or its number if not even that can be read.
+    """
+    with reading(f"video {number}", quarantine):
+        record = source[number]
+    if record.failure:
+        raise DecodeError(record.id, record.failure)
+    with reading(record.id, quarantine):
+        try:
+            yield record
+        except DecodeError as error:
+            raise DecodeError(record.id, error.reason) from error
+
+
+def segment_of(record: Record, length: int) -> tuple[int, int]:
+    """The first frame of a record's clip in its video of `length` frames, and the one after.
+
+    Raises DecodeError if the video ends before.
+    """
+    first, end = record.segment or (0, length)
+    if end > length:
+        raise DecodeError(record.id, f"has {length} frames, and the list names {first} to {end}")
+    return first, end
+
+
+def reasons_unreadable(
+    source: Source,
+    workers: int,
+    clip_seconds: float,
+    open_video: Callable[..., Any] = open_clip,
+) -> Generator[str]:
+    """Why the first frame of each video cannot be read, one video after another; "" if it can.
+
+    Read in a process of its own, which may hang or crash, unless there are no `workers`.
+
+    Raises UserError: the process dies again and again, and it is no video's fault.
+    """
+    quarantine: Quarantine = {}
+    why = _WhyUnreadable(source, quarantine, open_video)
+    if not workers:
+        for number in range(len(source)):
+            yield _within(clip_seconds, why, number)
+        return
+    process = SupervisedWorkers(why, 1, clip_seconds, quarantine, ahead=1)
+    with contextlib.closing(process):
+        for number in range(len(source)):
+            process.submit(number)
+            try:
+                while not (found := process.finished()):
+                    pass
+            except WorkerDeathError as error:
+                raise UserError(
+                    f"config.data.workers: a worker that reads data {error}, before any else is "
+                    "started; see what else takes the memory of this machine"
+                ) from error
+            [(_, reason)] = found
+            if isinstance(reason, Exception):
+                raise reason
+            process.went_on()
+            yield reason
+
+
+def _within(seconds: float, why: "_WhyUnreadable", number: int) -> str:
+    try:
+        return within(seconds, f"video {number}", lambda: why(number))
+    except DecodeError as error:
+        return error.reason
+
+
+@dataclass(frozen=True)
+class _WhyUnreadable:
+    """The function of the worker: the number of a video to the reason."""
+
+    source: Source
+    quarantine: Quarantine
+    open_video: Callable[..., Any]
+
+    def __call__(self, number: int) -> str:
+        try:
+            with (
+                reading_video(self.source, number, self.quarantine) as record,
+                self.open_video(record.video) as video,
+            ):
+                video.read([0])
+        except DecodeError as error:
+            return error.reason
+        return ""
