@@ -1,6 +1,6 @@
 """Would the tests notice? One small fault after another is put into a copy of the package.
 
-    python -m tests.mutations            all of them, about 40 minutes on two cores
+    python -m tests.mutations            all of them, about an hour on two cores
     python -m tests.mutations --only optimizer ema-of-old-parameters
     python -m tests.mutations --list
 
@@ -77,6 +77,7 @@ DISTILLED = "objectives/test_flux_umt.py::test_the_loss_and_gradients_are_those_
 BEST_STEP = "checkpoints/test_checkpointer.py::test_weights_of_the_best_step"
 DAMAGE = "checkpoints/test_checkpointer.py::test_damage_falls_back_to_the_step_before"
 CALIBRATION = "evaluation/test_calibration.py"
+CASCADES = "adaptive"
 EVALUATED = "evaluation/test_evaluate.py::test_every_video_counts_and_a_bad_one_as_wrong"
 TOP_FIVE = "evaluation/test_evaluate.py::test_five_of_seven_classes_are_the_top_five"
 MEAN_OF_VIEWS = "evaluation/test_evaluate.py::test_softmax_then_mean_over_the_views"
@@ -422,8 +423,8 @@ MUTATIONS = {
         Mutation(
             "crop-corners-exchanged",
             "data/views.py",
-            "patchify(crop_view(pixels[clip], size, y, x))",
-            "patchify(crop_view(pixels[clip], size, x, y))",
+            "crop_view(pixels[clips[clip]], size, *corners[crop])",
+            "crop_view(pixels[clips[clip]], size, *corners[crop][::-1])",
             (VIEWS,),
         ),
         Mutation(
@@ -914,6 +915,84 @@ MUTATIONS = {
             ("deploy/test_pretrained.py::test_temperatures_of_the_newest_evaluation",),
         ),
     ],
+    "adaptive": [
+        Mutation(
+            "average-of-the-last-step-alone",
+            "adaptive/cascade.py",
+            "return before + weight * (own - before)",
+            "return own",
+            (f"{CASCADES}/test_cascade.py::test_only_videos_in_doubt_are_asked_again",),
+        ),
+        Mutation(
+            "margin-over-itself",
+            "adaptive/cascade.py",
+            "np.partition(average, -2, axis=1)[:, -2]",
+            "np.partition(average, -1, axis=1)[:, -1]",
+            (f"{CASCADES}/test_cascade.py::test_confidences",),
+        ),
+        Mutation(
+            "patches-ranked-for-the-first-budget-only",
+            "adaptive/cascade.py",
+            "max(one.budget for one in [step, *covered])",
+            "min(one.budget for one in [step, *covered])",
+            (f"{CASCADES}/test_runs.py::test_shared_rankings_are_counted_once",),
+        ),
+        Mutation(
+            "shared-ranking-paid-twice",
+            "adaptive/fitting.py",
+            "entry.shared if ranked else 0.0",
+            "0.0",
+            (
+                f"{CASCADES}/test_fitting.py::test_nothing_beats_the_front_and_it_keeps_what_it_promises",
+            ),
+        ),
+        Mutation(
+            "stopped-videos-go-on",
+            "adaptive/fitting.py",
+            'np.searchsorted(cuts[-1][:-1], sure, side="right")',
+            'np.searchsorted(cuts[-1], sure, side="right") - 1',
+            (
+                f"{CASCADES}/test_fitting.py::test_nothing_beats_the_front_and_it_keeps_what_it_promises",
+            ),
+        ),
+        Mutation(
+            "further-views-averaged-alone",
+            "adaptive/packing.py",
+            "totals / own.stop",
+            "totals / (own.stop - own.start)",
+            (f"{CASCADES}/test_runs.py::test_views_are_looked_at_one_by_one",),
+        ),
+        Mutation(
+            "views-begin-at-the-edge",
+            "data/views.py",
+            "return abs(crop - (self.crops - 1) / 2)",
+            "return -abs(crop - (self.crops - 1) / 2)",
+            ("data/test_pipeline.py::test_views_are_those_of_the_plain_way",),
+        ),
+        Mutation(
+            "worst-case-without-limit",
+            "adaptive/planner.py",
+            "if all(one <= limit.value for one, limit in zip(cost, limits, strict=True))",
+            "if cost[0] <= limits[0].value",
+            (f"{CASCADES}/test_runs.py::test_plans_keep_within_both_limits",),
+        ),
+        Mutation(
+            "less-motion-for-more",
+            "adaptive/motion.py",
+            "return cells if self.rising else",
+            "return cells if not self.rising else",
+            (f"{CASCADES}/test_motion.py::test_routes",),
+        ),
+        Mutation(
+            "older-searches-lack-probabilities",
+            "token_optimization/search.py",
+            "return not self._keeps_probabilities(candidate) or",
+            "return True or",
+            (
+                f"{CASCADES}/test_runs.py::test_probabilities_are_evaluated_again_where_they_are_missing",
+            ),
+        ),
+    ],
     "evaluation": [
         Mutation(
             "failures-leave-the-denominator",
@@ -933,8 +1012,8 @@ MUTATIONS = {
         Mutation(
             "views-summed",
             "evaluation/evaluate.py",
-            "[local_rows(total) / views for total in totals]",
-            "[local_rows(total) for total in totals]",
+            "own.append(local_rows(total) / (view + 1))",
+            "own.append(local_rows(total))",
             (MEAN_OF_VIEWS,),
         ),
         Mutation(

@@ -103,7 +103,8 @@ def plan(
     videos that the search chose on; ties go to the cheaper.
 
     Args:
-        report, device: as in `planner.plan`.
+        report: a workdir that was searched, its `search` folder or report.json, or the report.
+        device: name of the device with the timings, or a part of it; by default this machine's.
         merging: of cells; cascades have no cells that merge tokens.
         views: whether a cascade may look at several views of a video, as --mode=evaluate can; by
             default at one, as `run_cascade`, --mode=predict and servers do.

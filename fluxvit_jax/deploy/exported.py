@@ -92,9 +92,10 @@ class ExportedModel:
                 square cut out.
             tokens: one of `budgets`; the largest by default.
             milliseconds: instead of `tokens`: the budget is then that of `budget_within`.
-            average_milliseconds, average_gflops: instead of both: the clips are asked by the
-                cascade of `cascade_within`, at more tokens only if in doubt; `milliseconds` beside
-                them limits the worst case.
+            average_milliseconds: instead of both: the clips are asked by the cascade of
+                `cascade_within`, at more tokens only if in doubt; `milliseconds` beside it limits
+                the worst case.
+            average_gflops: likewise, 1e9 multiply-accumulates.
 
         Raises ValueError for a video, budget or limit that cannot be.
         """

@@ -229,6 +229,25 @@ def test_python_prediction_and_export_give_the_same_answers(searched, tiny_data,
         server(frames, tokens=24, average_gflops=0.5)
 
 
+def test_plans_keep_within_both_limits(searched):
+    """The cascade by hand is the best, costs 0.001 GFLOPs on average and 0.006 at worst."""
+    plan = fluxvit_jax.plan
+    within = plan(searched.workdir, average_gflops=0.5, gflops=0.0061)
+    assert within.name == "by-hand" and within.cost("gflops") == pytest.approx(0.006)
+    assert plan(searched.workdir, average_gflops=0.5, gflops=0.0059).name != "by-hand"
+    said = str(within)
+    assert "On average 0.001 GFLOPs, at worst 0.006 GFLOPs" in said
+    assert "60%, 30% of the videos go on" in said
+    for limits, message in (
+        ({"average_gflops": 1, "average_milliseconds": 1}, "of milliseconds or of gflops"),
+        ({"average_gflops": 1, "tokens": 3}, "of milliseconds or of gflops"),
+        ({"average_gflops": 0}, "a limit is a number above 0"),
+        ({"average_gflops": 1, "gflops": 1e-9}, "and 1e-09 GFLOPs at worst; the cheapest"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(searched.workdir, **limits)
+
+
 def test_one_video_says_after_which_step_it_is_sure(searched, tiny_data, tmp_path, capsys):
     answers = expected(searched)
     number = int(np.flatnonzero(answers.step == 1)[0])
