@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from benchmarks.soak import workers_of
 from fluxvit_jax.checkpoints.checkpointer import Checkpoints, check_fit, restore_params
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.config.grids import admissible_grids
@@ -38,6 +39,7 @@ from fluxvit_jax.training.train_state import abstract_params, initial_state
 from tests import limited, tiny
 
 STEPS = 20
+KILLED = "a worker that reads data was killed by SIGKILL, as happens when memory runs out; "
 
 
 def split_of(workdir, split: str) -> list[dict]:
@@ -213,13 +215,18 @@ def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp_path, capsys):
-    """Two workers before the kill, and none afterwards. SIGTERM is that of test_pretrain.py."""
+    """Two workers before the kill, of which one is killed first, and none afterwards.
+
+    SIGTERM is that of test_pretrain.py.
+    """
     workdir = tmp_path / "run"
     process = tiny.start(tiny_data, workdir, compiled, "--config.data.workers=2")
+    limited.wait_until(lambda: steps_in(workdir) >= 2, process)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     limited.wait_until(lambda: steps_in(workdir) >= 13, process)
     process.kill()
     _, log = process.communicate()
-    assert process.returncode == -signal.SIGKILL, log
+    assert process.returncode == -signal.SIGKILL and f"{KILLED}it is replaced" in log, log
     assert train.train(tiny.make_config(tiny_data), workdir) == 0
     assert "going on from step" in capsys.readouterr().err
     metrics = (workdir / "metrics.jsonl").read_bytes()

@@ -1,12 +1,12 @@
 """What goes wrong outside of a run: a killed data worker, a full disk, another version's files."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,40 +22,9 @@ from fluxvit_jax.training import metrics
 from fluxvit_jax.training.train import train
 from tests import limited, tiny
 from tests.test_main import error_line, outcome
+from tests.training.test_train import KILLED
 
-# --- A killed worker
-
-
-def kill_workers(process: limited.Process, begun: Callable[[], bool], times: int) -> str:
-    """Kills so many of them, or all if the program ends before, once `begun` says so.
-
-    Returns what it has written to stderr at its end.
-    """
-    killed: set[int] = set()
-    while len(killed) < times and process.poll() is None:
-        for pid in workers_of(process.pid) if begun() else []:
-            if pid not in killed and len(killed) < times:
-                os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
-        time.sleep(0.02)
-    assert killed, process.communicate()[1]
-    return process.communicate()[1]
-
-
-KILLED = "a worker that reads data was killed by SIGKILL, as happens when memory runs out; "
-
-
-def test_a_killed_worker_of_training_is_replaced(finished, tiny_data, compiled, tmp_path):
-    workdir = tmp_path / "run"
-    options = ["--config.data.workers=2", "--config.eval.every_epochs=5"]
-    process = tiny.start(tiny_data, workdir, compiled, *options)
-    err = kill_workers(process, (workdir / "checkpoints" / "2").exists, 1)
-    assert process.returncode == 0 and f"{KILLED}it is replaced" in err, err
-    lines, undisturbed = (
-        [line for line in tiny.read_lines(folder / "metrics.jsonl") if line["split"] == "train"]
-        for folder in (workdir, finished.workdir)
-    )
-    assert lines == undisturbed
+# --- A killed worker. That of training is in test_train.py.
 
 
 def test_workers_of_evaluation_that_are_killed_again_are_one_line(
@@ -66,7 +35,14 @@ def test_workers_of_evaluation_that_are_killed_again_are_one_line(
     options = ["--mode=evaluate", "--config.data.workers=2", f"--config.data.validation={many}"]
     options.append(f"--config.data.root={tiny_data}")
     process = tiny.start(tiny_data, finished.workdir, compiled, *options)
-    err = kill_workers(process, lambda: True, 1000)
+    # Not the one that looks before whether anything can be read.
+    limited.wait_until(lambda: len(workers_of(process.pid)) == 2, process)
+    while process.poll() is None:
+        for worker in workers_of(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        time.sleep(0.02)
+    _, err = process.communicate()
     assert process.returncode == 2 and f"{KILLED}lower data.workers" in error_line(err), err
 
 
