@@ -949,8 +949,8 @@ MUTATIONS = {
         Mutation(
             "stopped-videos-go-on",
             "adaptive/fitting.py",
-            'np.searchsorted(cuts[-1][:-1], sure, side="right")',
-            'np.searchsorted(cuts[-1], sure, side="right") - 1',
+            'np.searchsorted(cuts[kind][:-1], sure, side="right")',
+            'np.searchsorted(cuts[kind][:-1], sure, side="right") + 1',
             (
                 f"{CASCADES}/test_fitting.py::test_nothing_beats_the_front_and_it_keeps_what_it_promises",
             ),

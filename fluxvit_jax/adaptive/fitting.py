@@ -5,9 +5,9 @@ thresholds at once: the numbers of right answers and of videos that go on are cu
 over the confidences. What is left is the Pareto front of accuracy and mean cost.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,32 +63,18 @@ def front(
 ) -> list[Found]:
     """The Pareto front of cascades by mean cost and accuracy, the cheapest first.
 
-    Ties go to fewer steps, then to the first tried. Single cells are cascades of one step, at
-    temperature 1.
+    Steps rise in cost and do not fall in budget. Ties go to fewer steps. Single cells are cascades
+    of one step, at temperature 1.
 
     labels: int [n], the class of each video.
     """
-    best: list[Found] = []
-    for own in sequences(entries, max_steps):
-        if len(own) == 1:
-            best.append(_single(own[0], labels))
-            continue
-        for kind, mean in itertools.product(confidences, (False, True)):
-            best += _sweep(own, labels, kind, mean, max_cuts)
-        best = pareto(best)
-    return pareto(best)
-
-
-def sequences(entries: Sequence[Entry], max_steps: int) -> Iterator[tuple[Entry, ...]]:
-    """Entries of rising cost and no falling budget, the shorter sequences first."""
     ordered = sorted(entries, key=lambda entry: (entry.cost, entry.step.cell, entry.step.views))
-    for length in range(1, max_steps + 1):
-        for own in itertools.combinations(ordered, length):
-            if all(
-                a.cost < b.cost and a.step.budget <= b.step.budget
-                for a, b in itertools.pairwise(own)
-            ):
-                yield own
+    best = pareto([_single(entry, labels) for entry in ordered])
+    for mean in (False, True):
+        sweep = _Sweep(ordered, labels, mean, confidences, max_cuts)
+        for found in sweep.longer([], max_steps):
+            best = pareto([*best, *found])
+    return best
 
 
 def pareto(found: Sequence[Found]) -> list[Found]:
@@ -102,49 +88,94 @@ def pareto(found: Sequence[Found]) -> list[Found]:
 
 def _single(entry: Entry, labels: np.ndarray) -> Found:
     step = replace(entry.step, temperature=1.0, weight=1.0, threshold=None)
-    share = float(_is_right(entry.probabilities, labels).mean())
+    share = float((entry.probabilities.argmax(axis=1) == labels).mean())
     return Found(cascade=Cascade((step,)), cost=entry.cost, right=share)
 
 
-def _sweep(
-    entries: Sequence[Entry], labels: np.ndarray, kind: str, mean: bool, max_cuts: int
-) -> list[Found]:
-    """The front of one sequence, rule and way of averaging, over all thresholds."""
-    steps = [
-        replace(entry.step, weight=1 / number if mean else 1.0)
-        for number, entry in enumerate(entries, 1)
-    ]
-    average: np.ndarray | None = None
-    is_right, cuts, bins = [], [], []
-    for entry, step in zip(entries, steps, strict=True):
-        own = at_temperature(entry.probabilities, step.temperature)
-        before, average = average, averaged(own, average, step.weight)
-        is_right.append(_is_right(average, labels))
-        if len(is_right) < len(entries):
-            sure = confidence(kind, average, own, before)
-            cuts.append(_cuts(sure, max_cuts))
-            bins.append(np.searchsorted(cuts[-1][:-1], sure, side="right"))
-    n = len(labels)
-    dims = tuple(len(own) for own in cuts)
+class _Node(NamedTuple):
+    """A step in a sequence: what a cascade says of the videos once it has joined the average.
+
+    right: float [n], 1 where the average is right; average: [n, C]; cuts, bins: by rule of
+    confidence, the thresholds, and how many of them each video reaches: int [n].
+    """
+
+    entry: Entry
+    step: Step
+    average: np.ndarray
+    right: np.ndarray
+    cuts: dict[str, np.ndarray]
+    bins: dict[str, np.ndarray]
+
+
+class _Sweep:
+    """All sequences with one way of averaging: the mean of all steps, or the last step alone."""
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        labels: np.ndarray,
+        mean: bool,
+        confidences: Sequence[str],
+        max_cuts: int,
+    ):
+        self._entries, self._labels, self._mean = entries, labels, mean
+        self._confidences, self._max_cuts = confidences, max_cuts
+        self._scaled = [at_temperature(e.probabilities, e.step.temperature) for e in entries]
+
+    def longer(self, nodes: list[_Node], max_steps: int) -> Iterator[list[Found]]:
+        """The fronts of the sequences that begin with some nodes and have more.
+
+        What the nodes say is computed once for all of them.
+        """
+        if len(nodes) == max_steps:
+            return
+        for number, entry in enumerate(self._entries):
+            if nodes and not _may_follow(nodes[-1].entry, entry):
+                continue
+            is_last = len(nodes) + 1 == max_steps
+            node = self._node(number, nodes[-1] if nodes else None, len(nodes) + 1, is_last)
+            for kind in self._confidences if nodes else ():
+                yield _thresholds([*nodes, node], kind)
+            yield from self.longer([*nodes, node], max_steps)
+
+    def _node(self, number: int, before: _Node | None, position: int, is_last: bool) -> _Node:
+        entry, own = self._entries[number], self._scaled[number]
+        step = replace(entry.step, weight=1 / position if self._mean else 1.0)
+        average = averaged(own, before.average if before else None, step.weight)
+        right = (average.argmax(axis=1) == self._labels).astype(float)
+        cuts, bins = {}, {}
+        for kind in () if is_last else self._confidences:
+            sure = confidence(kind, average, own, before.average if before else None)
+            cuts[kind] = _cuts(sure, self._max_cuts)
+            bins[kind] = np.searchsorted(cuts[kind][:-1], sure, side="right")
+        return _Node(entry, step, average, right, cuts, bins)
+
+
+def _may_follow(earlier: Entry, later: Entry) -> bool:
+    """Whether a step may come directly after another one."""
+    return earlier.cost < later.cost and earlier.step.budget <= later.step.budget
+
+
+def _thresholds(nodes: Sequence[_Node], kind: str) -> list[Found]:
+    """The front of one sequence and rule over all thresholds."""
+    n, early = len(nodes[0].right), nodes[:-1]
+    bins, dims = [one.bins[kind] for one in early], tuple(len(one.cuts[kind]) for one in early)
     hits, costs = np.zeros(dims), np.zeros(dims)
-    for number, cost in enumerate(costs_of(entries)):
+    for number, cost in enumerate(costs_of([one.entry for one in nodes])):
         shape = dims[:number] + (1,) * (len(dims) - number)
-        reached, own = bins[:number], is_right[number].astype(float)
+        reached, right = bins[:number], nodes[number].right
         costs += cost * _going_on(np.ones(n), reached, dims).reshape(shape)
-        hits += _going_on(own, reached, dims).reshape(shape)
+        hits += _going_on(right, reached, dims).reshape(shape)
         if number < len(dims):
             shape = dims[: number + 1] + (1,) * (len(dims) - number - 1)
-            hits -= _going_on(own, bins[: number + 1], dims).reshape(shape)
+            hits -= _going_on(right, bins[: number + 1], dims).reshape(shape)
     found = []
     for at in _pareto_indices(costs.ravel(), hits.ravel()):
-        thresholds = [own[i] for own, i in zip(cuts, np.unravel_index(at, dims), strict=True)]
-        early = [
-            replace(step, threshold=float(threshold))
-            for step, threshold in zip(steps[:-1], thresholds, strict=True)
-        ]
+        chosen = zip(early, np.unravel_index(at, dims), strict=True)
+        steps = [replace(one.step, threshold=float(one.cuts[kind][i])) for one, i in chosen]
         found.append(
             Found(
-                cascade=Cascade((*early, steps[-1]), kind),
+                cascade=Cascade((*steps, nodes[-1].step), kind),
                 cost=float(costs.ravel()[at]) / n,
                 right=float(hits.ravel()[at]) / n,
             )
@@ -182,8 +213,3 @@ def _pareto_indices(costs: np.ndarray, hits: np.ndarray) -> np.ndarray:
     most = np.maximum.accumulate(hits[order])
     rises = np.append(True, most[1:] > most[:-1])
     return order[rises]
-
-
-def _is_right(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether the likeliest class is right: bool [n]."""
-    return probabilities.argmax(axis=1) == labels

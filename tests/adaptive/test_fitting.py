@@ -109,7 +109,10 @@ def test_views_of_one_cell_cost_only_what_is_new():
 
 
 def test_steps_rise_in_cost_and_do_not_fall_in_budget():
-    entries, _ = make_entries(0)
-    dear = replace(entries[0], cost=9.0)  # few tokens of a large grid
-    lengths = [len(own) for own in fitting.sequences([dear, *entries[1:]], 3)]
-    assert lengths == [1, 1, 1, 2]
+    """The dearest cell has the fewest tokens, of a large grid: nothing follows or precedes it."""
+    entries, labels = make_entries(0)
+    entries[0] = replace(entries[0], cost=9.0)
+    for one in fitting.front(entries, labels):
+        costs = [{e.step.cell: e.cost for e in entries}[s.cell] for s in one.cascade.steps]
+        assert costs == sorted(costs)
+        assert "cell-0" not in [s.cell for s in one.cascade.steps] or len(costs) == 1
