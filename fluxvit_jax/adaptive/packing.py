@@ -6,6 +6,7 @@ real time. Videos that wait for a step, less than two batches for each, keep the
 memory of the host.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from fluxvit_jax.distributed.mesh import (
     traced_on_mesh,
 )
 from fluxvit_jax.evaluation.evaluate import (
+    MAX_PROGRAMS,
     Setting,
     class_count,
     on_view,
@@ -200,11 +202,19 @@ def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable
     setting = setting_of(own.step)
     if not own.ranked_budget and not own.takes_ranking:
         return predictor(model, setting, seed, mesh, multi_label=False)
+    return _sharing_program(model, setting, own.ranked_budget, seed, mesh)
+
+
+@functools.lru_cache(MAX_PROGRAMS)
+def _sharing_program(
+    model: FluxViTConfig, setting: Setting, ranked_budget: int, seed: int, mesh: Mesh
+) -> Wrapped:
+    """The program of a pass that ranks patches for so many tokens, or at 0 takes a ranking."""
     answer, (budget, grid, head) = probabilities_of(model, multi_label=False), setting
 
     def rank(params, total, patches, video, view):
         network, patches, keys = on_view(params, patches, video, view, model, seed)
-        ranked = network.rank(patches, grid, own.ranked_budget, keys)
+        ranked = network.rank(patches, grid, ranked_budget, keys)
         output = network.on_grid(patches, grid, budget, head, ranked=ranked)
         return total + answer(params, output), ranked
 
@@ -214,10 +224,10 @@ def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable
         return total + answer(params, output)
 
     by_clip = batch_sharding(mesh)
-    clips = 4 if own.takes_ranking else 3
+    clips = 3 if ranked_budget else 4
     return jax.jit(
-        traced_on_mesh(take if own.takes_ranking else rank, mesh),
+        traced_on_mesh(rank if ranked_budget else take, mesh),
         in_shardings=(None, *[by_clip] * clips, replicated(mesh)),
-        out_shardings=by_clip if own.takes_ranking else (by_clip, by_clip),
+        out_shardings=(by_clip, by_clip) if ranked_budget else by_clip,
         compiler_options=compiler_options(mesh),
     )
