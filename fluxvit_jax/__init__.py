@@ -5,6 +5,7 @@ model.predict("a.mp4", tokens=512, top=5)     # names and probabilities
 video = fluxvit_jax.read_video("a.mp4", frames=16)  # uint8 [16, height, width, 3]
 out = model(video, tokens=1024)               # out.logits, out.pooled, out.tokens_kept
 best = fluxvit_jax.plan(WORKDIR, milliseconds=8)  # best.budget, best.frames, best.resolution
+best = fluxvit_jax.plan(WORKDIR, average_milliseconds=8)  # model.run_cascade("a.mp4", best.cascade)
 """
 
 from typing import TYPE_CHECKING, Any

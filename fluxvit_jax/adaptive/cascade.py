@@ -183,6 +183,10 @@ class Cascade:
             )
         return found
 
+    def added_views(self, views: int) -> list[int]:
+        """How many views each step looks at that the one before has not, of videos of `views`."""
+        return [own.stop - own.start for own in self.passes(views, shares_ranking=False)]
+
     def to_json(self) -> dict[str, Any]:
         """{"confidence", "steps": [{fields of `Step`}]}."""
         return {"confidence": self.confidence, "steps": [asdict(step) for step in self.steps]}

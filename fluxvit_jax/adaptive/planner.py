@@ -367,15 +367,11 @@ def _step_milliseconds(
     report: Report, cascade: Cascade, views: int, device: str | None
 ) -> tuple[float, ...] | None:
     """What each step takes, all of its views but those that the step before has looked at."""
-    found, before = [], None
-    for step in cascade.steps:
-        time = planner.cost_of(report, step.cell, "milliseconds", device)
-        if time is None:
-            return None
-        seen = before.views if before and step.goes_on(before) else 0
-        found.append(time * ((step.views or views) - seen))
-        before = step
-    return tuple(found)
+    times = [planner.cost_of(report, s.cell, "milliseconds", device) for s in cascade.steps]
+    if None in times:
+        return None
+    added = cascade.added_views(views)
+    return tuple(time * n for time, n in zip(times, added, strict=True) if time is not None)
 
 
 def _sentences(p: CascadePlan) -> list[str]:

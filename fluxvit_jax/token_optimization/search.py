@@ -44,6 +44,7 @@ from fluxvit_jax.evaluation import evaluate, retrieve, tasks, zero_shot
 from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
+from fluxvit_jax.reports.wording import count
 from fluxvit_jax.token_optimization import cascades, latency, pairs, planner, report
 from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
 from fluxvit_jax.token_optimization.candidates import Candidate, candidates, stages, top_half
@@ -365,6 +366,7 @@ class Search:
         cells = self._members()
         if host_index() != 0 or not cells:
             return
+        say(f"finding cascades in what {count(len(cells), 'cell')} said")
         tables = {name: self._table(split, cells) for name, split in self._splits.items()}
         costs = {c.name: (self._work[c.name].all, self._work[c.name].selection) for c in cells}
         self._cascades = cascades.describe_all(

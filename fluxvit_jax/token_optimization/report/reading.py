@@ -7,6 +7,10 @@ yet.
 import math
 from typing import Any
 
+import numpy as np
+
+from fluxvit_jax.adaptive import cascade as cascades
+
 METHODS = {"select": "Token Optimization", "plain": "plain", "merge": "token merging"}
 SHORT = {"select": "TO", "plain": "plain", "merge": "merging"}
 
@@ -92,17 +96,14 @@ def costs(report: Report, device: str, name: str) -> dict[str, float]:
     return report["devices"][device].get("cells", {}).get(name, {})
 
 
-def cascade_milliseconds(report: Report, cascade: dict[str, Any], device: str) -> float | None:
+def cascade_milliseconds(report: Report, own: dict[str, Any], device: str) -> float | None:
     """The mean time of a video by a cascade; None where a cell of it was not timed."""
-    views, total, before = report.get("view_count", 1), 0.0, None
-    for step, reached in zip(cascade["steps"], cascade["choose"]["reached"], strict=True):
-        time = costs(report, device, step["cell"]).get("milliseconds")
-        if time is None:
-            return None
-        seen = before["views"] if before and before["cell"] == step["cell"] else 0
-        total += reached * time * ((step["views"] or views) - seen)
-        before = step
-    return total
+    cascade = cascades.from_json(own, "the report")
+    times = [costs(report, device, step.cell).get("milliseconds") for step in cascade.steps]
+    if None in times:
+        return None
+    added = cascade.added_views(report.get("view_count", 1))
+    return float(np.dot(own["choose"]["reached"], np.multiply(times, added)))
 
 
 def grid(cell: Cell) -> str:
