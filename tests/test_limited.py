@@ -24,7 +24,7 @@ def test_a_process_that_hangs_fails_the_test_that_waits():
     child = int(str(failed.value).split()[-1])
     assert limited.wait_until(lambda: not limited.is_running(child))
     process = limited.Process(["sleep", "100"], seconds=0.1)
-    with pytest.raises(pytest.fail.Exception, match=r"still running 0.1 s after its start: sleep"):
+    with pytest.raises(AssertionError, match=r"still running 0.1 s after its start: sleep"):
         process.wait()
 
 
