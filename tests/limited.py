@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 LIMIT = 300.0  # seconds; several times what the slowest takes while all cores are busy
 POLL_SECONDS = 0.01
 
@@ -46,7 +44,7 @@ class Process(subprocess.Popen):
         self._timer.cancel()
         if self._late:
             words = " ".join(map(str, self.args))[:500]
-            pytest.fail(f"still running {self._limit:g} s after its start: {words}{more}")
+            raise AssertionError(f"still running {self._limit:g} s after its start: {words}{more}")
 
     def _end(self) -> None:
         if self.poll() is None:

@@ -7,25 +7,19 @@ run in one folder, in which docs/finetune.md's block for laptops has trained the
 import importlib.util
 import json
 import re
-import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import grain  # noqa: F401 - defines its flags now, before `run_module` looks which are new
 import numpy as np
 import pytest
-from absl import flags
 
-from fluxvit_jax import command_line
 from fluxvit_jax.config import reference
-from fluxvit_jax.distributed import hosts
-from tests import limited
+from tests import limited, programs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,32 +75,9 @@ def run_bash(text: str) -> None:
     for command in commands:
         words = shlex.split(command, comments=True)
         if words[:2] == ["python", "-m"]:
-            run_module(*words[2:])
+            assert not programs.run_module(*words[2:]), command
         else:
             limited.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL)
-
-
-def run_module(module: str, *arguments: str) -> None:
-    """`python -m MODULE ARGUMENTS`, without a new process. Flags and signals are left as before."""
-    known = set(flags.FLAGS)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module, *arguments])
-        # JAX only looks for other processes before its first computation.
-        patch.setattr(hosts, "_connect", lambda *_: None)
-        try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            for name in set(flags.FLAGS) - known:  # but not those of libraries
-                own = flags.FLAGS.find_module_defining_flag(name) == command_line.__name__
-                if own or name.split(".")[0] == "config":
-                    delattr(flags.FLAGS, name)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-    assert not status, f"python -m {module} {shlex.join(arguments)}: exit status {status}"
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,19 @@ from fluxvit_jax.convert import official_names
 from fluxvit_jax.data import places
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.training.completeness import check_complete
-from tests import limited, tiny
+from tests import limited, programs, tiny
 
 
 def outcome(process) -> tuple[int, str, str]:
     out, err = process.communicate()
     return process.returncode, out, err
+
+
+def outcome_here(capsys, folder, workdir, *options: str) -> tuple[int, str, str]:
+    """Of the program on the tiny recipe, in this process."""
+    recipe = [f"--config={tiny.__file__}:{folder}", f"--workdir={workdir}"]
+    status = programs.run_module("fluxvit_jax.main", *recipe, *options)
+    return status, *capsys.readouterr()
 
 
 def error_line(err: str) -> str:
@@ -50,9 +57,9 @@ def error_line(err: str) -> str:
         (["--workdir="], r"no folder for the run given"),
     ],
 )
-def test_mistakes_are_one_line(tiny_data, compiled, tmp_path, options, message):
+def test_mistakes_are_one_line(tiny_data, compiled, tmp_path, capsys, options, message):
     workdir = tmp_path / "run"
-    status, out, err = outcome(tiny.start(tiny_data, workdir, compiled, *options))
+    status, out, err = outcome_here(capsys, tiny_data, workdir, *options)
     assert status == 2 and re.search(message, error_line(err)), err
     assert not out and not workdir.exists()
 
@@ -201,14 +208,14 @@ def test_a_workdir_of_another_config(finished, tiny_data, compiled):
     assert status == 2 and "(optim.b2: 0.999 -> 0.9)" in error_line(err)
 
 
-def test_damaged_checkpoints(finished, tiny_data, compiled, tmp_path):
+def test_damaged_checkpoints(finished, tiny_data, compiled, tmp_path, capsys):
     """The best is passed over with a warning; none left is an error."""
     workdir = shutil.copytree(finished.workdir, tmp_path / "run")
     steps = sorted(p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     for step in steps:
         damage(step)
     for mode in ("train", "evaluate"):
-        status, _, err = outcome(tiny.start(tiny_data, workdir, compiled, f"--mode={mode}"))
+        status, _, err = outcome_here(capsys, tiny_data, workdir, f"--mode={mode}")
         assert status == 2 and re.search(r"intact|damaged", error_line(err))
     assert sorted(p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()) == steps
 
@@ -221,7 +228,7 @@ def damage(step: Path) -> None:
     file.write_bytes(content)
 
 
-def test_weights_of_another_model(finished, tiny_data, compiled, tmp_path):
+def test_weights_of_another_model(finished, tiny_data, compiled, tmp_path, capsys):
     params = restore_params(finished.workdir)
     path = tmp_path / "model.safetensors"
     state = official_names.to_official(params)
@@ -235,7 +242,7 @@ def test_weights_of_another_model(finished, tiny_data, compiled, tmp_path):
         options = [f"--config.train.init_from={source}"]
         options += ["--config.model.variant=S"] * (source != str(path))
         workdir = tmp_path / "run"
-        status, _, err = outcome(tiny.start(tiny_data, workdir, compiled, *options))
+        status, _, err = outcome_here(capsys, tiny_data, workdir, *options)
         assert status == 2 and re.search(message, error_line(err)), err
         assert not (workdir / "config.json").exists()
 

@@ -148,7 +148,7 @@ def train(
             def save(step: int, quality: dict[str, float] | None) -> None:
                 nonlocal saved_step
                 goodput.enter("checkpoint")
-                data_state = batches.state() | identity | nonfinite.state()
+                data_state = {"step": step} | identity | nonfinite.state()
                 checkpoints.save(step, state, data_state, config, quality)
                 goodput.saved(step)
                 saved_step = step
@@ -357,12 +357,13 @@ def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> Bad
 
 def grids_of_step(setup: Setup, step: int) -> tuple[Grid, ...]:
     """The grids that a step's clips may have: there are steps of images."""
-    data, groups = setup.config.data, setup.config.train.batch_size
-    source, groups = setup.data.training, groups // data.clips_per_grid
-    first, period = (step - 1) * groups, plan_groups(setup.config, source)
-    share = source.image_share if isinstance(source, Mixture) else 0.0
-    turn = turn_of_step((first % period if period else first) // groups, share)
-    return setup.image_grids if turn.images else setup.grids
+    config, source = setup.config, setup.data.training
+    if not (isinstance(source, Mixture) and setup.image_grids):
+        return setup.grids
+    groups = config.train.batch_size // config.data.clips_per_grid  # of a step
+    first, period = (step - 1) * groups, plan_groups(config, source)
+    number = (first % period if period else first) // groups
+    return setup.image_grids if turn_of_step(number, source.image_share).images else setup.grids
 
 
 def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:

@@ -186,7 +186,7 @@ def killed(*arguments, **options):
 real, train.device_batch = train.device_batch, killed
 sys.exit(main())
 """
-# At some batch the readers of host 0 hang. Then host 1, which waits for host 0, gets a signal:
+# At some batch the readers of one host hang. Then the other one, which waits for it, gets a signal:
 # after a second it has long begun to wait.
 HANGING = """
 import multiprocessing, os, signal, sys, threading
@@ -197,7 +197,7 @@ from fluxvit_jax.main import main
 def next_unless(batches, stop):
     evaluates = hasattr(batches._items._items, "views")
     if {when}:
-        if host_index() == 0:
+        if host_index() == {hangs}:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGSTOP)
             batches._arrived.clear()
@@ -225,11 +225,12 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
     unfinish(workdir, 4)
     options = ["--config.log.every_steps=5", "--config.parallel.mesh.tensor=2"]
     tensor = arguments(tiny_data, workdir, *WITH_A_READER, *options)
-    code = HANGING.format(when="not evaluates and batches.state()['step'] == 6", name="SIGTERM")
+    when = "not evaluates and batches.state()['step'] == 6"
+    code = HANGING.format(hangs=1, when=when, name="SIGTERM")
     both = hosts.run(tmp_path / "logs", compiled, *tensor, code=code, devices=1)
     assert [ended.status for ended in both] == [128 + signal.SIGTERM] * 2, both[0].err
     assert "going on from step 4 of 8" in both[0].err
-    # Steps 7 and 8 were done in vain: host 1 had begun them.
+    # Steps 7 and 8 were done in vain: host 0 had begun them.
     assert "stopped at step 6; the same command goes on from there" in both[0].err
     assert saved_steps(workdir) == [4, 6]
 
@@ -256,7 +257,7 @@ def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
     assert error.startswith("error: host 1 has died without a word")
     assert "stack trace" not in both[0].err and "Traceback" not in both[0].err
 
-    code = HANGING.format(when="evaluates", name="SIGINT")
+    code = HANGING.format(hangs=0, when="evaluates", name="SIGINT")
     both = hosts.run(tmp_path / "logs", compiled, *command, *WITH_A_READER, code=code)
     assert [ended.status for ended in both] == [128 + signal.SIGINT] * 2, both[0].err
     assert "going on from step 4 of 8" in both[0].err
