@@ -99,9 +99,10 @@ def costs(report: Report, device: str, name: str) -> dict[str, float]:
 def cascade_milliseconds(report: Report, own: dict[str, Any], device: str) -> float | None:
     """The mean time of a video by a cascade; None where a cell of it was not timed."""
     cascade = cascades.from_json(own, "the report")
-    times = [costs(report, device, step.cell).get("milliseconds") for step in cascade.steps]
-    if None in times:
+    known = [costs(report, device, step.cell) for step in cascade.steps]
+    if not all("milliseconds" in one for one in known):
         return None
+    times = [one["milliseconds"] for one in known]
     added = cascade.added_views(report.get("view_count", 1))
     return float(np.dot(own["choose"]["reached"], np.multiply(times, added)))
 
