@@ -98,8 +98,7 @@ def study(workdir: Path, clips: Path) -> dict[str, dict[int, dict[str, Choice]]]
     def said(cell: str) -> np.ndarray:
         return store.read("report", cell, len(labels))[:, -1]
 
-    grid = next(iter(report["motion"].values()))["grid"]
-    scores = said(f"motion-{grid[0]}x{grid[1]}")[:, 0]
+    scores = said("motion")[:, 0]
     found: dict[str, dict[int, dict[str, Choice]]] = {}
     for kind in KINDS:
         costs = cell_costs(report, kind)

@@ -255,9 +255,11 @@ def costs_until(adaptive: Adaptive, config: ConfigDict) -> tuple[np.ndarray, np.
             tokens.append(added * evaluate.tokens_kept(model, grid, budget))
         return np.cumsum(costs), np.cumsum(tokens)
     settings = [setting_of(step) for step in adaptive.steps]
-    score = gflops(model, Grid.square(*adaptive.grid), 1).selection
+    grid = Grid.square(*adaptive.grid)
+    score = [0.0 if own.grid == grid else gflops(model, grid, 1).selection for own in settings]
+    work = [views * gflops(model, own.grid, own.budget).all for own in settings]
     return (
-        np.array([score + views * gflops(model, own.grid, own.budget).all for own in settings]),
+        np.add(score, work),
         np.array([views * evaluate.tokens_kept(model, own.grid, own.budget) for own in settings]),
     )
 

@@ -1,5 +1,6 @@
 """How much moves in a video: the mean frame difference of its patches, as the selector has it."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,7 @@ from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.token_selection import frame_difference
 
 
+@functools.lru_cache
 def score_program(model: FluxViTConfig, grid: Grid, seed: int, mesh: Mesh) -> Wrapped:
     """The jitted program of scores: (params, patches uint8 [b, P, 588]) -> float32 [b]."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import labels_of
 from fluxvit_jax.data.patches import PATCH_VALUES
@@ -67,6 +68,12 @@ class CandidateEvaluator:
     def keep_programs(self, candidates: Sequence[Candidate]) -> None:
         """Releases the programs of all other candidates: a search compiles hundreds."""
         self._programs = {c: self._programs[c] for c in candidates if c in self._programs}
+
+    def motion(self, videos: Sequence[DecodedVideo], grid: Grid, reader: FrameReader) -> np.ndarray:
+        """How much moves in the first view of each video: float32 [videos]; see `motion_scores`."""
+        score = scorer(self._model, grid, self._params, self._seed, self._mesh)
+        cut = self._cut_views(self._cut(videos, grid, reader), grid, reader)
+        return score(np.stack([views[0] for views, _ in cut]))
 
     def evaluate(
         self,

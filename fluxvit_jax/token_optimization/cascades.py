@@ -16,6 +16,7 @@ from fluxvit_jax.adaptive.cascade import Answers, Cascade, Step
 from fluxvit_jax.adaptive.fitting import Entry, Found
 from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.evaluation.calibration import fit_temperature
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.reports.confidence_intervals import paired_difference, share_interval
 from fluxvit_jax.token_optimization.candidates import Candidate
 from fluxvit_jax.token_optimization.results_log import CHOOSE, REPORT
@@ -152,6 +153,7 @@ def describe_motion(
     cells: Sequence[Candidate],
     tables: Mapping[str, Table],
     scores: Mapping[str, np.ndarray],
+    grid: Grid,
     views: int,
     costs: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
@@ -160,14 +162,14 @@ def describe_motion(
     Each with "choose" and "report": {"videos", "top1", "top1_interval", "average_gflops", "shares"
     of the videos that each cell is asked}. All views of a video count.
 
-    scores: of the readable videos of both splits, of the first cell's grid; costs: as in `find`.
+    scores: of the readable videos of both splits, on `grid`; costs: as in `find`.
     """
-    grid = cells[0].grid
     steps = [_step_of(cell) for cell in cells]
     # A cell on the grid of the scores ranks patches by the very embeddings that they are made of.
-    score_cost = costs[cells[0].name][1]
+    per_patch = costs[cells[0].name][1] / cells[0].grid.tokens
     dear = [
-        views * costs[cell.name][0] + (0.0 if cell.grid == grid else score_cost) for cell in cells
+        views * costs[cell.name][0] + (0.0 if cell.grid == grid else per_patch * grid.tokens)
+        for cell in cells
     ]
     right = {
         name: [own.probabilities[c.name][:, -1].argmax(axis=1) == own.labels for c in cells]

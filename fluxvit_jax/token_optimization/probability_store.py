@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
@@ -56,14 +55,6 @@ class ProbabilityStore:
         while (first := sum(map(len, parts))) < videos:
             parts.append(self._read(self._folder / _name(split, first, cell)))
         return np.concatenate(parts)[:videos]
-
-    def drop(self, cells: Iterable[str], split: str) -> None:
-        """Removes what cells said of a split: halving has dropped them."""
-        for cell in cells:
-            self._known = {n for n in self._known if not n.startswith(f"{split}/{cell}/")}
-            folder = self._folder / split / cell
-            if host_index() == 0 and folder.exists():
-                folder.rmtree()
 
     def _list(self) -> list[str]:
         if not self._folder.exists():

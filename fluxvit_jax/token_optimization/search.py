@@ -19,22 +19,19 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fluxvit_jax.adaptive import motion_scores
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
-from fluxvit_jax.distributed import devices, partition_rules, storage
+from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
-    device_put_global,
     gather,
     host_index,
     local_row_indices,
     make_mesh,
-    platform_of,
     round_up_to_shards,
     say,
 )
@@ -65,6 +62,7 @@ from fluxvit_jax.token_optimization.results_log import (
 
 FOLDER = "search"
 WRITE_SECONDS = 60  # between two reports of an unfinished search
+MOTION = "motion"  # in place of a cell: scores of how much moves
 NAMES = {CHOOSE: "Choosing split", REPORT: "Reporting split"}
 
 
@@ -102,7 +100,6 @@ def run(config: ConfigDict, workdir: str) -> int:
         search.choose()
         search.report()
         search.measure_costs()
-        search.score_motion()
         search.find_cascades()
         summary = search.write()
     if host_index() == 0:
@@ -216,6 +213,8 @@ class Search:
         self._splits = {split.name: split for split in splits}
         self._fingerprint = planner.fingerprint(fluxvit.network_params(weights.params))
         self._views = str(views_of(config))
+        # Of the fewest tokens: how much moves is told before the first cell is asked.
+        self._motion_grid = min((c.grid for c in self._candidates), key=lambda grid: grid.tokens)
         self._work = {
             c.name: gflops(c.network(self._model), c.grid, c.budget) for c in self._candidates
         }
@@ -269,7 +268,6 @@ class Search:
                 better = top_half(remaining, top1, self._budgets)
                 dropped = {c.name for c in remaining} - {c.name for c in better}
                 self._dropped |= dict.fromkeys(sorted(dropped), self._num_compared)
-                self._probabilities.drop(dropped, CHOOSE)
                 remaining = better
             self._evaluate(split, remaining, self._num_compared, end)
             self._num_compared = end
@@ -319,44 +317,6 @@ class Search:
                 self._write_now_and_then()
         self._watchdog.pause()
 
-    def score_motion(self) -> None:
-        """Scores how much moves in each video, on the grid of the cheapest cell of cascades."""
-        cells = self._members()
-        missing = [s for s in self._splits.values() if cells and not self._has_motion(s, cells)]
-        if not missing:
-            return
-        params = fluxvit.network_params(self._weights.params)
-        params = device_put_global(params, partition_rules.shardings(params, self._mesh))
-        model, grid = model_config(self._config, platform_of(self._mesh)), cells[0].grid
-        score = motion_scores.scorer(model, grid, params, self._config.seed, self._mesh)
-        for split in missing:
-            found: list[tuple[int, float]] = []
-
-            def take(batch: dict[str, np.ndarray], found: list[tuple[int, float]] = found) -> None:
-                scores = score(batch["patches0"][:, 0])
-                found.extend(zip(batch["video"].tolist(), scores.tolist(), strict=True))
-
-            evaluate.for_each_batch(
-                take,
-                self._config,
-                split.source,
-                [evaluate.Setting(cells[0].budget, grid, 0)],
-                self._mesh,
-                lambda: False,
-                None,
-                self._watchdog.alive,
-                "scoring motion",
-            )
-            by_number = dict(gather(found))
-            scores = [by_number[number] for number in range(len(split.source))]
-            self._probabilities.add(
-                split.name, 0, motion_name(cells), np.array(scores)[:, None, None]
-            )
-        self._watchdog.pause()
-
-    def _has_motion(self, split: Split, cells: Sequence[Candidate]) -> bool:
-        return self._probabilities.has(split.name, 0, motion_name(cells))
-
     def find_cascades(self) -> None:
         """Finds cascades of cells on the choosing split, and tells how they do on the other.
 
@@ -372,15 +332,15 @@ class Search:
         self._cascades = cascades.describe_all(
             cells, tables, views_of(self._config).counts, costs, self._config.search.cascade_steps
         )
-        scores = {name: self._motion(split, cells) for name, split in self._splits.items()}
+        scores = {name: self._motion(split) for name, split in self._splits.items()}
         self._motion_rules = cascades.describe_motion(
-            cells, tables, scores, views_of(self._config).count, costs
+            cells, tables, scores, self._motion_grid, views_of(self._config).count, costs
         )
 
-    def _motion(self, split: Split, cells: Sequence[Candidate]) -> np.ndarray:
+    def _motion(self, split: Split) -> np.ndarray:
         """The scores of the readable videos of a split: float [n]."""
         videos = len(split.source)
-        found = self._probabilities.read(split.name, motion_name(cells), videos)[:, 0, 0]
+        found = self._probabilities.read(split.name, MOTION, videos)[:, 0, 0]
         return found[self._readable(split)]
 
     def _readable(self, split: Split) -> np.ndarray:
@@ -500,7 +460,11 @@ class Search:
             first: [c for c in remaining if not self._has(split.name, first, c)]
             for first in range(start, stop, self._chunk)
         }
-        pending = [(first, missing) for first, missing in chunks.items() if missing]
+        pending = [
+            (first, missing)
+            for first, missing in chunks.items()
+            if missing or self._lacks_motion(split.name, first)
+        ]
         if not pending:
             return
         self._evaluator.keep_programs(remaining)
@@ -513,14 +477,14 @@ class Search:
         )
         local = len(self._local_numbers(0))
         with bar, FrameReader(self._config, split.source, local) as reader:
-            reader.start(self._tasks(*pending[0]))
+            reader.start(self._tasks(split.name, *pending[0]))
             for (first, missing), following in zip(pending, [*pending[1:], None], strict=True):
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
                 if split.name == CHOOSE:
                     self._num_compared = first
-                videos = [reader.take(task) for task in self._tasks(first, missing)]
+                videos = [reader.take(task) for task in self._tasks(split.name, first, missing)]
                 if following:  # is read while the devices work on this chunk
-                    reader.start(self._tasks(*following))
+                    reader.start(self._tasks(split.name, *following))
                 self._evaluate_chunk(split, first, missing, videos, reader, bar)
 
     def _has(self, split: str, first: int, candidate: Candidate) -> bool:
@@ -535,9 +499,15 @@ class Search:
         """This host's videos of the chunk that begins with number `first`."""
         return [first + int(row) for row in local_row_indices(self._mesh, self._chunk)]
 
-    def _tasks(self, first: int, missing: Sequence[Candidate]) -> list[Task]:
-        """The reading of this host's part of a chunk for the candidates."""
-        grids = tuple(dict.fromkeys(candidate.grid for candidate in missing))
+    def _lacks_motion(self, split: str, first: int) -> bool:
+        """Whether the videos of a chunk need scores of motion, as cascades need probabilities."""
+        wanted = any(map(self._keeps_probabilities, self._candidates))
+        return wanted and not self._probabilities.has(split, first, MOTION)
+
+    def _tasks(self, split: str, first: int, missing: Sequence[Candidate]) -> list[Task]:
+        """The reading of this host's part of a chunk for the candidates, and for its motion."""
+        motion = (self._motion_grid,) if self._lacks_motion(split, first) else ()
+        grids = tuple(dict.fromkeys([*(candidate.grid for candidate in missing), *motion]))
         return [(number, grids, 0) for number in self._local_numbers(first)]
 
     def _evaluate_chunk(
@@ -553,18 +523,35 @@ class Search:
         numbers = self._local_numbers(first)
         failures = [[n, v.failure] for n, v in zip(numbers, videos, strict=True) if v.failure]
         self._results.add_failures(split.name, dict(gather(failures)))
+        if self._lacks_motion(split.name, first):
+            scores = self._evaluator.motion(videos, self._motion_grid, reader)
+            self._keep(split, first, MOTION, videos, scores[:, None, None])
+        if not missing:
+            return
         for candidate, local, found in self._evaluator.evaluate(videos, missing, reader):
             # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
             outcomes = dict(gather(list(zip(numbers, local, strict=False))))
             text = "".join(outcomes[number] for number in sorted(outcomes))
             if self._keeps_probabilities(candidate):
-                rows = dict(gather(list(zip(numbers[: len(local)], found.tolist(), strict=False))))
-                found = np.array([rows[number] for number in sorted(rows)], np.float32)
-                self._probabilities.add(split.name, first, candidate.name, found)
+                self._keep(split, first, candidate.name, videos, found)
             self._results.add_outcomes(split.name, first, candidate.name, text)
             bar.update(self._work[candidate.name].all)
             self._watchdog.alive()
             self._write_now_and_then()
+
+    def _keep(
+        self,
+        split: Split,
+        first: int,
+        name: str,
+        videos: Sequence[DecodedVideo],
+        local: np.ndarray,
+    ) -> None:
+        """Keeps what was found of a chunk; local: [b, ...], of this host's videos."""
+        rows = zip((video.number for video in videos), local.tolist(), strict=True)
+        by_number = dict(gather([[number, row] for number, row in rows if number >= 0]))
+        found = np.array([by_number[number] for number in sorted(by_number)], np.float32)
+        self._probabilities.add(split.name, first, name, found)
 
     def _describe_split(self, split: Split) -> dict[str, Any]:
         return {
@@ -616,12 +603,6 @@ class Search:
             return {}
         earlier = planner.read_report(self._folder)
         return earlier["devices"] if earlier.get("fingerprint") == self._fingerprint else {}
-
-
-def motion_name(cells: Sequence[Candidate]) -> str:
-    """Under which scores of motion are kept, by their grid; cells: those of cascades."""
-    grid = cells[0].grid
-    return f"motion-{grid.frames}x{grid.resolution}"
 
 
 def table(summary: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from etils import epath
 
 import fluxvit_jax
 from fluxvit_jax.adaptive import evaluate_adaptive, fitting
@@ -23,6 +24,7 @@ from fluxvit_jax.evaluation import evaluate, tasks
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization import latency, search
 from fluxvit_jax.token_optimization.planner import read_report
+from fluxvit_jax.token_optimization.probability_store import ProbabilityStore
 from tests import tiny
 
 # The last two look at one grid, whose patches are ranked once for both.
@@ -327,9 +329,8 @@ def test_probabilities_are_evaluated_again_where_they_are_missing(searched, tiny
 
 def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_path, capsys):
     report = read_report(searched.workdir)
-    scores = np.load(
-        next((searched.workdir / "search" / "probabilities" / "report").rglob("motion-*/*.npz"))
-    )["probabilities"][:, 0, 0]
+    store = ProbabilityStore(epath.Path(searched.workdir) / "search")
+    scores = store.read("report", search.MOTION, VIDEOS + 1)[:, 0, 0]
     source = open_source(str(tiny_data / "validation.csv"), "")
     scores = scores[[n for n in range(len(source)) if source[n].id != tiny.BAD]]
     middle = float(np.sort(scores)[5:7].mean())
@@ -340,7 +341,7 @@ def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_p
         ),
         (middle,),
         True,
-        (4, 28),  # the cheapest cell's
+        (4, 28),  # the grid of the fewest tokens
     )
     described = {"videos": 16, "top1": 1.0, "top1_interval": [0, 1], "average_gflops": 0.001}
     workdir = tmp_path / "run"

@@ -62,6 +62,7 @@ def run(folder: Path, out: Path, weights=None, **changes) -> dict:
         one.choose()
         one.report()
         one.measure_costs()
+        one.find_cascades()
         one.write()
     return read_report(out)
 
