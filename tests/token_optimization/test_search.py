@@ -331,6 +331,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, co
     for run_ in (whole, killed):
         assert {p.name for p in (run_ / "search").iterdir()} == {
             FILE,
+            "probabilities",
             *(f"report.{kind}" for kind in ("json", "html", "csv", "png")),
         }
 
