@@ -1,57 +1,21 @@
 """Workers that really hang, crash, are stopped and are killed."""
 
 import itertools
-import os
-import signal
 import time
 
 import pytest
 
 from fluxvit_jax.config.grids import admissible_grids
-from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.host_share import HostShare
 from fluxvit_jax.data.pipeline import Batches, TrainGroups, train_batches
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
+from tests.data.bad_readers import KILLED, REASONS, open_bad, open_fatal, open_killing
 from tests.data.test_pipeline import assert_equal, folder, make_config, make_source, take
 
 __all__ = ["folder"]  # a fixture
-
-KILLED = "was killed by SIGKILL, as happens when memory runs out"
-REASONS = {
-    "1.mp4": "hangs: not read within 1 s",
-    "4.mp4": "crashes its reader, which was killed by SIGSEGV",
-    "6.mp4": "hangs: not read within 1 s",
-    "9.mp4": f"its reader {KILLED}, twice at this clip",
-}
-
-
-def open_fatal(path: str) -> Video:
-    """What decoders, systems and people do to a worker, by the name of the video."""
-    match os.path.basename(path):
-        case "1.mp4":
-            time.sleep(1000)
-        case "4.mp4":
-            os.kill(os.getpid(), signal.SIGSEGV)
-        case "6.mp4":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "9.mp4":
-            os.kill(os.getpid(), signal.SIGKILL)
-    return Video(path)
-
-
-def open_bad(path: str) -> Video:
-    """The same videos are bad in the ordinary way."""
-    if reason := REASONS.get(os.path.basename(path)):
-        raise DecodeError(path, reason)
-    return Video(path)
-
-
-def open_killing(path: str) -> Video:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
 
 
 def batches_of(items, config, quarantine, start=0):

@@ -25,7 +25,7 @@ from fluxvit_jax.token_optimization.planner import read_report
 from fluxvit_jax.token_optimization.results_log import FILE
 from fluxvit_jax.training import train
 from tests import limited, tiny
-from tests.data.test_supervised_workers import REASONS, open_fatal
+from tests.data.bad_readers import REASONS, open_fatal
 from tests.evaluation.test_evaluate import random_params
 
 VIDEOS = {"choose": 16, "report": 13}
