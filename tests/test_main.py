@@ -270,7 +270,7 @@ def test_evaluate_needs_a_workdir_only_and_prints_a_table(finished, compiled):
     assert "leaked" not in done.stderr and "Traceback" not in done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     # No top-5: there are four classes.
-    assert rows[0] == ["budget", "frames", "resolution", "tokens", "head", "top-1"]
+    assert rows[0] == ["budget", "frames", "resolution", "tokens", "head", "top-1", "ECE"]
     assert [row[0] for row in rows[1:3]] == ["24", "12"]
 
 
