@@ -241,12 +241,19 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             if cell["method"] == method and "report" in cell and name in costs
         ]
         axes.plot(*zip(*sorted(cells), strict=True), marker, color=color, label=ROWS[method])
-    line = []
-    for own in report["cascades"].values():
+    ways = {}
+    for name, own in report["cascades"].items():
         times = [costs[step["cell"]] for step in own["steps"]]
-        line.append((float(np.dot(own["choose"]["reached"], times)), 100 * own["report"]["top1"]))
-    axes.plot(*zip(*sorted(line), strict=True), ".--", color="#0b8a68", label="Cascades")
+        ways[name] = float(np.dot(own["choose"]["reached"], times)), own["choose"]["top1"]
+    front, line, most = sorted(ways, key=lambda name: ways[name]), [], -1.0
+    for name in front:  # those that a plan may take, by the choosing split
+        if ways[name][1] > most:
+            most = ways[name][1]
+            line.append((ways[name][0], 100 * report["cascades"][name]["report"]["top1"]))
+    axes.plot(*zip(*line, strict=True), ".--", color="#0b8a68", label="Cascades")
     axes.set_xscale("log")
+    axes.set_xticks([1, 1.5, 2, 3], ["1", "1.5", "2", "3"])
+    axes.minorticks_off()
     axes.set_xlabel("milliseconds of a clip, mean, log scale")
     axes.set_ylabel("top-1 of unseen photographs, %")
     axes.grid(axis="y", color="#e3e6ea")

@@ -21,7 +21,7 @@ from fluxvit_jax.reports.confidence_intervals import paired_difference, share_in
 from fluxvit_jax.token_optimization.candidates import Candidate
 from fluxvit_jax.token_optimization.results_log import CHOOSE, REPORT
 
-MOST = 60  # cascades in a report
+MOST = 40  # cascades in a report
 MOST_CELLS = 10  # that their steps are of
 
 
@@ -87,7 +87,9 @@ def find(
     costs: Mapping[str, tuple[float, float]],
     max_steps: int,
 ) -> list[Found]:
-    """The front of cascades of cells on the choosing split, `MOST` of them, by rising cost.
+    """The front of cascades of cells on the choosing split, at most `MOST`, by rising cost.
+
+    Of more, the best within each of `MOST` costs that rise by equal factors.
 
     table: of that split; costs: GFLOPs of one view at each cell, and their part that ranks patches.
     """
@@ -105,7 +107,10 @@ def find(
         for cell in cells
         for at, views in enumerate(view_counts)
     ]
-    return _spread(fitting.front(entries, table.labels, max_steps), MOST)
+    found = fitting.front(entries, table.labels, max_steps)
+    within = np.geomspace(found[0].cost, found[-1].cost, MOST) * (1 + 1e-9)
+    best = np.searchsorted([one.cost for one in found], within, side="right") - 1
+    return [found[i] for i in np.unique(best)]
 
 
 def describe_all(

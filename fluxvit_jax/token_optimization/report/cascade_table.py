@@ -1,12 +1,14 @@
 """The section of cascades: what each costs on average, how accurate it is, and who stops where."""
 
 import html
+import math
 from typing import Any
 
 from fluxvit_jax.reports.elements import folded, row, section, small, table
 from fluxvit_jax.reports.wording import count, interval, number, percent, points
 from fluxvit_jax.token_optimization.report.reading import Report, cascade_milliseconds
 
+SHOWN = 10  # cascades that are not folded away
 LEGEND = """A cascade asks every video at a few tokens, and again at more only if the answer is in
 doubt. GFLOPs and milliseconds are means of all videos, all views of a video, passes that were in
 vain counted. Thresholds, temperatures and order were chosen on the choosing split. The gain is over
@@ -23,7 +25,11 @@ def text(report: Report) -> str:
     heads += ["Top-1, choosing split", "Top-1, reporting split", "Gain, points", "Over"]
     rows = [row(name, _columns(report, own)) for name, own in shown.items()]
     best = max(shown, key=lambda name: shown[name]["choose"]["top1"])
-    content = f'<div class="card sideways">{table("rows costs", heads, rows)}</div>\n'
+    every = math.ceil(len(rows) / SHOWN)
+    few = table("rows costs", heads, rows[::-1][::every][::-1])  # the dearest among them
+    content = f'<div class="card sideways">{few}</div>\n'
+    if every > 1:
+        content += folded(f"All {count(len(rows), 'cascade')}", table("all", heads, rows))
     return section("Cascades", LEGEND, content + _by_class(best, shown[best]))
 
 
