@@ -55,10 +55,8 @@ class Step:
         """Frames and pixels."""
         return self.frames, self.resolution
 
-    def goes_on(self, earlier: "Step | None") -> bool:
+    def goes_on(self, earlier: "Step") -> bool:
         """Whether it looks at further views by the very cell of the step before."""
-        if earlier is None:
-            return False
         return (earlier.budget, *earlier.grid, earlier.head) == (self.budget, *self.grid, self.head)
 
     def covers(self, later: "Step") -> bool:

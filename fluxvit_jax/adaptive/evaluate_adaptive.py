@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.adaptive import planner as adaptive_planner
 from fluxvit_jax.adaptive.cascade import Cascade
 from fluxvit_jax.adaptive.motion import MotionRule
+from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.adaptive.packing import (
     Finished,
     PackedCascade,
@@ -183,17 +184,17 @@ def evaluate_adaptive(
 def _packed(
     adaptive: Adaptive, params: dict, config: ConfigDict, mesh: Mesh
 ) -> PackedCascade | PackedRule:
-    rest = (
-        model_config(config, platform_of(mesh)),
-        params,
-        round_up_to_shards(config.eval.batch_size, mesh),
-        views_of(config).count,
-        config.seed,
-        mesh,
-    )
+    model, views = model_config(config, platform_of(mesh)), views_of(config).count
+    batch = round_up_to_shards(config.eval.batch_size, mesh)
+
+    def packed(cascade: Cascade) -> PackedCascade:
+        return PackedCascade(cascade, model, params, batch, views, config.seed, mesh)
+
     if isinstance(adaptive, Cascade):
-        return PackedCascade(adaptive, *rest)
-    return PackedRule(adaptive, *rest)
+        return packed(adaptive)
+    score = scorer(model, Grid.square(*adaptive.grid), params, config.seed, mesh)
+    cells = [packed(Cascade((step,))) for step in adaptive.steps]
+    return PackedRule(adaptive, score, cells, batch)
 
 
 def _report(

@@ -5,9 +5,9 @@ thresholds at once: the numbers of right answers and of videos that go on are cu
 over the confidences. What is left is the Pareto front of accuracy and mean cost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,24 @@ class Found:
     cascade: Cascade
     cost: float
     right: float
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        return self.cascade.steps
+
+
+class _HasCost(Protocol):
+    """What a front is made of: cascades and rules of motion."""
+
+    @property
+    def cost(self) -> float: ...
+    @property
+    def right(self) -> float: ...
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
+Way = TypeVar("Way", bound=_HasCost)
 
 
 def costs_of(entries: Sequence[Entry]) -> list[float]:
@@ -77,10 +95,10 @@ def front(
     return best
 
 
-def pareto(found: Sequence[Found]) -> list[Found]:
+def pareto(found: Iterable[Way]) -> list[Way]:
     """Those that no other beats in accuracy at no more cost, by rising cost and accuracy."""
-    kept: list[Found] = []
-    for one in sorted(found, key=lambda one: (one.cost, -one.right, len(one.cascade.steps))):
+    kept: list[Way] = []
+    for one in sorted(found, key=lambda one: (one.cost, -one.right, len(one.steps))):
         if not kept or one.right > kept[-1].right:
             kept.append(one)
     return kept
@@ -146,7 +164,7 @@ class _Sweep:
         cuts, bins = {}, {}
         for kind in () if is_last else self._confidences:
             sure = confidence(kind, average, own, before.average if before else None)
-            cuts[kind] = _cuts(sure, self._max_cuts)
+            cuts[kind] = np.append(cuts_between(sure, self._max_cuts), 2.0)  # nobody is so sure
             bins[kind] = np.searchsorted(cuts[kind][:-1], sure, side="right")
         return _Node(entry, step, average, right, cuts, bins)
 
@@ -196,15 +214,15 @@ def _going_on(values: np.ndarray, bins: Sequence[np.ndarray], dims: tuple[int, .
     return sums
 
 
-def _cuts(sure: np.ndarray, most: int) -> np.ndarray:
-    """Thresholds between different confidences, ascending, the last above all: nobody stops.
+def cuts_between(values: np.ndarray, most: int) -> np.ndarray:
+    """Thresholds between different values, ascending, fewer than `most`.
 
     Midpoints, so that rounding on another machine seldom moves a video across.
     """
-    values = np.unique(sure.astype(float))
-    if len(values) > most:
-        values = np.unique(np.quantile(values, np.linspace(0, 1, most)))
-    return np.append((values[:-1] + values[1:]) / 2, 2.0)  # confidences are 1 at most
+    distinct = np.unique(values.astype(float))
+    if len(distinct) > most:
+        distinct = np.unique(np.quantile(distinct, np.linspace(0, 1, most)))
+    return (distinct[:-1] + distinct[1:]) / 2
 
 
 def _pareto_indices(costs: np.ndarray, hits: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluxvit_jax.adaptive.cascade import Size, Step
+from fluxvit_jax.adaptive.fitting import cuts_between, pareto
 from fluxvit_jax.errors import UserError
 
 MAX_CUTS = 32  # thresholds tried: between any two scores up to so many, then quantiles
@@ -71,6 +72,10 @@ class FoundRule:
     cost: float
     right: float
 
+    @property
+    def steps(self) -> Sequence[Step]:
+        return self.rule.steps
+
 
 def front(
     steps: Sequence[Step],
@@ -84,7 +89,7 @@ def front(
 
     costs: of a video by each cell, with the score's own; right: bool [n] by cell; scores: [n].
     """
-    cuts = _cuts(scores)
+    cuts = cuts_between(scores, MAX_CUTS)
     bins = np.searchsorted(cuts, scores, side="right")  # 0 .. len(cuts)
     order = sorted(range(len(steps)), key=lambda i: costs[i])
     found: list[FoundRule] = []
@@ -92,7 +97,7 @@ def front(
         for cells in itertools.combinations(order, count):
             for rising in (True, False):
                 found += _sweep([*cells], steps, costs, right, cuts, bins, rising, grid)
-        found = _pareto(found)
+        found = pareto(found)
     return found
 
 
@@ -130,25 +135,9 @@ def _sweep(
         one = FoundRule(rule=rule, cost=float(cost) / n, right=float(hit) / n)
         if one.cost not in best or best[one.cost].right < one.right:
             best[one.cost] = one
-    return _pareto(best.values())
+    return pareto(best.values())
 
 
 def _cumulative(values: np.ndarray, bins: np.ndarray, cuts: int) -> np.ndarray:
     """Sums of values over the first j of `cuts` + 1 bins, for j = 0 .. cuts + 1."""
     return np.append(0, np.bincount(bins, values, minlength=cuts + 1).cumsum())
-
-
-def _cuts(scores: np.ndarray) -> np.ndarray:
-    """Thresholds between different scores, ascending."""
-    values = np.unique(scores.astype(float))
-    if len(values) > MAX_CUTS:
-        values = np.unique(np.quantile(values, np.linspace(0, 1, MAX_CUTS)))
-    return (values[:-1] + values[1:]) / 2
-
-
-def _pareto(found: Any) -> list[FoundRule]:
-    kept: list[FoundRule] = []
-    for one in sorted(found, key=lambda one: (one.cost, -one.right, len(one.rule.steps))):
-        if not kept or one.right > kept[-1].right:
-            kept.append(one)
-    return kept

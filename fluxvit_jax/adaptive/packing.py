@@ -18,7 +18,6 @@ from jax.stages import Wrapped
 
 from fluxvit_jax.adaptive.cascade import Cascade, Pass, Size, Step
 from fluxvit_jax.adaptive.motion import MotionRule
-from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
     compiler_options,
@@ -149,20 +148,12 @@ class PackedRule:
     def __init__(
         self,
         rule: MotionRule,
-        model: FluxViTConfig,
-        params: dict,
+        score: Callable[[np.ndarray], np.ndarray],
+        cells: Sequence[PackedCascade],
         batch: int,
-        views: int,
-        seed: int,
-        mesh: Mesh,
     ):
-        """Arguments as of `PackedCascade`."""
-        self._rule, self._batch = rule, batch
-        self._score = scorer(model, Grid.square(*rule.grid), params, seed, mesh)
-        self._cells = [
-            PackedCascade(Cascade((step,)), model, params, batch, views, seed, mesh)
-            for step in rule.steps
-        ]
+        """score: of `motion_scores.scorer`; cells: each of one step; batch: most videos at once."""
+        self._rule, self._score, self._cells, self._batch = rule, score, cells, batch
 
     def add(self, videos: Sequence[Video]) -> list[Finished]:
         """Sends at most a batch of videos to their cells, and returns the answers that are known.

@@ -538,7 +538,7 @@ def _report(
     failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
     model, budgets = model_config(config), {}
     for k, (budget, grid, head) in enumerate(settings):
-        measure = _mean_average_precision if config.train.multi_label else top_accuracies
+        measure = _mean_average_precision if config.train.multi_label else _top_accuracies
         budgets[str(budget)] = {
             "frames": grid.frames,
             "resolution": grid.rows * PATCH,
@@ -562,7 +562,7 @@ def _report(
     }
 
 
-def top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
+def _top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
     """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
     read = [video for video in videos if not video["failure"]]
     pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]

@@ -140,16 +140,18 @@ def describe_all(
     }
     described = {}
     for number, one in enumerate(find(cells, choosing, view_counts, costs, max_steps), 1):
-        cascade, on_choosing = one.cascade, describe(one.cascade, choosing, view_counts, costs)
+        cascade, work = one.cascade, step_costs(one.cascade, costs, view_counts[-1])
+        answers = reporting.answers(cascade, view_counts)
+        on_choosing = describe(choosing.answers(cascade, view_counts), choosing, work)
         most = on_choosing["average_gflops"] * (1 + 1e-9)
         within = {name: right for name, (cost, right) in singles.items() if cost <= most}
         best = max(within, key=lambda name: within[name], default=None)
         described[f"cascade-{number:02d}"] = cascade.to_json() | {
-            "gflops": step_costs(cascade, costs, view_counts[-1]),
+            "gflops": work,
             CHOOSE: on_choosing,
-            REPORT: describe(cascade, reporting, view_counts, costs),
-            "over": best and gain_over(best, cascade, reporting, view_counts),
-            "stopped_by_class": stopped_by_class(cascade, reporting, view_counts),
+            REPORT: describe(answers, reporting, work),
+            "over": best and gain_over(best, answers, reporting),
+            "stopped_by_class": stopped_by_class(answers, reporting, len(cascade.steps)),
         }
     return described
 
@@ -224,29 +226,18 @@ def _step_of(cell: Candidate) -> Step:
     )
 
 
-def describe(
-    cascade: Cascade,
-    table: Table,
-    view_counts: Sequence[int],
-    costs: Mapping[str, tuple[float, float]],
-) -> dict[str, Any]:
+def describe(answers: Answers, table: Table, work: Sequence[float]) -> dict[str, Any]:
     """A cascade on a split: {"videos", "top1", "top1_interval", "average_gflops", "reached"}.
 
-    "reached": the share of the readable videos that reach each step. costs: as in `find`.
+    "reached": the share of the readable videos that reach each step. work: from `step_costs`.
     """
-    answers = table.answers(cascade, view_counts)
     right = int((answers.probabilities.argmax(axis=1) == table.labels).sum())
-    reached = [float((answers.step >= number).mean()) for number in range(len(cascade.steps))]
+    reached = [float((answers.step >= number).mean()) for number in range(len(work))]
     return {
         "videos": table.videos,
         "top1": right / table.videos,
         "top1_interval": share_interval(right, table.videos),
-        "average_gflops": sum(
-            share * cost
-            for share, cost in zip(
-                reached, step_costs(cascade, costs, view_counts[-1]), strict=True
-            )
-        ),
+        "average_gflops": sum(share * cost for share, cost in zip(reached, work, strict=True)),
         "reached": reached,
     }
 
@@ -263,27 +254,19 @@ def step_costs(
     return fitting.costs_of(entries)
 
 
-def stopped_by_class(
-    cascade: Cascade, table: Table, view_counts: Sequence[int]
-) -> dict[str, list[int]]:
+def stopped_by_class(answers: Answers, table: Table, steps: int) -> dict[str, list[int]]:
     """How many videos of each class stop at each step, by the number of the class as text."""
-    steps = table.answers(cascade, view_counts).step
     return {
-        str(label): np.bincount(steps[table.labels == label], minlength=len(cascade.steps)).tolist()
+        str(label): np.bincount(answers.step[table.labels == label], minlength=steps).tolist()
         for label in np.unique(table.labels)
     }
 
 
-def gain_over(
-    cell: str, cascade: Cascade, table: Table, view_counts: Sequence[int]
-) -> dict[str, Any]:
+def gain_over(cell: str, answers: Answers, table: Table) -> dict[str, Any]:
     """By how much a cascade is more accurate than a cell with all views, paired over the videos."""
     right = [
-        answers.argmax(axis=1) == table.labels
-        for answers in (
-            table.answers(cascade, view_counts).probabilities,
-            table.probabilities[cell][:, -1],
-        )
+        own.argmax(axis=1) == table.labels
+        for own in (answers.probabilities, table.probabilities[cell][:, -1])
     ]
     wrong = np.zeros(table.failed, bool)
     mean, interval = paired_difference(*(np.append(own, wrong) for own in right))
