@@ -280,7 +280,7 @@ def _write_evaluations(evaluations: Sequence[Mapping[str, Any]], path: Path) -> 
     """Accuracy and calibration, without what only concerns this machine: paths, names of videos."""
     reports: list[dict[str, Any]] = []
     for report in evaluations:
-        if report.keys() >= PUBLISHED:  # not of retrieval
+        if report.keys() >= PUBLISHED and "task" not in report:  # of accuracy at each budget
             data = os.path.basename(str(report["data"]).rstrip("/"))
             failures: list[dict] = [{} for _ in report["failures"]]
             own = {name: report[name] for name in sorted(PUBLISHED)}

@@ -114,7 +114,9 @@ def paths(tiny_data: Path) -> list[str]:
     return [str(tiny_data / name) for name in names if name != tiny.BAD]
 
 
-def test_evaluation_in_full_batches_is_that_of_every_video_alone(searched, tiny_data, capsys):
+def test_evaluation_in_full_batches_is_that_of_every_video_alone(
+    searched, tiny_data, tmp_path, capsys
+):
     config = make_config(tiny_data, eval__cascade="by-hand")
     assert tasks.run(config, str(searched.workdir)) == 0
     report, lines = tiny.read_evaluation(searched.workdir)
@@ -125,6 +127,11 @@ def test_evaluation_in_full_batches_is_that_of_every_video_alone(searched, tiny_
     for line, row in zip(read, answers.probabilities, strict=True):
         for label, probability in line["predictions"]["cascade"]:
             assert probability == pytest.approx(row[label], abs=3e-6)
+    saved = tmp_path / "saved"
+    fluxvit_jax.from_pretrained(searched.workdir).save_pretrained(saved)
+    again = fluxvit_jax.from_pretrained(saved)
+    assert all("cascade" not in one["budgets"] for one in again.evaluations)
+    assert "cascade" not in map(str, again.temperatures)
     own = report["budgets"]["cascade"]
     right = (answers.probabilities.argmax(axis=1) == searched.labels).sum()
     assert own["top1"] == right / (VIDEOS + 1) and own["failed"] == 1
