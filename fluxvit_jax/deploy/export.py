@@ -99,19 +99,29 @@ def _write(
         manifest["space"] = export_space.write(model.space, folder, PLATFORMS)
     if report:
         manifest["plan"] = describe_plan(budgets, report)
-        manifest["cascades"] = write_cascades(model, params, folder, report)
+        manifest["cascades"] = write_cascades(model, params, folder, report, budgets)
     content = json.dumps(checksums.add_checksum(manifest), indent=1)
     (folder / MANIFEST).write_text(content + "\n")
 
 
 def write_cascades(
-    model: PretrainedModel, params: dict[str, Any], folder: Path, report: planner.Report
+    model: PretrainedModel,
+    params: dict[str, Any],
+    folder: Path,
+    report: planner.Report,
+    budgets: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Writes the programs of cascades that look at one view; what the manifest says of them.
 
     {"programs": {cell: {"program", "frames", "resolution", "sha256"}}, and what `adaptive.planner`
     reads of a report: "cells", "cascades", "devices", "notes", "view_count"}.
+
+    budgets: what the manifest says of the programs that are there; cells that they are share them.
     """
+    there = {
+        (int(budget), own["frames"], own["resolution"], own["head"]): own
+        for budget, own in budgets.items()
+    }
     views = report.get("view_count", 1)
     cascades = {
         name: {key: own[key] for key in own if key != "stopped_by_class"}
@@ -122,6 +132,9 @@ def write_cascades(
     cells = {name: report["cells"][name] for name in sorted(names)}
     programs = {}
     for name, cell in tqdm(cells.items(), "exporting", unit="cell", disable=None):
+        if own := there.get((*_setting(cell), cell["head"])):
+            programs[name] = {key: own[key] for key in own if key != "head"}
+            continue
         grid, program = Grid.square(cell["frames"], cell["resolution"]), f"{name}.stablehlo"
         content = lower(model.config.model, params, grid, cell["budget"], cell["head"])
         (folder / program).write_bytes(content)
