@@ -395,11 +395,14 @@ class _Channel:
         # Not `socket.recv_fds`, which forgets its flags.
         flags = 0 if wait else socket.MSG_DONTWAIT
         files = array.array("i")
+        room = socket.CMSG_LEN(files.itemsize)
         try:
-            room = socket.CMSG_LEN(files.itemsize)
             content, ancillary, _, _ = self._socket.recvmsg(MAX_MESSAGE, room, flags)
-        except (BlockingIOError, ConnectionResetError):
+        except BlockingIOError:
             return None
+        except ConnectionResetError:
+            # Linux says once that the peer left with messages unread, before what it said last.
+            return self.receive(wait)
         for _, _, descriptors in ancillary:
             files.frombytes(descriptors)
         return (pickle.loads(content), files[0] if files else None) if content else None

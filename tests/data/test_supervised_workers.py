@@ -1,7 +1,11 @@
 """Workers that really hang, crash, are stopped and are killed."""
 
+import contextlib
 import itertools
+import os
+import signal
 import time
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -9,6 +13,7 @@ from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.host_share import HostShare
 from fluxvit_jax.data.pipeline import Batches, TrainGroups, train_batches
+from fluxvit_jax.data.supervised_workers import SupervisedWorkers, reading
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
@@ -101,3 +106,34 @@ def test_a_wait_can_be_stopped_and_goes_on(folder):
         while (second := batches.next_unless(lambda: next(asked, False))) is None:
             pass
         assert_equal([first, second], expected)
+
+
+@dataclass
+class Crashing:
+    """Reads clips, and crashes at the third."""
+
+    quarantine: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, number):
+        with reading(f"{number}.mp4", self.quarantine):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return number
+
+
+def test_a_crash_is_charged_to_its_clip_when_nobody_listened():
+    """The worker is gone, with numbers it has not taken, before its first word is heard.
+
+    Linux then reports a reset connection once, and only after that what the worker had said.
+    """
+    make = Crashing()
+    workers = SupervisedWorkers(make, 1, 0, make.quarantine, ahead=8)
+    with contextlib.closing(workers):
+        for number in range(6):
+            workers.submit(number)
+        workers._assign()
+        [worker] = workers._workers
+        worker.process.join(60)
+        found = workers.finished()
+        assert make.quarantine == {"2.mp4": "crashes its reader, which was killed by SIGSEGV"}
+        assert found == [(0, 0), (1, 1)]
