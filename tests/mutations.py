@@ -492,6 +492,16 @@ MUTATIONS = {
             ("data/test_supervised_workers.py::test_evaluation_counts_them_as_failed",),
         ),
         Mutation(
+            "last-words-unheard",
+            "data/supervised_workers.py",
+            "            return self.receive(wait)",
+            "            return None",
+            (
+                "data/test_supervised_workers.py"
+                "::test_a_crash_is_charged_to_its_clip_when_nobody_listened",
+            ),
+        ),
+        Mutation(
             "clips-to-skip-forgotten",
             "checkpoints/workdir.py",
             'if line.get("skip") is True or line["step"] <= step]',
