@@ -1,0 +1,227 @@
+"""Language models in Hugging Face folders: config.json and .safetensors, in one file or several.
+
+Neither PyTorch nor Transformers is needed. Weights are read tensor by tensor, each device's share
+by itself, in the dtype they are wanted in: a host never holds the whole model.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+
+from fluxvit_jax.convert import weight_files
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
+
+Tree = dict[str, Any]
+
+CONFIG = "config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FAMILIES = ("qwen2", "qwen3", "llama")
+SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
+
+# Ours, within a layer -> theirs, and whether the matrix is transposed.
+LAYER = {
+    "norm1/scale": ("input_layernorm.weight", False),
+    "q/kernel": ("self_attn.q_proj.weight", True),
+    "k/kernel": ("self_attn.k_proj.weight", True),
+    "v/kernel": ("self_attn.v_proj.weight", True),
+    "q/bias": ("self_attn.q_proj.bias", False),
+    "k/bias": ("self_attn.k_proj.bias", False),
+    "v/bias": ("self_attn.v_proj.bias", False),
+    "q_norm/scale": ("self_attn.q_norm.weight", False),
+    "k_norm/scale": ("self_attn.k_norm.weight", False),
+    "proj/kernel": ("self_attn.o_proj.weight", True),
+    "norm2/scale": ("post_attention_layernorm.weight", False),
+    "gate/kernel": ("mlp.gate_proj.weight", True),
+    "up/kernel": ("mlp.up_proj.weight", True),
+    "down/kernel": ("mlp.down_proj.weight", True),
+}
+WHOLE = {
+    "token_embed": ("model.embed_tokens.weight", False),
+    "norm/scale": ("model.norm.weight", False),
+    "output/kernel": ("lm_head.weight", True),
+}
+
+
+def read_config(folder: str | os.PathLike) -> LanguageModelConfig:
+    """The model that a folder's config.json describes.
+
+    Raises UserError: there is none, it is of another family, or asks for what is not built here.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder}: no language model: there is no {CONFIG}")
+    values = weight_files.read_config(path)
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(f"{path}: model_type {family!r} is none of {', '.join(FAMILIES)}")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    unsupported = {
+        f"rope_type {kind!r}": kind != "default",
+        "use_sliding_window": values.get("use_sliding_window", False),
+        f"hidden_act {values.get('hidden_act')!r}": values.get("hidden_act", "silu") != "silu",
+        "mlp_bias": values.get("mlp_bias", False),
+        "attention_bias": family != "qwen2" and values.get("attention_bias", False),
+    }
+    for what, asked in unsupported.items():
+        if asked:
+            raise UserError(f"{path}: {what} is not supported")
+    try:
+        heads = values["num_attention_heads"]
+        return LanguageModelConfig(
+            width=values["hidden_size"],
+            depth=values["num_hidden_layers"],
+            heads=heads,
+            kv_heads=values.get("num_key_value_heads", heads),
+            head_size=values.get("head_dim") or values["hidden_size"] // heads,
+            hidden=values["intermediate_size"],
+            vocabulary=values["vocab_size"],
+            context=values["max_position_embeddings"],
+            rope_theta=float(values.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
+            epsilon=values["rms_norm_eps"],
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tied=values.get("tie_word_embeddings", False),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: describes no whole model: {error}") from error
+
+
+def shapes(config: LanguageModelConfig) -> Tree:
+    """Shapes of the parameters, float32."""
+    return jax.eval_shape(lambda: fluxvit.split(LanguageModel(config, nnx.Rngs(0)))[1])
+
+
+def read(folder: str | os.PathLike, expected: Tree) -> Tree:
+    """A model's parameters as `expected` has them: shapes, dtypes and shardings of its leaves.
+
+    Raises UserError: tensors are missing, left over or of another shape, or cannot be read.
+    """
+    with TensorFiles.open(Path(folder)) as files:
+        files.check(expected)
+
+        def leaf(path: tuple, like: jax.ShapeDtypeStruct) -> Any:
+            own = jax.tree_util.keystr(path, simple=True, separator="/")
+
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                return files.part(own, like.shape, index).astype(like.dtype)
+
+            if like.sharding is None:
+                return part(tuple(slice(None) for _ in like.shape))
+            return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+        return jax.tree_util.tree_map_with_path(leaf, expected)
+
+
+def fingerprint(folder: str | os.PathLike) -> str:
+    """sha256 over the names, dtypes and shapes of a folder's tensors and the start of each.
+
+    Unlike one over all bytes it costs no second reading of a large model.
+    """
+    digest = hashlib.sha256()
+    with TensorFiles.open(Path(folder)) as files:
+        for name in sorted(files.tensors):
+            found = files.tensors[name].get_slice(name)
+            shape = found.get_shape()
+            rows = max(1, SAMPLED_BYTES // (2 * max(1, int(np.prod(shape[1:])))))
+            start = np.ascontiguousarray(found[: min(rows, shape[0])])
+            digest.update(f"{name} {found.get_dtype()} {shape}".encode())
+            digest.update(start.tobytes()[:SAMPLED_BYTES])
+    return digest.hexdigest()
+
+
+class TensorFiles(NamedTuple):
+    """The open files of a folder: tensor -> the file it is in."""
+
+    folder: Path
+    tensors: Mapping[str, Any]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(folder: Path) -> "Iterator[TensorFiles]":
+        """Opens them. Raises UserError: there are none, or one is missing or damaged."""
+        with contextlib.ExitStack() as stack:
+            tensors: dict[str, Any] = {}
+            for path in _files(folder):
+                try:
+                    file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+                    tensors |= dict.fromkeys(file.keys(), file)
+                except (OSError, ValueError, safetensors.SafetensorError) as error:
+                    raise UserError(f"{path}: cannot be read as .safetensors: {error}") from error
+            yield TensorFiles(folder, tensors)
+
+    def check(self, expected: Tree) -> None:
+        """Raises UserError unless the tensors are those of a model, each of its shape."""
+        wanted: dict[str, tuple[int, ...]] = {}
+        for path, like in jax.tree_util.tree_leaves_with_path(expected):
+            own = jax.tree_util.keystr(path, simple=True, separator="/")
+            for name, shape in _theirs(own, like.shape).items():
+                wanted[name] = shape
+        tied = "output" not in expected
+        found = self.tensors.keys() - ({WHOLE["output/kernel"][0]} if tied else set())
+        found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+        for names, what in ((wanted.keys() - found, "lacks"), (found - wanted.keys(), "has also")):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(
+                    f"{self.folder}: is not the model of its {CONFIG}: {what} {min(names)}{more}"
+                )
+        for name, shape in sorted(wanted.items()):
+            own_shape = tuple(self.tensors[name].get_slice(name).get_shape())
+            if own_shape != shape:
+                raise UserError(
+                    f"{self.folder}: {name} is {list(own_shape)}, and {CONFIG} says {list(shape)}"
+                )
+
+    def part(self, own: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a parameter of ours, `own` of `shape`, that may be stacked over layers."""
+        names = list(_theirs(own, shape))
+        if own in WHOLE:
+            return self._slice(names[0], index, WHOLE[own][1])
+        transposed = LAYER[own.removeprefix("layers/")][1]
+        return np.stack([self._slice(name, index[1:], transposed) for name in names[index[0]]])
+
+    def _slice(self, name: str, index: tuple[slice, ...], transposed: bool) -> np.ndarray:
+        try:
+            found = self.tensors[name].get_slice(name)
+            return found[index[::-1]].T if transposed else found[index]
+        except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.folder}: {name} cannot be read: {error}") from error
+
+
+def _theirs(own: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Their tensors, one for each layer, and shapes that make up a parameter of ours."""
+    if own in WHOLE:
+        name, transposed = WHOLE[own]
+        return {name: shape[::-1] if transposed else shape}
+    name, transposed = LAYER[own.removeprefix("layers/")]
+    inner = shape[:0:-1] if transposed else shape[1:]
+    return {f"model.layers.{number}.{name}": inner for number in range(shape[0])}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of weights in a folder, as its index lists them."""
+    if (folder / INDEX).is_file():
+        try:
+            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX}: cannot be read: {error}") from error
+        paths = [folder / Path(name).name for name in sorted(names)]
+    else:
+        paths = [folder / WEIGHTS]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{folder}: no weights of a language model: there is no {path.name}")
+    return paths
