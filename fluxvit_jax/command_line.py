@@ -31,11 +31,11 @@ ABOUT = {
 }
 _NETWORK = ("seed", "model", "data", "parallel")
 SECTIONS = {
-    "train": (*_NETWORK, "train", "distill", "clip", "optim", "eval", "checkpoint", "log"),
+    "train": (*_NETWORK, "train", "distill", "clip", "chat", "optim", "eval", "checkpoint", "log"),
     "evaluate": (*_NETWORK, "clip", "eval"),
     "search": (*_NETWORK, "eval", "search"),
     "cache": (*_NETWORK, "train", "distill"),
-    "preflight": (*_NETWORK, "train", "distill", "clip", "optim", "eval", "preflight"),
+    "preflight": (*_NETWORK, "train", "distill", "clip", "chat", "optim", "eval", "preflight"),
     "predict": ("eval",),
     "export": ("eval",),
 }

@@ -62,6 +62,7 @@ def _each(right: Callable[[Any], bool], words: str) -> Rule:
 
 
 positive = _each(lambda value: value > 0, "above 0")
+negative = _each(lambda value: value < 0, "below 0")
 not_negative = _each(lambda value: value >= 0, "0 or more")
 share = _each(lambda value: 0 <= value <= 1, "between 0 and 1")
 share_below_one = _each(lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -95,9 +96,9 @@ def one_of(*choices: str, help: str, default: str = "", may_change: bool = False
 
 
 def _freeze(text: str) -> str | None:
-    if text in ("none", "backbone", "all_but_head") or re.fullmatch(r"[1-9]\d*", text):
+    if text in ("none", "backbone", "all_but_head", "all") or re.fullmatch(r"[1-9]\d*", text):
         return None
-    return f"{text!r} is none of none, backbone, all_but_head, nor a number of blocks above 0"
+    return f"{text!r} is none of none, backbone, all_but_head, all, nor a number of blocks above 0"
 
 
 def numbers(default: str, step: int, help: str, may_change: bool = False) -> Field:
@@ -265,7 +266,8 @@ FIELDS: dict[str, Field] = {
     # train
     "train.objective": Field(
         "flux_multi",
-        'a file of objectives/; "flux_umt" learns from a teacher, "flux_clip" from captions',
+        'a file of objectives/; "flux_umt" learns from a teacher, "flux_clip" from captions, '
+        '"flux_chat" puts videos before a language model',
     ),
     "train.batch_size": Field(512, "clips a step over all devices, repeats included", positive),
     "train.epochs": Field(5, "epochs of the whole run", positive, may_grow=True),
@@ -308,7 +310,8 @@ FIELDS: dict[str, Field] = {
     "train.freeze": Field(
         "none",
         '"backbone": train pooling and head (attentive probe); "all_but_head": the head alone '
-        '(linear probe); "6": not the embeddings and the first 6 blocks',
+        '(linear probe); "6": not the embeddings and the first 6 blocks; "all": only what the '
+        "objective adds",
         _freeze,
     ),
     # distill: of train.objective "flux_umt" only
@@ -354,6 +357,36 @@ FIELDS: dict[str, Field] = {
     "clip.least_temperature": Field(
         0.01, "the temperature is moved back to it after a step that leaves it below", positive
     ),
+    # chat: of train.objective "flux_chat" only
+    "chat.llm": Field(
+        "",
+        "folder of the language model, as Hugging Face has them: config.json, *.safetensors, "
+        "tokenizer.json; Qwen2, Qwen2.5, Qwen3 or Llama",
+        may_change=True,
+    ),
+    "chat.train": one_of(
+        "projector",
+        "projector+llm",
+        help="what learns; a frozen language model is in no checkpoint",
+    ),
+    "chat.layer": Field(
+        -2, "block of the video network, from the end, whose tokens are projected", negative
+    ),
+    "chat.merge": Field(
+        16, "tokens merged into one for the language model, on average; 1: none", positive
+    ),
+    "chat.order": one_of(
+        "time", "official", help="of merged tokens: as in the video, or as merging leaves them"
+    ),
+    "chat.template": one_of(
+        "plain",
+        "qwen",
+        help='"plain": the video, then the answer (stage 1); "qwen": whole conversations',
+    ),
+    "chat.labels": one_of(
+        "answers", "official", help='the official code also learns the marks of turns, with "qwen"'
+    ),
+    "chat.text_tokens": Field(128, "tokens of a text in training; longer ones are cut", positive),
     # optim
     "optim.schedule": one_of(
         "cosine",
@@ -552,6 +585,14 @@ ADDED = (
     "clip.train_text",
     "clip.temperature",
     "clip.least_temperature",
+    "chat.llm",
+    "chat.train",
+    "chat.layer",
+    "chat.merge",
+    "chat.order",
+    "chat.template",
+    "chat.labels",
+    "chat.text_tokens",
     "optim.schedule",
 )
 OLD_OBJECTIVES = {"supervised": "flux_multi", "distillation": "flux_umt"}

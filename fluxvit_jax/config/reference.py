@@ -22,6 +22,7 @@ SECTIONS = {
     "train": "Training",
     "distill": "Distillation from a teacher",
     "clip": "Training on captions",
+    "chat": "Video chat",
     "optim": "The optimizer",
     "eval": "Evaluation",
     "search": "Token Optimization",

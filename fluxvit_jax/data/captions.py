@@ -8,7 +8,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -22,6 +22,30 @@ SHOWN = 60  # letters of a text in a warning
 
 _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _JOINTS = str.maketrans("-/", "  ")
+
+
+class TextArrays(Protocol):
+    """Makes arrays, [B, ...], of the texts of B samples; pickles, for worker processes."""
+
+    def __call__(
+        self, records: Sequence["Record"], samples: np.ndarray, seed: int
+    ) -> dict[str, np.ndarray]:
+        """samples: int64 [B], the number of each, by which a text is drawn."""
+
+
+def clip_texts(
+    records: Sequence["Record"], samples: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """What contrastive learning needs of captioned records.
+
+    text: int32 [B, 77], ids of one of the video's captions, as `tokenizer.tokenize`; identity:
+    int32 [B, 2], see `identity`.
+    """
+    pairs = zip(records, samples, strict=True)
+    return {
+        "text": tokenize([drawn(record, seed, int(sample)) for record, sample in pairs]),
+        "identity": np.stack([identity(record) for record in records]),
+    }
 
 
 def clean(caption: str) -> str:

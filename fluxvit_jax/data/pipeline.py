@@ -22,9 +22,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids, image_grids
-from fluxvit_jax.data import captions
 from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
+from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
 from fluxvit_jax.data.decoding import DecodeError
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
@@ -45,7 +45,6 @@ from fluxvit_jax.data.supervised_workers import (
     WorkerDeathError,
     check_shared_memory,
 )
-from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, capacity
@@ -101,6 +100,7 @@ def train_batches(
     start_step: int = 0,
     groups: Sequence[int] | None = None,
     clip_data: ClipData | None = None,
+    texts: TextArrays = clip_texts,
     quarantine: Quarantine | None = None,
 ) -> "Batches":
     """Endless iterator over this host's share of each global batch of augmented clips.
@@ -112,9 +112,7 @@ def train_batches(
       index: int64 [b], the global number of the sample.
       failure: str [b]; if the clip replaces one that could not be read, a line "id: reason" for
         each video that failed, on all repeats of the video; else "".
-    and the arrays of `clip_data`, and of a captioned source:
-      text: int32 [b, 77], ids of one of the video's captions, as `tokenizer.tokenize`.
-      identity: int32 [b, 2], see `captions.identity`.
+    and the arrays of `clip_data`, and of a captioned source those of `texts`.
 
     Sample i is repeat `i % repeats` of video `order[i // repeats]`. `order` concatenates seeded
     permutations of all videos, one per epoch, without dropping or padding: a batch may cross
@@ -128,6 +126,7 @@ def train_batches(
       groups: the groups of a global batch that this host makes, out of train.batch_size /
         data.clips_per_grid; all by default.
       clip_data: stored arrays of the clips, added to each batch.
+      texts: what makes arrays of the captions.
       quarantine: clips, by id, that are bad without being tried; grows by those that hang or crash
         their reader.
 
@@ -149,6 +148,7 @@ def train_batches(
         augment=config.data.augment,
         period=plan_groups(config, source),
         clip_data=clip_data,
+        texts=texts,
         balanced=config.data.sampling == "balanced",
         multi_hot=multi_hot_classes(config),
         image_grids=image_grids(config),
@@ -354,6 +354,7 @@ class TrainGroups:
     augment: ConfigDict  # section data.augment
     period: int = 0  # number of groups after which they repeat; 0: never
     clip_data: ClipData | None = None
+    texts: TextArrays = clip_texts  # of a captioned source
     balanced: bool = False  # whether all classes are drawn equally often
     multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
     image_grids: tuple[Grid, ...] = ()  # for steps that show images
@@ -411,16 +412,7 @@ class TrainGroups:
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
-            **(self._captions(records, samples) if records[0].captions else {}),
-        }
-
-    def _captions(self, records: Sequence[Record], samples: np.ndarray) -> Arrays:
-        """The arrays of a captioned source: see `train_batches`."""
-        pairs = zip(records, samples, strict=True)
-        texts = [captions.drawn(record, self.seed, int(sample)) for record, sample in pairs]
-        return {
-            "text": tokenize(texts),
-            "identity": np.stack([captions.identity(record) for record in records]),
+            **(self.texts(records, samples, self.seed) if records[0].captions else {}),
         }
 
     def _read_or_replace(

@@ -8,6 +8,7 @@ from fluxvit_jax.models import padded_sequence
 from fluxvit_jax.models.decoders import DecodersConfig
 from fluxvit_jax.models.fluxvit import PATCH_VALUES, FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
+from fluxvit_jax.models.language_model import LanguageModelConfig
 from fluxvit_jax.models.text_encoder import TextEncoderConfig
 from fluxvit_jax.models.token_merging import schedule
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS
@@ -102,6 +103,25 @@ def text_macs(encoder: TextEncoderConfig) -> tuple[int, int]:
     attention = encoder.depth * 2 * L * L * C
     products = encoder.depth * L * (4 * C * C + 2 * C * encoder.hidden)
     return products + attention + C * encoder.out, attention
+
+
+def connector_macs(width: int, out: int, tokens: int) -> int:
+    """Multiply-accumulates of the two linear layers before a language model."""
+    return tokens * (width * out + out * out)
+
+
+def language_model_macs(
+    model: LanguageModelConfig, tokens: int, scored: int
+) -> tuple[int, int]:
+    """Multiply-accumulates of `tokens` tokens, `scored` of which get scores of the next one.
+
+    Returns them all, and those of attention itself among them.
+    """
+    C, D = model.width, model.head_size
+    projections = 2 * C * D * (model.heads + model.kv_heads)
+    layers = model.depth * tokens * (projections + 3 * C * model.hidden)
+    attention = model.depth * 2 * tokens**2 * model.heads * D
+    return layers + attention + scored * C * model.vocabulary, attention
 
 
 def _embedding_macs(model: Network, patches: int) -> int:

@@ -55,8 +55,9 @@ def freezing_of(freeze: str, depth: int) -> Freezing:
     """What a value of `train.freeze` freezes in a network of `depth` blocks."""
     if freeze == "none":
         return Freezing()
-    if freeze == "all_but_head":
-        return Freezing((*EMBEDDINGS, "blocks", "pool", "fc_norm", "align"))
+    if freeze in ("all_but_head", "all"):
+        head = ("heads",) if freeze == "all" else ()
+        return Freezing((*EMBEDDINGS, "blocks", "pool", "fc_norm", "align", *head))
     if freeze == "backbone" or int(freeze) == depth:
         return Freezing((*EMBEDDINGS, "blocks"))
     return Freezing(EMBEDDINGS, int(freeze))

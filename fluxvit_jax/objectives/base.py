@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
@@ -133,6 +134,11 @@ class Objective:
         return {}
 
     @classmethod
+    def text_arrays(cls, config: ConfigDict) -> TextArrays:
+        """What makes the arrays of a clip's text, where the training lists have captions."""
+        return clip_texts
+
+    @classmethod
     def open_clip_data(cls, config: ConfigDict, source: Source) -> ClipData | None:
         """The source of the arrays of `clip_fields` for the videos of `source`."""
         return None
@@ -185,6 +191,12 @@ def check_objective(config: ConfigDict, training: bool = False) -> None:
         raise UserError(
             f"config.train.freeze: objective {config.train.objective} trains the whole network; "
             'set it to "none"'
+        )
+    adds_nothing = objective.init_params.__func__ is Objective.init_params.__func__  # type: ignore[attr-defined]
+    if config.train.freeze == "all" and adds_nothing:
+        raise UserError(
+            f"config.train.freeze: objective {config.train.objective} trains the network alone, "
+            '"all" leaves nothing of it; set it to "all_but_head"'
         )
     if config.train.multi_label and not objective.takes_multi_label:
         raise UserError(

@@ -376,6 +376,7 @@ def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
         start_step=start,
         groups=local_row_indices(setup.mesh, all_groups).tolist(),
         clip_data=setup.data.clip_data,
+        texts=objective_class(config).text_arrays(config),
         quarantine=quarantine,
     )
 

@@ -1,0 +1,349 @@
+"""Video chat: FluxViT's tokens before a language model, at one token budget or several.
+
+The paper (arXiv 2503.14237, table 10) trains a projector between a frozen FluxViT and a frozen
+language model, and does not tell which model, data and recipe; its base is stage 1 of
+VideoChat-Flash (OpenGVLab/VideoChat-Flash), which is followed here. There each frame has as many
+tokens as the others, and a clip of T frames becomes 16 T tokens; here the tokens that a budget
+keeps are no frame grid, so each budget is divided by `chat.merge`, 16 as there.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from fluxvit_jax.config.fields import REQUIRED
+from fluxvit_jax.config.network import model_config
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
+from fluxvit_jax.convert import language_model_files
+from fluxvit_jax.data.captions import TextArrays
+from fluxvit_jax.data.chat_texts import ChatTexts
+from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.distributed.partition_rules import Rules
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models import blocks, connector, fluxvit, language_model, padded_sequence
+from fluxvit_jax.models.connector import Connector
+from fluxvit_jax.models.flops import connector_macs, language_model_macs
+from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
+from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
+from fluxvit_jax.models.token_selection import NOISY_SELECTORS, GridLimits, Selection, take_prefix
+from fluxvit_jax.objectives import next_token_loss
+from fluxvit_jax.objectives.base import (
+    FROZEN_SCOPE,
+    Fields,
+    Objective,
+    multi_budget_value_and_grad,
+    register,
+)
+from fluxvit_jax.objectives.micro_batches import mapped
+
+Tree = dict[str, Any]
+
+OBJECTIVE = "flux_chat"
+CONNECTOR, LLM = "connector", "llm"  # names among the parameters
+
+
+@register(OBJECTIVE)
+@dataclass(frozen=True)
+class FluxChat(Objective):
+    """The language model's cross entropy of the answers, at every budget.
+
+    The loss of a budget is the mean over all labels of the whole batch, as in the official code;
+    the losses of the budgets are added.
+
+    budgets: decreasing. group: clips that share a grid. parts: of a batch, in which it goes through
+    the networks. merge: tokens of a budget that become one. in_time: whether merged tokens are in
+    the order of the video. train_llm: whether the language model is trained.
+    """
+
+    labelled: ClassVar[bool] = False
+    captioned: ClassVar[bool] = True
+    whole_batch: ClassVar[bool] = True
+    freezes: ClassVar[bool] = True
+    partition_rules: ClassVar[Rules] = (
+        ("connector/fc1/kernel", P("fsdp", None)),  # [C, D]
+        ("connector/fc2/kernel", P(None, "fsdp")),  # [D, D]
+        ("llm/token_embed", P(None, "fsdp")),  # [vocabulary, D]
+        ("llm/output/kernel", P("fsdp", "tensor")),  # [D, vocabulary]
+        ("llm/layers/(q|k|v|gate|up)/kernel", P(None, "fsdp", "tensor")),  # [depth, D, ...]
+        ("llm/layers/(q|k|v)/bias", P(None, "tensor")),
+        ("llm/layers/(proj|down)/kernel", P(None, "tensor", "fsdp")),  # [depth, ..., D]
+    )
+
+    network: FluxViTConfig
+    llm: LanguageModelConfig
+    limits: GridLimits
+    budgets: tuple[int, ...]
+    group: int
+    parts: int
+    merge: int
+    in_time: bool
+    train_llm: bool
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, limits: GridLimits, platform: str) -> "FluxChat":
+        return cls(
+            network=encoder_config(config, platform),
+            llm=llm_config(config),
+            limits=limits,
+            budgets=tuple(config.train.budgets),
+            group=config.data.clips_per_grid,
+            parts=config.train.grad_accum_steps,
+            merge=config.chat.merge,
+            in_time=config.chat.order == "time",
+            train_llm=trains_llm(config),
+        )
+
+    @classmethod
+    def check(cls, config: ConfigDict) -> None:
+        if config.model.classes != NO_CLASSES:
+            raise UserError(
+                f"config.model.classes: {config.model.classes}, but answers have no classes; "
+                f"leave it {NO_CLASSES}"
+            )
+        if config.train.freeze != "all":
+            raise UserError('config.train.freeze: flux_chat trains no video network; set it "all"')
+        for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
+            if config.train[name]:
+                raise UserError(f"config.train.{name}: flux_chat has no such thing; leave it 0")
+        if config.data.validation:
+            raise UserError(
+                "config.data.validation: flux_chat is not evaluated on the way; leave it empty"
+            )
+        if config.model.selector.rounding != "exact":
+            raise UserError("config.model.selector.rounding: flux_chat takes exact budgets only")
+        depth = VARIANTS[config.model.variant].depth
+        if config.chat.layer < -depth:
+            raise UserError(
+                f"config.chat.layer: {config.chat.layer}, and {config.model.variant} has {depth} "
+                f"blocks; -{depth} is the first"
+            )
+        fewest = config.data.grids.tokens[0]
+        for budget in config.train.budgets:
+            if budget > fewest:
+                raise UserError(
+                    f"config.train.budgets: {budget} tokens, and a grid may have "
+                    f"{fewest} (data.grids.tokens); a language model takes full budgets only"
+                )
+            if budget % config.chat.merge:
+                raise UserError(
+                    f"config.chat.merge: {budget} tokens of train.budgets do not divide by "
+                    f"{config.chat.merge}"
+                )
+
+    @classmethod
+    def check_for_training(cls, config: ConfigDict) -> None:
+        if config.chat.llm in ("", REQUIRED):
+            raise UserError(
+                "no language model: add --config.chat.llm=FOLDER, such as a copy of "
+                "Qwen2.5-7B-Instruct"
+            )
+
+    @classmethod
+    def init_params(cls, config: ConfigDict, key: jax.Array) -> Tree:
+        params: Tree = {CONNECTOR: fluxvit.split(_connector(config, nnx.Rngs(key)))[1]}
+        if trains_llm(config):
+            rngs = nnx.Rngs(jax.random.fold_in(key, 1))
+            params[LLM] = fluxvit.split(LanguageModel(llm_config(config), rngs))[1]
+        return params
+
+    @classmethod
+    def load_initial(cls, config: ConfigDict) -> Tree:
+        if not trains_llm(config):
+            return {}
+        shapes = language_model_files.shapes(llm_config(config))
+        return {LLM: language_model_files.read(config.chat.llm, shapes)}
+
+    @classmethod
+    def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:
+        """The language model, in the compute dtype."""
+        if trains_llm(config):
+            return {}
+        tree = {LLM: language_model_files.shapes(llm_config(config))}
+        partition_rules.check(tree, mesh, "the language model", cls.partition_rules)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(
+                leaf.shape, jnp.dtype(config.model.dtype), sharding=sharding
+            ),
+            tree,
+            partition_rules.shardings(tree, mesh, cls.partition_rules),
+        )
+
+    @classmethod
+    def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
+        expected = cls.abstract_frozen(config, mesh)
+        if not expected:
+            return {}
+        say(f"the language model is {config.chat.llm}")
+        return {LLM: language_model_files.read(config.chat.llm, expected[LLM])}
+
+    @classmethod
+    def frozen_identity(cls, config: ConfigDict) -> dict[str, str]:
+        if trains_llm(config):
+            return {}
+        return {LLM: language_model_files.fingerprint(config.chat.llm)}
+
+    @classmethod
+    def clip_fields(cls, config: ConfigDict) -> Fields:
+        tokens = config.chat.text_tokens
+        return {name: ((tokens,), "int32") for name in ("text", "labels")} | {
+            "place": ((), "int32")
+        }
+
+    @classmethod
+    def text_arrays(cls, config: ConfigDict) -> TextArrays:
+        chat = config.chat
+        return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
+
+    @classmethod
+    def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
+        """The language model counts twice where it is frozen: gradients pass through it."""
+        llm = llm_config(config)
+        trained = frozen = attention = 0.0
+        for budget in config.train.budgets:
+            tokens = budget // config.chat.merge
+            trained += connector_macs(encoder_config(config).width, llm.width, tokens)
+            all_macs, attention_only = language_model_macs(
+                llm, tokens + config.chat.text_tokens - 1, config.chat.text_tokens
+            )
+            if trains_llm(config):
+                trained += all_macs
+            else:
+                frozen += 2 * all_macs
+                attention += 2 * attention_only
+        return trained, frozen, attention
+
+    def value_and_grad(self, params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """As in `Objective`; `frozen` holds the video network and may hold the language model."""
+        clips = {name: batch[name] for name in ("patches", "grid")}
+        if self.network.selector in NOISY_SELECTORS:
+            clips["key"] = jax.vmap(lambda key: jax.random.split(key, 1)[0])(batch["key"])
+        video_network = encoder_params(frozen, self.network)
+        with jax.named_scope(FROZEN_SCOPE):
+            kept = self._mapped(self._select, video_network, clips)
+        texts = {name: batch[name] for name in ("text", "labels", "place")}
+        total = next_token_loss.labels_counted(batch["labels"])
+        added = {name: params[name] for name in (CONNECTOR, LLM) if name in params}
+
+        def loss_at(params: Tree, _: None, i: int, carry: None) -> tuple[jax.Array, tuple]:
+            tokens = padded_sequence.patch_budget(self.budgets[i], self.network.cls)
+            own = clips | {"kept": take_prefix(kept, tokens, self.limits.fewest_tokens)}
+            with jax.named_scope(FROZEN_SCOPE):
+                features = self._mapped(self._features, video_network, own)
+            losses, hits = self._mapped(
+                lambda params, clips: self._scores(params | _llm_of(frozen), clips),
+                params,
+                texts | {"features": features},
+            )
+            loss = jnp.sum(losses) / total
+            return loss, ({"answer": loss, "top1": jnp.sum(hits) / total}, None)
+
+        gradients, metrics = multi_budget_value_and_grad(
+            loss_at, lambda params: [None] * len(self.budgets), added, self.budgets
+        )
+        return gradients, metrics
+
+    def _mapped(self, function: Any, params: Tree, clips: Tree) -> Any:
+        return mapped(function, params, clips, self.parts, self.group)
+
+    def _select(self, params: Tree, clips: Tree) -> Selection:
+        """The tokens of the largest budget; those of smaller ones are prefixes."""
+        model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
+        patches = fluxvit.normalize(clips["patches"], jnp.dtype(self.network.dtype))
+        return model.select(
+            patches, clips["grid"], self.budgets[0], self.limits, clips.get("key")
+        )
+
+    def _features(self, params: Tree, clips: Tree) -> jax.Array:
+        model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
+        grids = clips["grid"][:: self.group]
+        return features(model, clips["patches"], grids, clips["kept"], self.limits)
+
+    def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
+        """Of each clip the sum of its answer's losses and the number of its hits."""
+        llm: LanguageModel = fluxvit.from_params(
+            language_model.graphdef(self.llm), params[LLM]
+        )
+        projector: Connector = fluxvit.from_params(_connector_graph(self.llm, self.network), params[CONNECTOR])
+        video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
+        place = clips["place"]
+        embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)
+        hidden = llm.encode(embeddings, remat=True)
+        return next_token_loss.answer_scores(hidden, clips["labels"], place, llm.logits)
+
+
+def trains_llm(config: ConfigDict) -> bool:
+    """Whether the language model is trained too."""
+    return config.chat.train == "projector+llm"
+
+
+def llm_config(config: ConfigDict) -> LanguageModelConfig:
+    """The language model in the compute dtype. Raises UserError as `read_config`."""
+    return language_model_files.read_config(config.chat.llm).in_dtype(config.model.dtype)
+
+
+def encoder_config(config: ConfigDict, platform: str = "") -> FluxViTConfig:
+    """The video network up to the block whose tokens are projected."""
+    network = model_config(config, platform)
+    depth = network.depth + 1 + config.chat.layer
+    return replace(network, depth=depth, frozen_blocks=depth, drop_path=0.0)
+
+
+def encoder_params(params: Tree, network: FluxViTConfig) -> Tree:
+    """The parameters of that network, of those of the whole one."""
+    whole = fluxvit.network_params(params)
+    cut = jax.tree.map(
+        lambda leaf: leaf[: network.depth], whole["blocks"], is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return whole | {"blocks": cut}
+
+
+def features(
+    model: FluxViT,
+    patches: jax.Array,
+    grid: jax.Array,
+    kept: Selection,
+    limits: GridLimits,
+) -> jax.Array:
+    """The tokens of kept patches, [B, N, C], in the order t, h, w and without CLS.
+
+    model: up to the block whose tokens are projected; patches: uint8 [B, P, 588]; grid: int32
+    [G, 3], one for each run of B / G clips.
+    """
+    ordered = Selection(jnp.sort(kept.token_index, axis=1), None)
+    tokens = fluxvit.normalize(
+        fluxvit.gather_tokens(patches, ordered), jnp.dtype(model.config.dtype)
+    )
+    position = model.position(grid, ordered.token_index, limits)
+    return model.encode(tokens, position, ordered)[:, 1:]
+
+
+def project(
+    projector: Connector, tokens: jax.Array, merge: int, heads: int, in_time: bool
+) -> jax.Array:
+    """What the language model reads of a video, [B, N / merge, D]; tokens: [B, N, C]."""
+    merged = connector.merge(tokens, tokens.shape[1] // merge, heads)
+    return projector((connector.in_order(merged) if in_time else merged).tokens)
+
+
+def _connector(config: ConfigDict, rngs: nnx.Rngs) -> Connector:
+    return _make_connector(llm_config(config), encoder_config(config), rngs)
+
+
+def _make_connector(llm: LanguageModelConfig, network: FluxViTConfig, rngs: nnx.Rngs) -> Connector:
+    return Connector(network.width, llm.width, jnp.dtype(network.dtype), rngs)
+
+
+def _connector_graph(llm: LanguageModelConfig, network: FluxViTConfig) -> nnx.GraphDef:
+    return blocks.graphdef(lambda rngs: _make_connector(llm, network, rngs))
+
+
+def _llm_of(frozen: Tree) -> Tree:
+    return {name: frozen[name] for name in (LLM,) if name in frozen}
