@@ -188,6 +188,17 @@ def make_clip(captions: Path, root: Path, **changes) -> ConfigDict:
     return make_config(root, **own | changes)
 
 
+def make_chat(captions: Path, root: Path, llm: Path, **changes) -> ConfigDict:
+    """The config of video chat, stage 1, on captions, with a language model's folder."""
+    own = {
+        **{"train__objective": "flux_chat", "train__freeze": "all", "chat__llm": str(llm)},
+        **{"chat__merge": 3, "chat__text_tokens": 24, "train__align_weight": 0.0},
+        **{"data__grids__tokens": (24, 54)},
+        **{"optim__learning_rate": 3e-3, "optim__layer_decay": 1.0, "optim__weight_decay": 0.0},
+    }
+    return make_clip(captions, root, **own | changes)
+
+
 def write_clip_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
     """A workdir of `make_clip`'s config with random weights, as if a run had ended there."""
     keys = jax.random.split(jax.random.key(seed))

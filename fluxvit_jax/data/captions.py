@@ -8,7 +8,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _JOINTS = str.maketrans("-/", "  ")
 
 
+@runtime_checkable
 class TextArrays(Protocol):
     """Makes arrays, [B, ...], of the texts of B samples; pickles, for worker processes."""
 

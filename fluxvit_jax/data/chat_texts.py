@@ -47,7 +47,7 @@ class ChatTexts:
         labels = np.full(shape, IGNORED, np.int32)
         place = np.zeros(len(records), np.int32)
         for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
-            turns = record.conversation or (
+            turns = getattr(record, "conversation", ()) or (
                 QUESTION,
                 Turn(ASSISTANT, captions.drawn(record, seed, int(sample))),
             )

@@ -110,9 +110,7 @@ def connector_macs(width: int, out: int, tokens: int) -> int:
     return tokens * (width * out + out * out)
 
 
-def language_model_macs(
-    model: LanguageModelConfig, tokens: int, scored: int
-) -> tuple[int, int]:
+def language_model_macs(model: LanguageModelConfig, tokens: int, scored: int) -> tuple[int, int]:
     """Multiply-accumulates of `tokens` tokens, `scored` of which get scores of the next one.
 
     Returns them all, and those of attention itself among them.

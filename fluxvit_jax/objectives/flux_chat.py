@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
@@ -257,9 +256,7 @@ class FluxChat(Objective):
         """The tokens of the largest budget; those of smaller ones are prefixes."""
         model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
         patches = fluxvit.normalize(clips["patches"], jnp.dtype(self.network.dtype))
-        return model.select(
-            patches, clips["grid"], self.budgets[0], self.limits, clips.get("key")
-        )
+        return model.select(patches, clips["grid"], self.budgets[0], self.limits, clips.get("key"))
 
     def _features(self, params: Tree, clips: Tree) -> jax.Array:
         model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
@@ -268,10 +265,10 @@ class FluxChat(Objective):
 
     def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
         """Of each clip the sum of its answer's losses and the number of its hits."""
-        llm: LanguageModel = fluxvit.from_params(
-            language_model.graphdef(self.llm), params[LLM]
+        llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
+        projector: Connector = fluxvit.from_params(
+            _connector_graph(self.llm, self.network), params[CONNECTOR]
         )
-        projector: Connector = fluxvit.from_params(_connector_graph(self.llm, self.network), params[CONNECTOR])
         video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
         place = clips["place"]
         embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)

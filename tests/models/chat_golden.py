@@ -1,6 +1,7 @@
 """Golden language models as folders, as Hugging Face has them."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def write_tensors(folder: Path, state: dict[str, np.ndarray], files: int = 1) ->
         places |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": places}
     (folder / language_model_files.INDEX).write_text(json.dumps(index))
+
+
+def write_stage1_folder(folder: Path) -> Path:
+    """The golden language model of stage 1 with its tokenizer, as a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((CHAT / "prompts.json").read_text())["model"]["config"]
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    shutil.copy(CHAT / "tokenizer.json", folder)
+    state = {
+        name.removeprefix("weights."): STAGE1[name]
+        for name in STAGE1.files
+        if name.startswith("weights.") and "mm_projector" not in name
+    }
+    write_tensors(folder, state)
+    return folder

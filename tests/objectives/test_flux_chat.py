@@ -1,0 +1,109 @@
+"""Video chat against numbers of the official code."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+from fluxvit_jax.convert import language_model_files
+from fluxvit_jax.models import blocks, fluxvit
+from fluxvit_jax.models.connector import Connector, merge
+from fluxvit_jax.models.language_model import graphdef
+from fluxvit_jax.objectives.next_token_loss import answer_scores, labels_counted, with_video
+from tests.models.chat_golden import CHAT, STAGE1, write_stage1_folder
+
+PROMPTS = json.loads((CHAT / "prompts.json").read_text())
+VIDEO = -200
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    folder = write_stage1_folder(tmp_path_factory.mktemp("llm"))
+    config = language_model_files.read_config(folder)
+    params = language_model_files.read(folder, language_model_files.shapes(config))
+    return fluxvit.from_params(graphdef(config), jax.tree.map(jnp.asarray, params))
+
+
+def projector_weights():
+    return {
+        ours: {
+            "kernel": STAGE1[f"weights.model.mm_projector.mlp.{theirs}.weight"].T,
+            "bias": STAGE1[f"weights.model.mm_projector.mlp.{theirs}.bias"],
+        }
+        for ours, theirs in (("fc1", 0), ("fc2", 2))
+    }
+
+
+def close(found, expected, tolerance):
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("run", PROMPTS["runs"])
+def test_golden_stage_1(llm, run):
+    """Features of the encoder to the loss, and the gradients of the projector and the features.
+
+    The official code merges clips of four frames, and images, by themselves.
+    """
+    case, sizes = PROMPTS["runs"][run], PROMPTS["model"]["connector"]
+    golden = {n.removeprefix(f"{run}."): x for n, x in STAGE1.items() if n.startswith(f"{run}.")}
+    graph = blocks.graphdef(partial(Connector, sizes["width"], sizes["hidden"], jnp.float32))
+    rows = range(len(case["lengths"]))
+    features = [jnp.asarray(golden[f"features.{row}"]) for row in rows]
+    labels = jnp.asarray(golden["labels_in"])
+    assert labels_counted(labels) == case["labels_counted"]
+
+    def embedded(params, features, row):
+        clip = min(len(features), sizes["frames_a_clip"])
+        tokens = rearrange(features, "(c t) n d -> c (t n) d", t=clip)
+        merged = merge(tokens, 64, sizes["heads"]).tokens
+        video = rearrange(fluxvit.from_params(graph, params)(merged), "c n d -> 1 (c n) d")
+        ids = golden["input_ids"][row][None]
+        place = jnp.asarray(np.argmax(ids == VIDEO, axis=1))
+        return with_video(llm.embed(np.maximum(ids, 0)), video, place), place
+
+    @jax.jit
+    def loss(params, features):
+        total = 0.0
+        for row in rows:
+            x, place = embedded(params, features[row], row)
+            hidden = llm.encode(x, remat=True)
+            total += answer_scores(hidden, labels[row][None], place, llm.logits)[0][0]
+        return total / labels_counted(labels)
+
+    for row in rows:
+        x = embedded(projector_weights(), features[row], row)[0][0]
+        real = golden["attention_mask"][row] == 1
+        close(x[: real.sum()], golden["inputs_embeds"][row][real], 2e-6)
+    value, (d_params, d_features) = jax.value_and_grad(loss, argnums=(0, 1))(
+        projector_weights(), features
+    )
+    assert value == pytest.approx(case["loss"], rel=1e-6)
+    for ours, theirs in (("fc1", 0), ("fc2", 2)):
+        name = f"d.model.mm_projector.mlp.{theirs}"
+        close(d_params[ours]["kernel"].T, golden[f"{name}.weight"], 1e-5)
+        close(d_params[ours]["bias"], golden[f"{name}.bias"], 1e-5)
+    for row in rows:
+        close(d_features[row], golden[f"d_features.{row}"], 1e-5)
+
+
+def test_only_the_tokens_before_labels_are_scored(llm):
+    """By hand: a text of several parts, with labels on both sides of its video."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    T, K, place = 45, 7, 3
+    text, video = (jax.random.normal(key, (1, n, 48)) for key, n in zip(keys, (T, K), strict=True))
+    labels = np.full((1, T), -100)
+    labels[0, [0, 2, 4, 40]] = 5, 6, 7, 8  # the first one has nothing before it
+    x = with_video(text, video, jnp.array([place]))
+    np.testing.assert_array_equal(
+        x[0], np.concatenate([text[0, :place], video[0], text[0, place + 1 :]])
+    )
+    hidden = llm.encode(x)
+    scores = jax.nn.log_softmax(llm.logits(hidden))[0]
+    expected = -(scores[1, 6] + scores[place + K - 1, 7] + scores[40 + K - 2, 8])
+    losses, hits = answer_scores(hidden, jnp.asarray(labels), jnp.array([place]), llm.logits)
+    assert float(losses[0]) == pytest.approx(float(expected), rel=1e-6)
+    assert (hits[0], labels_counted(labels)) == (0, 3)
