@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from etils import epath
 
+from fluxvit_jax.data.chat_templates import Turn
 from fluxvit_jax.data.class_names import KnownNames, is_dataset, normalized, of_dataset
 from fluxvit_jax.data.random_streams import HOLDOUT_STREAM, stream_rng
 from fluxvit_jax.distributed import storage
@@ -29,6 +30,7 @@ SEPARATOR = "|"  # of several labels of a video
 
 Label = int | tuple[int, ...]  # a tuple, rising, in multi-label lists
 Segment = tuple[int, int]  # the first frame of a clip within a video, and the one after its last
+Seconds = tuple[float, float]  # where a clip within a video begins and ends
 
 # Names of columns are made of these words: path, video_id, ClassIndex.
 _COLUMN_NAME = re.compile(
@@ -53,7 +55,9 @@ class Example(NamedTuple):
     label: Label
     source: str  # absolute path, or one of a bucket
     captions: tuple[str, ...] = ()
-    segment: Segment | None = None  # None: the whole video
+    segment: Segment | None = None  # None: the whole video, or its `seconds`
+    conversation: tuple[Turn, ...] = ()
+    seconds: Seconds | None = None
 
 
 class Record(NamedTuple):
@@ -65,7 +69,9 @@ class Record(NamedTuple):
     flip: bool = True  # whether training may mirror it
     failure: str = ""  # why the record cannot be read; then id and label are not known either
     captions: tuple[str, ...] = ()
-    segment: Segment | None = None  # None: the whole video
+    segment: Segment | None = None  # None: the whole video, or its `seconds`
+    conversation: tuple[Turn, ...] = ()
+    seconds: Seconds | None = None
 
 
 @runtime_checkable
@@ -89,8 +95,8 @@ class Source(Protocol):
         """Comparison of sources without reading any file.
 
         {"videos": number, "ids": sha256 of all ids in order, "labels": sha256 of all labels in
-        order}, of captioned videos "captions" in place of labels; of a folder prepared without
-        these, {"videos": number, "content": sha256}.
+        order}, of captioned videos "captions" in place of labels, of those with conversations
+        "conversations"; of a folder prepared without these, {"videos": number, "content": sha256}.
         """
 
     @property
@@ -296,6 +302,8 @@ class FileSource:
             example.source,
             captions=example.captions,
             segment=example.segment,
+            conversation=example.conversation,
+            seconds=example.seconds,
         )
 
 

@@ -39,10 +39,16 @@ def is_image(source: str | os.PathLike | bytes) -> bool:
 class Image:
     """An image with the interface of a `Video` of one frame; EXIF rotation is applied.
 
+    Attributes:
+      name: the image's name in errors.
+      frame_rate: 0, as of a video whose file does not say.
+
     Raises:
       DecodeError: the file is missing, or is no image that can be read whole.
       UserError: the bucket cannot be read.
     """
+
+    frame_rate = 0.0
 
     def __init__(self, source: str | os.PathLike | bytes, name: str | None = None):
         self.name = name or ("image in memory" if isinstance(source, bytes) else os.fspath(source))

@@ -84,8 +84,11 @@ class Mixture:
             f"{part.source.identity.get('ids', part.source.fingerprint)} {part.weight} {part.flip}"
             for part in self.parts
         ]
-        captions = [str(part.source.identity.get("captions", "")) for part in self.parts]
-        own = {"captions": digest(captions)} if any(captions) else {}
+        own = {}
+        for name in ("captions", "conversations"):
+            texts = [str(part.source.identity.get(name, "")) for part in self.parts]
+            if any(texts):
+                own[name] = digest(texts)
         return {"videos": len(self), "ids": digest(rows), **own}
 
     @property
@@ -161,7 +164,7 @@ def open_mixture(
     open_list = open_captioned if captioned else partial(open_source, labelled=False)
     if not _is_mixture(path):
         part = Part(name=storage.display_name(path), source=open_list(path, root))
-        return _mixed([part], captioned)
+        return mixed([part], captioned)
     text = text_of(path, errors="surrogateescape")
     rows = csv.reader(io.StringIO(text), skipinitialspace=True)
     columns = [column.strip() for column in next(rows)]
@@ -170,12 +173,12 @@ def open_mixture(
     parts = [_part(open_list, path, rows.line_num, columns, row) for row in rows if row]
     if not parts:
         raise UserError(f"{path}: names no source; write one a line: {','.join(COLUMNS)}")
-    return _mixed(parts, captioned)
+    return mixed(parts, captioned)
 
 
-def _mixed(parts: Sequence[Part], captioned: bool) -> Mixture:
-    """The mixture of parts; images with captions become parts of their own."""
-    if not captioned:
+def mixed(parts: Sequence[Part], with_texts: bool) -> Mixture:
+    """The mixture of parts; with captions or conversations, images become parts of their own."""
+    if not with_texts:
         return Mixture(tuple(parts))
     split = []
     for part in parts:

@@ -447,7 +447,7 @@ class TrainGroups:
         rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
         augment = self.augment if record.flip else self._augment_unflipped
         with self.open_video(record.video) as opened:
-            first, end = segment_of(record, len(opened))
+            first, end = segment_of(record, opened)
             indices = [first + train_frames(end - first, grid.frames, rng) for rng in rngs]
             frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
         size = grid.rows * PATCH

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxvit_jax.data.annotations import Record, Source
-from fluxvit_jax.data.decoding import DecodeError
-from fluxvit_jax.data.images import open_clip
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.images import Image, open_clip
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
@@ -35,11 +35,24 @@ def reading_video(source: Source, number: int, quarantine: Quarantine) -> Iterat
             raise DecodeError(record.id, error.reason) from error
 
 
-def segment_of(record: Record, length: int) -> tuple[int, int]:
-    """The first frame of a record's clip in its video of `length` frames, and the one after.
+def segment_of(record: Record, video: Video | Image) -> tuple[int, int]:
+    """The first frame of a record's clip in its video, and the one after its last.
 
-    Raises DecodeError if the video ends before.
+    A clip in seconds has at least one frame, and ends with the video at the latest.
+
+    Raises DecodeError if the video ends before, or does not tell how long a second is.
     """
+    length = len(video)
+    if record.seconds:
+        start, stop = record.seconds
+        if not video.frame_rate:
+            raise DecodeError(record.id, "tells no frames per second, and the list names seconds")
+        first = int(start * video.frame_rate)
+        if first >= length:
+            lasts = length / video.frame_rate
+            raise DecodeError(record.id, f"lasts {lasts:.2f} s, and the list names {start} s")
+        frames = max(1, int((stop - start) * video.frame_rate))
+        return first, min(first + frames, length)
     first, end = record.segment or (0, length)
     if end > length:
         raise DecodeError(record.id, f"has {length} frames, and the list names {first} to {end}")

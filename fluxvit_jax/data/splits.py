@@ -191,6 +191,7 @@ def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> st
         "ids": "other videos, or the same in another order",
         "labels": "other labels for the same videos",
         "captions": "other captions for the same videos",
+        "conversations": "other conversations about the same videos",
         "content": "other videos or labels",
     }
     for name, difference in words.items():
