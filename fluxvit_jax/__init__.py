@@ -6,6 +6,7 @@ video = fluxvit_jax.read_video("a.mp4", frames=16)  # uint8 [16, height, width, 
 out = model(video, tokens=1024)               # out.logits, out.pooled, out.tokens_kept
 best = fluxvit_jax.plan(WORKDIR, milliseconds=8)  # best.budget, best.frames, best.resolution
 best = fluxvit_jax.plan(WORKDIR, average_milliseconds=8)  # model.run_cascade("a.mp4", best.cascade)
+chat = fluxvit_jax.load_chat(WORKDIR)  # chat.ask("a.mp4", "What happens?", tokens=512)
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,11 @@ from fluxvit_jax.version import __version__
 if TYPE_CHECKING:
     from fluxvit_jax.adaptive.planner import plan
     from fluxvit_jax.data.clips import read_video
+    from fluxvit_jax.deploy.chat import load_chat
     from fluxvit_jax.deploy.exported import load_exported
     from fluxvit_jax.deploy.pretrained import from_pretrained
 
-__all__ = ["__version__", "from_pretrained", "load_exported", "plan", "read_video"]
+__all__ = ["__version__", "from_pretrained", "load_chat", "load_exported", "plan", "read_video"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from fluxvit_jax.deploy.pretrained import from_pretrained
 
         return from_pretrained
+    if name == "load_chat":
+        from fluxvit_jax.deploy.chat import load_chat
+
+        return load_chat
     if name == "load_exported":
         from fluxvit_jax.deploy.exported import load_exported
 

@@ -16,7 +16,7 @@ OF_A_RUN = {
     "cache": "fluxvit_jax.training.cache_targets",
     "preflight": "fluxvit_jax.preflight",
 }
-OF_WEIGHTS = ("predict", "export")  # modes that need weights, and take a recipe's settings
+OF_WEIGHTS = ("predict", "export", "chat")  # modes that need weights, and take a recipe's settings
 MODES = (*OF_A_RUN, *OF_WEIGHTS)
 
 # What `--help` says of a mode, and the sections of the config that concern it.
@@ -28,6 +28,7 @@ ABOUT = {
     "preflight": "whether the run would compile and fit, on devices that need not be there",
     "predict": "classes of one video, as a page, or of a folder of videos, as a CSV",
     "export": "one folder for a server, which needs JAX only",
+    "chat": "questions about a video, answered by a language model",
 }
 _NETWORK = ("seed", "model", "data", "parallel")
 SECTIONS = {
@@ -38,6 +39,7 @@ SECTIONS = {
     "preflight": (*_NETWORK, "train", "distill", "clip", "chat", "optim", "eval", "preflight"),
     "predict": ("eval",),
     "export": ("eval",),
+    "chat": (),
 }
 EXAMPLES = {
     "train": (
@@ -64,6 +66,11 @@ EXAMPLES = {
         '--mode=predict --workdir=runs/clip --video=video.mp4 --classes="a cat,a dog"',
     ),
     "export": ("--mode=export --workdir=runs/mine --out=exported",),
+    "chat": (
+        "--mode=chat --checkpoint=runs/chat --llm=Qwen2.5-7B-Instruct --video=video.mp4 "
+        "--tokens=512",
+        '--mode=chat --checkpoint=runs/chat --video=videos --question="What happens?"',
+    ),
 }
 HELP = ("-h", "-?", "-help", "--help", "--helpshort")
 
@@ -102,15 +109,23 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", "", f"{cluster}ADDRESS:PORT on which the first listens.")
     flags.DEFINE_integer("hosts", 0, f"{cluster}number of processes.")
     flags.DEFINE_integer("host", -1, f"{cluster}number of this one, from 0.")
-    mode = "predict, export: "
+    mode = "predict, export, chat: "
     flags.DEFINE_string(
         "checkpoint", None, f"{mode}weights of any form, or hf://OWNER/NAME; default: the workdir."
     )
-    flags.DEFINE_string("network", "", f"{mode}config.json with what the weights do not determine.")
+    flags.DEFINE_string(
+        "network", "", "predict, export: config.json with what the weights do not determine."
+    )
     flags.DEFINE_list("tokens", [], f"{mode}budgets, such as 1024,512; default: the checkpoint's.")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], f"{mode}of the computation.")
     flags.DEFINE_string("out", None, f"{mode}folder to write; default: WORKDIR/MODE, or MODE.")
-    flags.DEFINE_string("video", "", "predict: a video file, or a folder of them.")
+    flags.DEFINE_string("video", "", "predict, chat: a video file, or a folder of them.")
+    flags.DEFINE_string(
+        "question", "", "chat: to be answered; default: questions are read from the terminal."
+    )
+    flags.DEFINE_string(
+        "llm", "", "chat: folder of the language model; default: where the run had it."
+    )
     flags.DEFINE_string("window", "", "predict: also in windows of so long, such as 4s.")
     flags.DEFINE_string("stride", "", "predict: from window to window; default: the window.")
     flags.DEFINE_integer("top", 5, "predict: number of classes to name.")

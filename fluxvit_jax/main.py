@@ -129,6 +129,9 @@ def _run_weights(options: "flags.FlagValues") -> int:
                 options.config,
                 options.workdir,
             )
+    if options.mode == "chat":
+        with storage.write_errors(out):
+            return _run_chat(options, weights, out, tokens)
     settings = predict.Options(
         weights=weights,
         out=out,
@@ -150,6 +153,24 @@ def _run_weights(options: "flags.FlagValues") -> int:
     )
     with storage.write_errors(out):
         return predict.run(settings, options.config)
+
+
+def _run_chat(options: "flags.FlagValues", weights: str, out: str, tokens: Sequence[int]) -> int:
+    from fluxvit_jax.deploy import chat_mode
+
+    if len(tokens) > 1:
+        raise UserError(f"--tokens={','.join(options.tokens)}: a chat has one budget; name one")
+    return chat_mode.run(
+        chat_mode.Options(
+            checkpoint=weights,
+            out=out,
+            video=options.video,
+            llm=options.llm,
+            tokens=tokens[0] if tokens else None,
+            question=options.question,
+            dtype=options.dtype,
+        )
+    )
 
 
 def _show(text: str) -> None:

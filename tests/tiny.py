@@ -27,7 +27,7 @@ from fluxvit_jax.convert.official_names import INTERNVIDEO2
 from fluxvit_jax.distributed import checksums
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
-from fluxvit_jax.objectives.flux_clip import FluxCLIP
+from fluxvit_jax.objectives.base import objective_class
 from tests import limited
 from tests.data.videos import moving_texture, write_video
 
@@ -201,16 +201,30 @@ def make_chat(captions: Path, root: Path, llm: Path, **changes) -> ConfigDict:
 
 def write_clip_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
     """A workdir of `make_clip`'s config with random weights, as if a run had ended there."""
+    params = _random_params(config, seed)
+    params["temperature"] = np.float32(config.clip.temperature)
+    return _write_run(workdir, config, params)
+
+
+def write_chat_run(workdir: Path, config: ConfigDict, seed: int = 0) -> Path:
+    """Likewise of `make_chat`'s config."""
+    return _write_run(workdir, config, _random_params(config, seed))
+
+
+def _random_params(config: ConfigDict, seed: int) -> dict:
     keys = jax.random.split(jax.random.key(seed))
     params = fluxvit.init_params(model_config(config), keys[0])
-    params |= FluxCLIP.init_params(config, keys[1])
+    params |= objective_class(config).init_params(config, keys[1])
     rng = np.random.default_rng(seed)  # initial biases are 0, and hide what leaves them out
-    params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.02, x.shape)), params)
-    params["temperature"] = np.float32(config.clip.temperature)
+    return jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.02, x.shape)), params)
+
+
+def _write_run(workdir: Path, config: ConfigDict, params: dict) -> Path:
     workdir.mkdir(parents=True)
     with checkpointer.Checkpoints(workdir, keep=1, every=1) as checkpoints:
         state = {"params": params, "step": np.int32(0)}
-        about = {"class_names": [], "frozen": FluxCLIP.frozen_identity(config)}
+        frozen = objective_class(config).frozen_identity(config)
+        about = {"class_names": [], "frozen": frozen}
         checkpoints.save(0, state, about, config)
     write_config(workdir, config)
     return workdir

@@ -7,24 +7,15 @@ from functools import cached_property
 
 import numpy as np
 
-from fluxvit_jax.data import captions
 from fluxvit_jax.data.annotations import Record
-from fluxvit_jax.data.chat_templates import (
-    ASSISTANT,
-    IGNORED,
-    USER,
-    VIDEO,
-    Turn,
-    encode_conversation,
-)
+from fluxvit_jax.data.chat_templates import IGNORED, VIDEO, encode_conversation
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
-
-QUESTION = Turn(USER, "<image>\nDescribe the video.")  # of a caption; "plain" leaves it out
+from fluxvit_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class ChatTexts:
-    """Makes ids and labels of records' conversations or captions: see `captions.TextArrays`.
+    """Makes ids and labels of records' conversations: see `captions.TextArrays`.
 
     folder: of the language model; template, labels: see `encode_conversation`; tokens: of a text,
     the video's place counted as one.
@@ -46,12 +37,10 @@ class ChatTexts:
         text = np.full(shape, self._tokenizer.padding, np.int32)
         labels = np.full(shape, IGNORED, np.int32)
         place = np.zeros(len(records), np.int32)
-        for row, (record, sample) in enumerate(zip(records, samples, strict=True)):
-            turns = getattr(record, "conversation", ()) or (
-                QUESTION,
-                Turn(ASSISTANT, captions.drawn(record, seed, int(sample))),
+        for row, record in enumerate(records):
+            ids, own = encode_conversation(
+                record.conversation, self._tokenizer, self.template, self.labels
             )
-            ids, own = encode_conversation(turns, self._tokenizer, self.template, self.labels)
             if len(ids) > self.tokens:
                 logging.warning(
                     "%s: its text of %d tokens is cut to %d (config.chat.text_tokens)",
@@ -59,7 +48,12 @@ class ChatTexts:
                 )  # fmt: skip
                 ids, own = ids[: self.tokens], own[: self.tokens]
             text[row, : len(ids)], labels[row, : len(own)] = ids, own
-            place[row] = np.flatnonzero(ids == VIDEO)[0]
+            if VIDEO not in ids:
+                raise UserError(
+                    f"config.chat.text_tokens: {self.tokens} tokens of {record.id} end before its "
+                    "video; set more"
+                )
+            place[row] = np.argmax(ids == VIDEO)
             text[row, place[row]] = self._tokenizer.padding
         return {"text": text, "labels": labels, "place": place}
 

@@ -3,6 +3,7 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +37,17 @@ class ClipCost:
     videos: int | None  # number of training videos; None where unknown
 
 
-def clip_cost(config: ConfigDict, labelled: bool = True, captioned: bool = False) -> ClipCost:
-    """Cost measured on the videos of `data.train` or, without them, on a synthetic video."""
+def clip_cost(
+    config: ConfigDict, open_training: Callable[[ConfigDict], Source] = training_source
+) -> ClipCost:
+    """Cost measured on the videos of `data.train` or, without them, on a synthetic video.
+
+    open_training: opens the videos; see `Objective.open_training`.
+    """
     videos, reason = None, "config.data.train names none"
     if config.data.train:
         try:
-            source = training_source(config, labelled, captioned)
+            source = open_training(config)
             videos = len(source)
             seconds = _seconds_a_clip(config, source)
             size = _mean_size(source) / config.data.repeated_aug

@@ -5,8 +5,9 @@ A list is JSON or JSON Lines of items:
     {"video" or "image": path, "conversations": [{"from": "human", "value": "<image>\\n.."},
      {"from": "gpt", "value": ".."}], "start": seconds, "end": seconds}
 
-with start and end for a part of a video. Paths are relative to a root. Several lists are named by
-YAML, or by JSON of the same shape:
+with start and end for a part of a video. In place of "conversations" there may be a "caption", text
+or a list of texts, each of which is the answer to `QUESTION`; a CSV list is of path,caption. Paths
+are relative to a root. Several lists are named by YAML, or by JSON of the same shape:
 
     datasets:
       - json_path: videos.json
@@ -22,7 +23,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -40,8 +41,11 @@ from fluxvit_jax.data.annotations import (
     shuffled,
     text_of,
 )
+from fluxvit_jax.data.caption_lists import entries
 from fluxvit_jax.data.chat_templates import (
+    ASSISTANT,
     NO_VIDEO,
+    USER,
     Turn,
     check_conversation,
     has_video,
@@ -52,6 +56,7 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 MEDIA = ("video", "image")
+QUESTION = Turn(USER, "<image>\nDescribe the video.")  # that a caption answers
 # Of a list among several. Of the last two the official code makes use where we need none.
 FIELDS = ("json_path", "data_root", "sampling_strategy", "media_type", "video_read_type")
 FOLDERS_OF_FRAMES = ("img", "frame")
@@ -113,14 +118,17 @@ def _source(
     absolute = os.fspath(base) if storage.is_remote(base) else os.path.abspath(base)
     return ConversationSource(
         [
-            _example(f"{path}: item {number}", item, absolute, template)
+            example
             for number, item in enumerate(content)
+            for example in _examples(f"{path}: item {number}", item, absolute, template)
         ]
     )
 
 
 def _parsed(path: epath.Path) -> Any:
-    """What a file holds as JSON, as JSON Lines, empty ones left out, or as YAML."""
+    """What a file holds as JSON, as JSON Lines, empty ones left out, as CSV, or as YAML."""
+    if path.suffix == ".csv":
+        return [entry for _, entry in entries(path)]
     text = text_of(path)
     if path.suffix == ".jsonl":
         lines = enumerate(text.split("\n"), 1)
@@ -142,18 +150,30 @@ def _json(where: str, text: str) -> Any:
         raise UserError(f"{where}: no JSON: {error}") from error
 
 
-def _example(where: str, item: Any, root: str, template: str) -> Example:
+def _examples(where: str, item: Any, root: str, template: str) -> Iterator[Example]:
+    """The conversation of an item, or one for each of its captions."""
     if not isinstance(item, dict):
         raise UserError(f'{where}: is not {{"video": .., "conversations": ..}}')
     medium, path = _file(where, item)
     name = path_inside(where, path, root)
-    return Example(
-        storage.display_name(name),
-        0,
-        os.path.join(root, name),
-        conversation=_conversation(where, item, template),
-        seconds=_seconds(where, item) if medium == "video" else None,
-    )
+    seconds = _seconds(where, item) if medium == "video" else None
+    captioned = "conversations" not in item and "caption" in item
+    for turns in _captions(where, item) if captioned else [_conversation(where, item, template)]:
+        yield Example(
+            storage.display_name(name),
+            0,
+            os.path.join(root, name),
+            conversation=turns,
+            seconds=seconds,
+        )
+
+
+def _captions(where: str, item: Mapping[str, Any]) -> list[tuple[Turn, ...]]:
+    given = item["caption"]
+    captions = given if isinstance(given, list) else [given]
+    if not captions or not all(isinstance(one, str) and one.strip() for one in captions):
+        raise UserError(f'{where}: "caption" is no text, nor a list of texts')
+    return [(QUESTION, Turn(ASSISTANT, caption)) for caption in captions]
 
 
 def _file(where: str, item: Mapping[str, Any]) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def train_batches(
       index: int64 [b], the global number of the sample.
       failure: str [b]; if the clip replaces one that could not be read, a line "id: reason" for
         each video that failed, on all repeats of the video; else "".
-    and the arrays of `clip_data`, and of a captioned source those of `texts`.
+    and the arrays of `clip_data`, and those of `texts` if the source has captions or conversations.
 
     Sample i is repeat `i % repeats` of video `order[i // repeats]`. `order` concatenates seeded
     permutations of all videos, one per epoch, without dropping or padding: a batch may cross
@@ -126,7 +126,7 @@ def train_batches(
       groups: the groups of a global batch that this host makes, out of train.batch_size /
         data.clips_per_grid; all by default.
       clip_data: stored arrays of the clips, added to each batch.
-      texts: what makes arrays of the captions.
+      texts: what makes arrays of captions or conversations.
       quarantine: clips, by id, that are bad without being tried; grows by those that hang or crash
         their reader.
 
@@ -354,7 +354,7 @@ class TrainGroups:
     augment: ConfigDict  # section data.augment
     period: int = 0  # number of groups after which they repeat; 0: never
     clip_data: ClipData | None = None
-    texts: TextArrays = clip_texts  # of a captioned source
+    texts: TextArrays = clip_texts  # of captions or conversations
     balanced: bool = False  # whether all classes are drawn equally often
     multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
     image_grids: tuple[Grid, ...] = ()  # for steps that show images
@@ -412,7 +412,7 @@ class TrainGroups:
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
-            **(self.texts(records, samples, self.seed) if records[0].captions else {}),
+            **(self.texts(records, samples, self.seed) if _has_text(records[0]) else {}),
         }
 
     def _read_or_replace(
@@ -455,6 +455,10 @@ class TrainGroups:
         return [
             augment_clip(clip, size, augment, rng) for clip, rng in zip(clips, rngs, strict=True)
         ]
+
+
+def _has_text(record: Record) -> bool:
+    return bool(record.captions or record.conversation)
 
 
 def _check_multiple(what: str, value: int, unit: int) -> None:

@@ -20,7 +20,7 @@ from fluxvit_jax.config.fields import OLD_OBJECTIVES
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.captions import TextArrays, clip_texts
-from fluxvit_jax.data.pipeline import ClipData
+from fluxvit_jax.data.pipeline import ClipData, training_source
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.token_selection import GridLimits
@@ -134,8 +134,13 @@ class Objective:
         return {}
 
     @classmethod
+    def open_training(cls, config: ConfigDict) -> Source:
+        """The training videos that `config.data` names. Raises UserError if they cannot be used."""
+        return training_source(config, cls.labelled, cls.captioned)
+
+    @classmethod
     def text_arrays(cls, config: ConfigDict) -> TextArrays:
-        """What makes the arrays of a clip's text, where the training lists have captions."""
+        """What makes arrays of the captions or conversations of the training videos."""
         return clip_texts
 
     @classmethod

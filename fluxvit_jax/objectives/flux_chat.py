@@ -21,8 +21,10 @@ from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert import language_model_files
+from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.captions import TextArrays
 from fluxvit_jax.data.chat_texts import ChatTexts
+from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.partition_rules import Rules
@@ -63,7 +65,6 @@ class FluxChat(Objective):
     """
 
     labelled: ClassVar[bool] = False
-    captioned: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
@@ -197,6 +198,11 @@ class FluxChat(Objective):
         }
 
     @classmethod
+    def open_training(cls, config: ConfigDict) -> Source:
+        """Conversations, or captions: see `conversations.open_conversations`."""
+        return open_conversations(config.data.train, config.data.root, config.chat.template)
+
+    @classmethod
     def text_arrays(cls, config: ConfigDict) -> TextArrays:
         chat = config.chat
         return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
@@ -266,9 +272,7 @@ class FluxChat(Objective):
     def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
         """Of each clip the sum of its answer's losses and the number of its hits."""
         llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
-        projector: Connector = fluxvit.from_params(
-            _connector_graph(self.llm, self.network), params[CONNECTOR]
-        )
+        projector = connector_of(self.llm, self.network, params[CONNECTOR])
         video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
         place = clips["place"]
         embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)
@@ -322,6 +326,12 @@ def features(
     return model.encode(tokens, position, ordered)[:, 1:]
 
 
+def connector_of(llm: LanguageModelConfig, network: FluxViTConfig, params: Tree) -> Connector:
+    """The projector with its parameters; for use inside functions that JAX transforms."""
+    graph = blocks.graphdef(lambda rngs: _make_connector(llm, network, rngs))
+    return fluxvit.from_params(graph, params)
+
+
 def project(
     projector: Connector, tokens: jax.Array, merge: int, heads: int, in_time: bool
 ) -> jax.Array:
@@ -336,10 +346,6 @@ def _connector(config: ConfigDict, rngs: nnx.Rngs) -> Connector:
 
 def _make_connector(llm: LanguageModelConfig, network: FluxViTConfig, rngs: nnx.Rngs) -> Connector:
     return Connector(network.width, llm.width, jnp.dtype(network.dtype), rngs)
-
-
-def _connector_graph(llm: LanguageModelConfig, network: FluxViTConfig) -> nnx.GraphDef:
-    return blocks.graphdef(lambda rngs: _make_connector(llm, network, rngs))
 
 
 def _llm_of(frozen: Tree) -> Tree:

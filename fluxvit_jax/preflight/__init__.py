@@ -56,8 +56,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike = ".") -> int:
     requested = topology.parse(config.preflight.topology)
     opened = topology.open_devices(requested)
     with announced("measuring what reading a clip takes"):
-        objective = objective_class(config)
-        clip = clip_cost(config, objective.labelled, objective.captioned)
+        clip = clip_cost(config, objective_class(config).open_training)
     print(clip_text(dataclasses.asdict(clip)))
     topologies: dict[str, Report] = {}
     for where, devices in zip(requested, opened, strict=True):

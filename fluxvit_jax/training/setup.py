@@ -16,7 +16,7 @@ from fluxvit_jax.data import splits
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_balance import balanced_weights, describe_balance, source_labels
 from fluxvit_jax.data.mixture import Mixture
-from fluxvit_jax.data.pipeline import ClipData, training_source
+from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.data.retrieval_set import RetrievalSet
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
@@ -140,7 +140,7 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
 def open_data(config: ConfigDict) -> RunData:
     """The videos that `config.data` names. Raises UserError if they cannot be used."""
     objective = objective_class(config)
-    training = training_source(config, objective.labelled, objective.captioned)
+    training = objective.open_training(config)
     clip_data = objective.open_clip_data(config, training)
     validation: Source | None = None
     pairs = None

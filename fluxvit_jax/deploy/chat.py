@@ -1,0 +1,286 @@
+"""Questions about a video, answered by a language model that reads FluxViT's tokens.
+
+chat = fluxvit_jax.load_chat("runs/chat")
+chat.ask("a.mp4", "What happens?", tokens=512)
+video = chat.open("a.mp4", tokens=512)         # encoded once
+video.ask("What happens?"), video.ask("And then?")
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluxvit_jax.convert.config_json import Setting
+from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids, time_message
+from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
+from fluxvit_jax.data.clips import read_clip
+from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import PATCH, Grid, nearest_head
+from fluxvit_jax.models import fluxvit, language_model
+from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
+from fluxvit_jax.models.language_model import Cache, LanguageModel, LanguageModelConfig
+from fluxvit_jax.models.token_selection import GridLimits
+from fluxvit_jax.objectives import flux_chat, flux_chat_weights
+from fluxvit_jax.objectives.flux_chat_weights import ChatWeights
+
+ANSWER_TOKENS = 256  # of an answer, at most
+# Prompts are padded, and caches made, in multiples, so that few programs are compiled.
+PROMPT_STEP, CACHE_STEP = 64, 512
+
+Tree = dict[str, Any]
+
+
+def load_chat(path: storage.PathLike, llm: storage.PathLike = "", dtype: str = "float32") -> "Chat":
+    """The video chat of a run that `configs/chat.py` trained.
+
+    Args:
+        path: its workdir or one of its steps.
+        llm: folder of the language model, if it is no longer where the run had it.
+        dtype: of the computation, "float32" or "bfloat16".
+
+    Raises UserError: there are no such weights, or the language model is missing or another one.
+    """
+    return Chat(flux_chat_weights.read(path, os.fspath(llm), dtype), dtype)
+
+
+class Chat:
+    """Answers questions about videos; compiles once for each grid and budget.
+
+    Attributes:
+        settings: (tokens, frames, pixels) at which a video is seen, those of the run's evaluation.
+        tokenizer: that of the language model.
+    """
+
+    def __init__(self, weights: ChatWeights, dtype: str):
+        config = weights.config
+        self._network = replace(
+            flux_chat.encoder_config(config, jax.default_backend()), dtype=dtype
+        )
+        self._llm_config = weights.llm_config
+        self._merge = config.chat.merge
+        self._in_time = config.chat.order == "time"
+        self._encoder = jax.device_put(flux_chat.encoder_params(weights.network, self._network))
+        self._connector = jax.device_put(weights.connector)
+        self._llm = jax.device_put(weights.llm)
+        self.tokenizer = ChatTokenizer(weights.llm_folder)
+        self.settings: list[Setting] = [tuple(one) for one in config.eval.settings]
+
+    def ask(
+        self,
+        video: str | os.PathLike,
+        question: str,
+        tokens: int | None = None,
+        answer_tokens: int = ANSWER_TOKENS,
+    ) -> str:
+        """The answer to a question about a video; see `open` and `Conversation.stream`."""
+        return self.open(video, tokens).ask(question, answer_tokens)
+
+    def open(self, video: str | os.PathLike, tokens: int | None = None) -> "Conversation":
+        """A conversation about a video, which is read and encoded here and not again.
+
+        tokens: the budget, on the grid of the nearest of `settings`; by default the first of them.
+
+        Raises UserError: a file that is no video, or a budget below `chat.merge`.
+        """
+        budget, frames, resolution = self._setting(tokens)
+        try:
+            with Video(video) as opened:
+                clip = read_clip(opened, frames, resolution)
+                seconds = len(opened) / opened.frame_rate if opened.frame_rate else 0.0
+        except DecodeError as error:
+            raise UserError(str(error)) from error
+        message = time_message(seconds, frames, training=False) if seconds else ""
+        return Conversation(self, self.encode(clip.frames, budget), message)
+
+    def encode(self, frames: np.ndarray, tokens: int) -> jax.Array:
+        """What the language model reads of a clip: [N, D].
+
+        frames: uint8 [T, side, side, 3]; tokens: the budget, of which `chat.merge` become one.
+        """
+        T, side = len(frames), frames.shape[1] // PATCH
+        budget = min(tokens, T * side * side)
+        if budget < self._merge:
+            raise UserError(
+                f"--tokens={tokens}: {self._merge} tokens are merged into one; ask for more"
+            )
+        shape = _Encoding(
+            self._network, self._llm_config, Grid(T, side, side), budget, self._merge, self._in_time
+        )
+        patches = jnp.asarray(patchify(frames))[None]
+        return _encode(shape, self._encoder, self._connector, patches)[0]
+
+    def _setting(self, tokens: int | None) -> Setting:
+        if tokens is None:
+            return self.settings[0]
+        nearest = nearest_head(tokens, [budget for budget, *_ in self.settings])
+        return (tokens, *self.settings[nearest][1:])
+
+
+class Conversation:
+    """Questions and answers about one video, each with all before it in mind.
+
+    Attributes:
+        history: the questions so far, with their answers.
+        tokens: what the language model reads of the video, [N, D].
+    """
+
+    def __init__(self, chat: Chat, tokens: jax.Array, message: str = ""):
+        self._chat, self.tokens, self._message = chat, tokens, message
+        self._cache = _new_cache(chat._llm_config, 0)
+        self._unread: list[int] = []  # the last token of an answer, which nothing followed yet
+        self.history: list[tuple[str, str]] = []
+
+    def ask(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> str:
+        """The answer to a question; arguments and errors as in `stream`."""
+        return "".join(self.stream(question, answer_tokens))
+
+    def stream(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> Iterator[str]:
+        """The answer, piece by piece, of up to `answer_tokens` tokens: the likeliest ones.
+
+        It is shorter where the language model takes no more. Raises UserError if it takes not even
+        the question.
+        """
+        pieces: list[str] = []
+        try:
+            for piece in self._chat.tokenizer.stream(self._answer(question, answer_tokens)):
+                pieces.append(piece)
+                yield piece
+        finally:  # whoever has heard enough may ask on
+            self.history.append((question, "".join(pieces)))
+
+    def _answer(self, question: str, answer_tokens: int) -> Iterator[int]:
+        """The ids of an answer, without the one that ends it."""
+        chat, embeddings = self._chat, self._prompt(question)
+        length = int(self._cache.length) + len(embeddings)
+        answer_tokens = self._make_room(length, answer_tokens)
+        padded = jnp.pad(embeddings, ((0, -len(embeddings) % PROMPT_STEP), (0, 0)))[None]
+        last = jnp.int32(len(embeddings))
+        token, self._cache = _read(chat._llm_config, chat._llm, padded, last, self._cache)
+        for number in range(answer_tokens):
+            found = int(token)
+            self._unread = [found]
+            if found in chat.tokenizer.end_tokens:
+                self._unread = []  # a follow-up begins with the token that ends an answer
+                return
+            yield found
+            if number + 1 < answer_tokens:
+                token, self._cache = _follow(chat._llm_config, chat._llm, token, self._cache)
+
+    def _prompt(self, question: str) -> jax.Array:
+        """Embeddings that go before an answer: [L, D]."""
+        chat = self._chat
+        if int(self._cache.length):
+            ids = follow_up_ids(question, chat.tokenizer)
+            return _embed(chat._llm_config, chat._llm, np.concatenate([self._unread, ids]))
+        ids = prompt_ids([], question, chat.tokenizer, self._message)
+        place = int(np.argmax(ids == VIDEO))
+        before, after = (
+            _embed(chat._llm_config, chat._llm, part) for part in (ids[:place], ids[place + 1 :])
+        )
+        return jnp.concatenate([before, self.tokens.astype(before.dtype), after])
+
+    def _make_room(self, length: int, answer_tokens: int) -> int:
+        """Enlarges the cache for a prompt that ends at `length` and an answer; returns the latter.
+
+        That is `answer_tokens`, or what the language model still takes.
+        """
+        context = self._chat._llm_config.context
+        if length >= context:
+            raise UserError(
+                f"the conversation is too long: {length} tokens, {len(self.tokens)} of them of the "
+                f"video, where the language model takes {context} with the answer; ask for fewer "
+                f"tokens of the video, such as --tokens={self._fitting(length)}, or begin again"
+            )
+        answer_tokens = min(answer_tokens, context - length)
+        needed = length + PROMPT_STEP + answer_tokens
+        missing = needed - self._cache.keys.shape[2]
+        if missing > 0:
+            grow = ((0, 0), (0, 0), (0, missing + -needed % CACHE_STEP), (0, 0), (0, 0))
+            self._cache = replace(
+                self._cache,
+                keys=jnp.pad(self._cache.keys, grow),
+                values=jnp.pad(self._cache.values, grow),
+            )
+        return answer_tokens
+
+    def _fitting(self, length: int) -> int:
+        """Video tokens, before they are merged, with which half of the context would be left."""
+        chat = self._chat
+        spare = chat._llm_config.context // 2 - (length - len(self.tokens))
+        return max(spare, 1) * chat._merge
+
+
+# ---------------------------------------------------------------------------------------------
+# Compiled programs
+
+
+class _Encoding(NamedTuple):
+    """What a program that encodes clips is compiled for."""
+
+    network: FluxViTConfig
+    llm: LanguageModelConfig
+    grid: Grid
+    budget: int
+    merge: int
+    in_time: bool
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(shape: _Encoding, encoder: Tree, projector: Tree, patches: jax.Array) -> jax.Array:
+    """Tokens for the language model, [B, N, D], of patches uint8 [B, P, 588]."""
+    grid, network = shape.grid, shape.network
+    limits = GridLimits(*grid, grid.tokens)
+    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), encoder)
+    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
+    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
+    kept = model.select(normalized, grids, shape.budget, limits, jax.random.key(0))
+    tokens = flux_chat.features(model, patches, grids[:1], kept, limits)
+    connector = flux_chat.connector_of(shape.llm, network, projector)
+    return flux_chat.project(connector, tokens, shape.merge, network.heads, shape.in_time)
+
+
+def _embed(config: LanguageModelConfig, params: Tree, ids: np.ndarray) -> jax.Array:
+    """Embeddings [L, D] of ids, int [L]."""
+    return params["token_embed"][jnp.asarray(ids, jnp.int32)].astype(config.dtype)
+
+
+def _new_cache(config: LanguageModelConfig, length: int) -> Cache:
+    shape = (config.depth, 1, length, config.kv_heads, config.head_size)
+    empty = jnp.zeros(shape, config.dtype)
+    begin = jnp.zeros(1, jnp.int32)
+    return Cache(keys=empty, values=empty, length=jnp.int32(0), begin=begin)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _read(
+    config: LanguageModelConfig, params: Tree, x: jax.Array, count: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """The token after a prompt, int32 [], and the cache with the prompt.
+
+    x: embeddings [1, L, D], of which the first `count` are real. What padding leaves in the cache
+    is overwritten before anything sees it.
+    """
+    model: LanguageModel = fluxvit.from_params(language_model.graphdef(config), params)
+    hidden, longer = model.extend(x, cache)
+    last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
+    token = jnp.argmax(model.logits(last)[0]).astype(jnp.int32)
+    return token, replace(longer, length=cache.length + count)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _follow(
+    config: LanguageModelConfig, params: Tree, token: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """The token after a token, and the cache with that."""
+    model: LanguageModel = fluxvit.from_params(language_model.graphdef(config), params)
+    hidden, longer = model.extend(model.embed(token[None, None]), cache)
+    return jnp.argmax(model.logits(hidden[:, -1])[0]).astype(jnp.int32), longer

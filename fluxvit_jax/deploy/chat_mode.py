@@ -1,0 +1,114 @@
+"""`--mode=chat`: questions about a video, from the command line.
+
+Without --question questions are read from the terminal, one a line, until it ends. With it one
+answer is printed; of a folder of videos, one JSON object a line, in `OUT/answers.jsonl` too.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from fluxvit_jax.data.annotations import videos_below
+from fluxvit_jax.deploy.chat import Chat, Conversation, load_chat
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.reports.wording import count
+
+ANSWERS = "answers.jsonl"
+
+
+class Options(NamedTuple):
+    """The flags of this mode, by their names."""
+
+    checkpoint: str
+    out: str
+    video: str
+    llm: str = ""
+    tokens: int | None = None
+    question: str = ""
+    dtype: str | None = None
+
+
+def run(options: Options) -> int:
+    """Answers questions; returns the exit status, 0.
+
+    Raises UserError: no such weights, language model or video; a folder without a question, or
+    with no video that can be read.
+    """
+    source = storage.path_of(options.video)
+    if not options.video or not source.exists():
+        raise UserError(f"--video={options.video}: no such file or folder")
+    if source.is_dir() and not options.question:
+        raise UserError(f"--video={options.video}: a folder needs one question for all: --question")
+    chat = load_chat(options.checkpoint, options.llm, options.dtype or "float32")
+    if source.is_dir():
+        return _answer_folder(chat, Path(options.video), options)
+    begin = time.perf_counter()
+    conversation = chat.open(options.video, options.tokens)
+    _tell(f"{options.video}: read and encoded in {time.perf_counter() - begin:.1f} s, "
+          f"{len(conversation.tokens)} tokens for the language model")  # fmt: skip
+    if options.question:
+        _say_answer(conversation, options.question)
+    else:
+        _talk(conversation)
+    return 0
+
+
+def _talk(conversation: Conversation) -> None:
+    """Reads questions until there are no more."""
+    asks = sys.stdin.isatty()
+    if asks:
+        _tell("ask about the video; an empty line or Ctrl-D ends")
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        question = sys.stdin.readline().strip()
+        if not question:
+            return
+        _say_answer(conversation, question)
+
+
+def _say_answer(conversation: Conversation, question: str) -> None:
+    """Prints an answer as it comes, and how quickly it came."""
+    begin, first, words = time.perf_counter(), 0.0, ""
+    for piece in conversation.stream(question):
+        first = first or time.perf_counter() - begin
+        words += piece
+        print(piece, end="", flush=True)
+    print(flush=True)
+    number, seconds = len(words.split()), time.perf_counter() - begin - first
+    rate = f", then {(number - 1) / seconds:.1f} words a second" if number > 1 and seconds else ""
+    _tell(f"first word after {first:.2f} s{rate}")
+
+
+def _answer_folder(chat: Chat, folder: Path, options: Options) -> int:
+    """The answer about each video of a folder, or why it cannot be read, a JSON object a line."""
+    videos = videos_below(folder)
+    if not videos:
+        raise UserError(f"--video={folder}: holds no videos")
+    out, failed = Path(options.out), 0
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ANSWERS).open("w") as file:
+        for path in tqdm(videos, desc="answering", disable=None):
+            row = {"video": storage.display_name(path.relative_to(folder))}
+            try:
+                row["answer"] = chat.ask(path, options.question, options.tokens)
+            except UserError as error:
+                row["error"] = str(error)
+                failed += 1
+            line = json.dumps(row, ensure_ascii=False)
+            print(line, flush=True)
+            file.write(f"{line}\n")
+            file.flush()
+    if failed == len(videos):
+        raise UserError(f"--video={folder}: none of {count(failed, 'video')} was answered: {line}")
+    _tell(f"{count(len(videos) - failed, 'answer')}, {failed} failed, in {out / ANSWERS}")
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -1,0 +1,148 @@
+"""Questions about videos, by a language model of random weights, whose answers are text."""
+
+import io
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fluxvit_jax
+from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids
+from fluxvit_jax.deploy import chat_mode
+from fluxvit_jax.errors import UserError
+from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.language_model import graphdef
+from fluxvit_jax.objectives.next_token_loss import with_video
+from tests import tiny
+from tests.models.chat_golden import write_stage1_folder
+
+ANSWER = 12  # tokens
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return write_stage1_folder(tmp_path_factory.mktemp("llm") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def workdir(tiny_data, llm, tmp_path_factory):
+    captions = tiny.write_captions(tiny_data, tmp_path_factory.mktemp("captions"))
+    return tiny.write_chat_run(
+        tmp_path_factory.mktemp("chat") / "run", tiny.make_chat(captions, tiny_data, llm)
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return fluxvit_jax.load_chat(workdir)
+
+
+def answer_by_hand(loaded, tokens, ids, count):
+    """Each token from the whole text so far, without a cache."""
+    model = fluxvit.from_params(graphdef(loaded._llm_config), loaded._llm)
+    found = []
+    for _ in range(count):
+        whole = np.concatenate([ids, found]).astype(int)
+        place = jnp.array([np.argmax(whole == VIDEO)])
+        x = with_video(model.embed(jnp.maximum(whole, 0)[None]), tokens[None], place)
+        found.append(int(jnp.argmax(model.logits(model.encode(x))[0, -1])))
+    return found
+
+
+def test_answers_are_those_of_the_whole_text(loaded, tiny_data):
+    """With a cache that is filled by padded prompts, and over a second question."""
+    conversation = loaded.open(tiny_data / "0.mp4", 24)
+    conversation._message = ""
+    assert conversation.tokens.shape == (8, 48)
+    prompt = prompt_ids([], "What is it?", loaded.tokenizer)
+    expected = answer_by_hand(loaded, conversation.tokens, prompt, ANSWER)
+    assert loaded.tokenizer.im_end not in expected
+    first = list(conversation._answer("What is it?", ANSWER))
+    assert first == expected
+    so_far = np.concatenate([prompt, first, follow_up_ids("And then?", loaded.tokenizer)])
+    second = list(conversation._answer("And then?", ANSWER))
+    assert second == answer_by_hand(loaded, conversation.tokens, so_far, ANSWER)
+
+
+def test_a_stream_is_the_answer(loaded, tiny_data):
+    conversation = loaded.open(tiny_data / "0.mp4", 24)
+    pieces = list(conversation.stream("What is it?", ANSWER))
+    assert "".join(pieces) == loaded.ask(tiny_data / "0.mp4", "What is it?", 24, ANSWER)
+    assert conversation.history == [("What is it?", "".join(pieces))]
+
+
+def test_other_videos_and_budgets_are_other_tokens(loaded, tiny_data):
+    seen = [loaded.open(tiny_data / name, n).tokens for name, n in (
+        ("0.mp4", 24), ("0.mp4", 12), ("1.mp4", 24)
+    )]  # fmt: skip
+    assert [len(tokens) for tokens in seen] == [8, 4, 8]
+    assert not np.allclose(seen[0], seen[2])
+
+
+def test_a_conversation_ends_at_the_context(loaded, tiny_data, monkeypatch):
+    config = loaded._llm_config
+    monkeypatch.setattr(loaded, "_llm_config", type(config)(**{**vars(config), "context": 140}))
+    conversation = loaded.open(tiny_data / "0.mp4", 24)
+    assert len(list(conversation._answer("What is it?", 256))) < 100
+    with pytest.raises(UserError, match=r"too long: \d+ tokens, 8 of them of the video, where the"):
+        list(conversation.stream("What is it?"))
+
+
+def test_from_the_command_line(workdir, tiny_data, tmp_path, capsys, monkeypatch):
+    options = chat_mode.Options(str(workdir), str(tmp_path / "out"), str(tiny_data / "0.mp4"))
+    assert chat_mode.run(options._replace(question="What is it?", tokens=24)) == 0
+    out, err = capsys.readouterr()
+    assert out.strip() and "8 tokens for the language model" in err and "first word after" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nAnd then?\n"))
+    assert chat_mode.run(options._replace(tokens=24)) == 0
+    again, _ = capsys.readouterr()
+    assert again.startswith(out) and len(again) > len(out)
+
+
+def test_a_folder_is_answered_line_by_line(workdir, tiny_data, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in ("0.mp4", tiny.BAD):
+        shutil.copy(tiny_data / name, folder)
+    options = chat_mode.Options(str(workdir), str(tmp_path), str(folder), question="What is it?")
+    assert chat_mode.run(options) == 0
+    rows = [json.loads(line) for line in (tmp_path / chat_mode.ANSWERS).read_text().splitlines()]
+    assert [row["video"] for row in rows] == ["0.mp4", tiny.BAD]
+    assert rows[0]["answer"] and tiny.BAD in rows[1]["error"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"video": "none.mp4"}, "--video=none.mp4: no such file or folder"),
+        ({"llm": "nowhere"}, r"nowhere: no language model: there is no config\.json"),
+        ({"question": "", "video": "."}, "a folder needs one question for all: --question"),
+        ({"tokens": 2}, "--tokens=2: 3 tokens are merged into one; ask for more"),
+    ],
+)
+def test_bad_input_is_one_line(workdir, tiny_data, tmp_path, changes, message):
+    options = chat_mode.Options(
+        str(workdir), str(tmp_path), str(tiny_data / "0.mp4"), question="What?"
+    )
+    with pytest.raises(UserError, match=message):
+        chat_mode.run(options._replace(**changes))
+
+
+def test_another_language_model_is_refused(workdir, llm, tmp_path):
+    other = shutil.copytree(llm, tmp_path / "other")
+    weights = other / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 64
+    weights.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"other: is not the language model that .* was trained for"
+    ):
+        fluxvit_jax.load_chat(workdir, llm=other)
+
+
+def test_a_run_of_another_objective_is_refused(finished):
+    with pytest.raises(UserError, match="was trained by flux_multi, and has no projector"):
+        fluxvit_jax.load_chat(finished.workdir)
