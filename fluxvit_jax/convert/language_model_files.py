@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
+import safetensors.numpy
 from flax import nnx
 
 from fluxvit_jax.convert import weight_files
@@ -27,6 +28,7 @@ Tree = dict[str, Any]
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = ("qwen2", "qwen3", "llama")
+CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
 
 # Ours, within a layer -> theirs, and whether the matrix is transposed.
@@ -125,6 +127,33 @@ def read(folder: str | os.PathLike, expected: Tree) -> Tree:
         return jax.tree_util.tree_map_with_path(leaf, expected)
 
 
+def write(folder: str | os.PathLike, config: LanguageModelConfig, params: Tree) -> None:
+    """A model as a folder that `read_config` and `read`, and Transformers, take.
+
+    params: ours, as `read` returns them; each tensor keeps its dtype. A tokenizer is not written.
+
+    Raises UserError: no family has both biases and normalized heads, or a file cannot be written.
+    """
+    target = Path(folder)
+    values = _values(config, str(params["token_embed"].dtype))
+    state: dict[str, np.ndarray] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        own = jax.tree_util.keystr(path, simple=True, separator="/")
+        state |= _split(own, np.asarray(leaf))
+
+    def save(new: Path) -> None:
+        safetensors.numpy.save_file(state, new, metadata={"format": "pt"})
+
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / INDEX).unlink(missing_ok=True)  # of a model in several files that was here
+        weight_files.replace(target / WEIGHTS, save)
+        text = json.dumps(values, indent=2) + "\n"
+        weight_files.replace(target / CONFIG, lambda new: new.write_text(text))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{target}: cannot be written: {error}") from error
+
+
 def fingerprint(folder: str | os.PathLike) -> str:
     """sha256 over the names, dtypes and shapes of a folder's tensors and the start of each.
 
@@ -209,6 +238,41 @@ def _theirs(own: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     name, transposed = LAYER[own.removeprefix("layers/")]
     inner = shape[:0:-1] if transposed else shape[1:]
     return {f"model.layers.{number}.{name}": inner for number in range(shape[0])}
+
+
+def _split(own: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Their tensors of a parameter of ours."""
+    names = list(_theirs(own, array.shape))
+    transposed = (WHOLE.get(own) or LAYER[own.removeprefix("layers/")])[1]
+    parts = [array] if own in WHOLE else list(array)
+    return {
+        name: np.ascontiguousarray(part.T if transposed else part)
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def _values(config: LanguageModelConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a model, the inverse of `read_config`."""
+    if config.qkv_bias and config.qk_norm:
+        raise UserError(f"no model of {', '.join(FAMILIES)} has both qkv_bias and qk_norm")
+    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    return {
+        "architectures": [CLASSES[family]],
+        "model_type": family,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.hidden,
+        "vocab_size": config.vocabulary,
+        "max_position_embeddings": config.context,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.epsilon,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+    }
 
 
 def _files(folder: Path) -> list[Path]:

@@ -147,6 +147,39 @@ def test_weights_come_sharded_in_the_dtype_that_is_wanted(folders, tmp_path):
         np.testing.assert_array_equal(one, other.astype(ml_dtypes.bfloat16))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_written_folder_is_that_which_was_read(folders, tmp_path, family):
+    config = language_model_files.read_config(folders[family])
+    params = language_model_files.read(folders[family], language_model_files.shapes(config))
+    narrow = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    for name, tree in (("wide", params), ("narrow", narrow)):
+        language_model_files.write(tmp_path / name, config, tree)
+        assert language_model_files.read_config(tmp_path / name) == config
+        again = language_model_files.read(
+            tmp_path / name, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+        )
+        jax.tree.map(np.testing.assert_array_equal, again, tree)
+    golden = tensors(family)
+    with language_model_files.TensorFiles.open(tmp_path / "wide") as files:
+        assert files.tensors.keys() == golden.keys()
+        for tensor, file in files.tensors.items():
+            np.testing.assert_array_equal(file.get_tensor(tensor), golden[tensor])
+    with language_model_files.TensorFiles.open(tmp_path / "narrow") as files:
+        dtypes = {file.get_tensor(tensor).dtype for tensor, file in files.tensors.items()}
+        assert dtypes == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_model_of_no_family_is_not_written(folders, tmp_path):
+    config = language_model_files.read_config(folders["qwen3"])
+    params = language_model_files.read(folders["qwen3"], language_model_files.shapes(config))
+    both = type(config)(**{**vars(config), "qkv_bias": True})
+    with pytest.raises(UserError, match="has both qkv_bias and qk_norm"):
+        language_model_files.write(tmp_path / "model", both, params)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be written"):
+        language_model_files.write(tmp_path / "file", config, params)
+
+
 def test_a_part_of_a_parameter_is_read_alone(folders):
     """As by the devices that share it."""
     folder = folders["qwen2"]
