@@ -1,8 +1,8 @@
 """A tiny language model for benchmarks/chat_study.py: its tokenizer, and its training on texts.
 
-It is of Qwen3's layout and learns, without any video, to answer the study's question from words: in
-the video's place stand words of a caption in any order, more or fewer of them, or none. So it heeds
-what stands there, as language models do that were trained on much text.
+It is of Qwen3's layout and learns, without any video, to answer the study's question from words:
+in the video's place stand words of the answer in any order, more or fewer of them, or none. So it
+heeds what stands there, as language models do that were trained on much text.
 """
 
 import json
@@ -24,13 +24,11 @@ from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig, graphdef
 
 TOKENS = 512  # of the tokenizer, at most
-WORDS = 24  # in the video's place, at most
+WORDS = (4, 16)  # in the video's place, at least and at most
 BATCH = 32
-LENGTH = 96  # of a text with such words, in tokens
-LEARNING_RATE = 2e-3
-SHOWN = 50  # steps between two lines of progress
-
-Captions = Sequence[str]  # of one video, in several phrasings, the first of which is the answer
+LENGTHS = (64, 104)  # of a text with such words, in tokens: without and with a time message
+LEARNING_RATE = 3e-3
+SHOWN = 25  # steps between two lines of progress
 
 
 class Texts(NamedTuple):
@@ -41,25 +39,25 @@ class Texts(NamedTuple):
 
 
 def write_decoder(
-    folder: Path, question: str, captions: Sequence[Captions], steps: int, seed: int = 0
+    folder: Path, question: str, answers: Sequence[str], steps: int, seed: int = 0
 ) -> float:
     """Trains a tokenizer and a decoder; writes them as a Hugging Face folder.
 
     Returns the share of the last texts' answer tokens that were foretold.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(folder, [question, *(text for texts in captions for text in texts)])
+    write_tokenizer(folder, [question, *answers])
     tokenizer = ChatTokenizer(folder)
     config = decoder_config(tokenizer.size)
-    params, hits = _train(config, tokenizer, question, captions, steps, seed)
+    params, hits = _train(config, tokenizer, question, answers, steps, seed)
     language_model_files.write(folder, config, jax.device_get(params))
     return hits
 
 
 def decoder_config(tokens: int) -> LanguageModelConfig:
-    """A decoder of 0.7 million parameters for a tokenizer of so many tokens."""
+    """A decoder of 0.4 million parameters for a tokenizer of so many tokens."""
     return LanguageModelConfig(
-        width=128, depth=4, heads=4, kv_heads=2, head_size=32, hidden=256, vocabulary=tokens,
+        width=128, depth=2, heads=4, kv_heads=2, head_size=32, hidden=256, vocabulary=tokens,
         context=512, rope_theta=10_000.0, epsilon=1e-6, qkv_bias=False, qk_norm=True, tied=True,
     )  # fmt: skip
 
@@ -84,39 +82,42 @@ def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
 
 
 def draw_texts(
-    rng: np.random.Generator, tokenizer: ChatTokenizer, question: str, captions: Sequence[Captions]
+    rng: np.random.Generator, tokenizer: ChatTokenizer, question: str, answers: Sequence[str]
 ) -> Texts:
-    """A batch of conversations as `Chat.ask` has them, with words in place of videos."""
-    ids = np.full((BATCH, LENGTH), tokenizer.padding, np.int32)
-    labels = np.full((BATCH, LENGTH), IGNORED, np.int32)
+    """A batch of conversations as `Chat.ask` has them, with words in place of videos.
+
+    One batch in four tells how long the video is, as `Chat.ask` does; the training of a projector
+    does not.
+    """
+    told = rng.random() < 1 / 4
+    ids = np.full((BATCH, LENGTHS[told]), tokenizer.padding, np.int32)
+    labels = np.full(ids.shape, IGNORED, np.int32)
     for row in range(BATCH):
-        texts = captions[rng.integers(len(captions))]
-        message = ""  # there is none in the projector's training
-        if rng.random() < 0.5:
-            seconds, frames = rng.uniform(0.6, 4), int(rng.integers(2, 17))
-            message = time_message(seconds, frames, training=False)
+        text = answers[rng.integers(len(answers))]
+        seconds, frames = rng.uniform(0.6, 4), int(rng.integers(2, 17))
+        message = time_message(seconds, frames, training=False) if told else ""
         prompt = prompt_ids([], question, tokenizer, message)
         place = int(np.argmax(prompt == VIDEO))
-        words = tokenizer.encode(_drawn_words(rng, texts))
-        answer = [*tokenizer.encode(texts[0]), tokenizer.im_end]
+        words = tokenizer.encode(_drawn_words(rng, text))
+        answer = [*tokenizer.encode(text), tokenizer.im_end]
         whole = [*prompt[:place], *words, *prompt[place + 1 :], *answer]
         ids[row, : len(whole)] = whole
         labels[row, len(whole) - len(answer) : len(whole)] = answer
     return Texts(ids, labels)
 
 
-def _drawn_words(rng: np.random.Generator, texts: Captions) -> str:
-    """Words of the captions in any order, some of them repeated, " one other"; "" one time in 8."""
-    words = [word for text in texts for word in text.split()]
-    count = 0 if rng.random() < 1 / 8 else int(rng.integers(2, WORDS + 1))
-    return "".join(f" {word}" for word in rng.choice(words, count))
+def _drawn_words(rng: np.random.Generator, text: str) -> str:
+    """Words of a text in any order, some of them repeated, " one other"; "" one time in 8."""
+    fewest, most = WORDS
+    count = 0 if rng.random() < 1 / 8 else int(rng.integers(fewest, most + 1))
+    return "".join(f" {word}" for word in rng.choice(text.split(), count))
 
 
 def _train(
     config: LanguageModelConfig,
     tokenizer: ChatTokenizer,
     question: str,
-    captions: Sequence[Captions],
+    answers: Sequence[str],
     steps: int,
     seed: int,
 ) -> tuple[dict[str, Any], float]:
@@ -136,7 +137,7 @@ def _train(
 
     rng, begin, recent = np.random.default_rng(seed), time.monotonic(), []
     for number in range(1, steps + 1):
-        texts = draw_texts(rng, tokenizer, question, captions)
+        texts = draw_texts(rng, tokenizer, question, answers)
         params, state, loss, hits = step(params, state, texts)
         recent = [*recent[1 - SHOWN :], (float(loss), float(hits))]
         if number % SHOWN == 0 or number == steps:

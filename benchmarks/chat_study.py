@@ -39,7 +39,7 @@ from fluxvit_jax.reports.confidence_intervals import (
 
 QUESTION = "What moves, and which way?"
 METHODS = {"fixed": "From a fixed grid, plain grids", "multi": "From Flux-Multi, + TO"}
-DECODER_STEPS = 600
+DECODER_STEPS = 400
 ANSWER_TOKENS = 32
 TURNS = ("clockwise", "counterclockwise")
 SPEED_WORDS = tuple(words[0] for words in SPEEDS.values())  # of the first phrasing
@@ -153,9 +153,9 @@ def make_decoder(options: argparse.Namespace) -> Path:
     """The folder of the language model, which all seeds share."""
     folder = options.out / "decoder"
     if not (folder / "config.json").exists():  # which is written last
-        captions = list(captions_of(options.clips, "train").values())
+        answers = [texts[0] for texts in captions_of(options.clips, "train").values()]
         steps = 20 if options.smoke else DECODER_STEPS
-        chat_decoder.write_decoder(folder, QUESTION, captions, steps)
+        chat_decoder.write_decoder(folder, QUESTION, answers, steps)
     return folder
 
 

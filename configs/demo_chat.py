@@ -37,15 +37,15 @@ def get_config(argument: str = "multi") -> ConfigDict:
     config.train.init_from = REQUIRED
     config.train.freeze = "all"
     config.train.align_weight = 0.0
-    config.train.batch_size = 48
-    config.train.epochs = 12
+    config.train.batch_size = 16
+    config.train.epochs = 6
     config.train.warmup_epochs = 0.5
 
     config.chat.llm = REQUIRED
     config.chat.template = "qwen"
     config.chat.layer = -1  # of two blocks
-    config.chat.merge = 4  # 32, 16 and 8 tokens
-    config.chat.text_tokens = 48
-    config.optim.learning_rate = 3e-3
+    config.chat.merge = 8  # 16, 8 and 4 tokens
+    config.chat.text_tokens = 44
+    config.optim.learning_rate = 2e-3
     config.optim.weight_decay = 0.0
     return config

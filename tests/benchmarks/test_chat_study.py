@@ -23,13 +23,14 @@ CAPTIONS = {
     "b.mp4": ["a picture grows slowly", "a photograph comes closer at a slow pace"],
     "c.mp4": ["a picture turns clockwise fast", "a photograph rotates clockwise quickly"],
 }
+ANSWERS = [texts[0] for texts in CAPTIONS.values()]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A decoder after two steps."""
     folder = tmp_path_factory.mktemp("decoder")
-    chat_decoder.write_decoder(folder, chat_study.QUESTION, list(CAPTIONS.values()), steps=2)
+    chat_decoder.write_decoder(folder, chat_study.QUESTION, ANSWERS, steps=2)
     return folder
 
 
@@ -52,18 +53,15 @@ def test_the_decoder_is_a_folder_that_chat_reads(folder):
 
 def test_texts_are_what_a_chat_asks(folder):
     tokenizer = ChatTokenizer(folder)
-    rng, captions = np.random.default_rng(0), list(CAPTIONS.values())
-    texts = chat_decoder.draw_texts(rng, tokenizer, chat_study.QUESTION, captions)
-    answers = {text[0] for text in captions}
+    rng = np.random.default_rng(0)
+    texts = chat_decoder.draw_texts(rng, tokenizer, chat_study.QUESTION, ANSWERS)
     end = prompt_ids([], chat_study.QUESTION, tokenizer)[-6:]
     for ids, labels in zip(*texts, strict=True):
         answer = ids[labels != IGNORED]
-        assert tokenizer.decode(answer) in answers and answer[-1] == tokenizer.im_end
+        assert tokenizer.decode(answer) in ANSWERS and answer[-1] == tokenizer.im_end
         first = int(np.argmax(labels != IGNORED))
         np.testing.assert_array_equal(ids[first - len(end) : first], end)
         assert {*ids[first + len(answer) :]} <= {tokenizer.padding}
-    words = {tokenizer.decode(ids) for ids in texts.ids}
-    assert any("slides" in text or "closer" in text or "rotates" in text for text in words)
 
 
 def test_lists_are_conversations_with_the_caption_as_the_answer(folder, tmp_path):
