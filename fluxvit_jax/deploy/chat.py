@@ -99,7 +99,16 @@ class Chat:
         except DecodeError as error:
             raise UserError(str(error)) from error
         message = time_message(seconds, frames, training=False) if seconds else ""
-        return Conversation(self, self.encode(clip.frames, budget), message)
+        return self.about(clip.frames, budget, message)
+
+    def about(self, frames: np.ndarray, tokens: int, message: str = "") -> "Conversation":
+        """A conversation about frames, uint8 [T, side, side, 3], at a budget.
+
+        message: what the first question begins with, such as `chat_templates.time_message`.
+
+        Raises UserError for a budget below `chat.merge`.
+        """
+        return Conversation(self, self.encode(frames, tokens), message)
 
     def encode(self, frames: np.ndarray, tokens: int) -> jax.Array:
         """What the language model reads of a clip: [N, D].
@@ -139,27 +148,35 @@ class Conversation:
         self._unread: list[int] = []  # the last token of an answer, which nothing followed yet
         self.history: list[tuple[str, str]] = []
 
-    def ask(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> str:
+    def ask(self, question: str, answer_tokens: int = ANSWER_TOKENS, answer_start: str = "") -> str:
         """The answer to a question; arguments and errors as in `stream`."""
-        return "".join(self.stream(question, answer_tokens))
+        return "".join(self.stream(question, answer_tokens, answer_start))
 
-    def stream(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> Iterator[str]:
+    def stream(
+        self, question: str, answer_tokens: int = ANSWER_TOKENS, answer_start: str = ""
+    ) -> Iterator[str]:
         """The answer, piece by piece, of up to `answer_tokens` tokens: the likeliest ones.
 
-        It is shorter where the language model takes no more. Raises UserError if it takes not even
-        the question.
+        It is shorter where the language model takes no more. answer_start: how it begins; what is
+        returned goes on from there.
+
+        Raises UserError if the language model takes not even the question.
         """
         pieces: list[str] = []
         try:
-            for piece in self._chat.tokenizer.stream(self._answer(question, answer_tokens)):
+            ids = self._answer(question, answer_tokens, answer_start)
+            for piece in self._chat.tokenizer.stream(ids):
                 pieces.append(piece)
                 yield piece
         finally:  # whoever has heard enough may ask on
-            self.history.append((question, "".join(pieces)))
+            self.history.append((question, answer_start + "".join(pieces)))
 
-    def _answer(self, question: str, answer_tokens: int) -> Iterator[int]:
-        """The ids of an answer, without the one that ends it."""
+    def _answer(self, question: str, answer_tokens: int, answer_start: str = "") -> Iterator[int]:
+        """The ids of an answer after its start, without the one that ends it."""
         chat, embeddings = self._chat, self._prompt(question)
+        if start := chat.tokenizer.encode(answer_start):
+            begun = _embed(chat._llm_config, chat._llm, np.array(start))
+            embeddings = jnp.concatenate([embeddings, begun])
         length = int(self._cache.length) + len(embeddings)
         answer_tokens = self._make_room(length, answer_tokens)
         padded = jnp.pad(embeddings, ((0, -len(embeddings) % PROMPT_STEP), (0, 0)))[None]

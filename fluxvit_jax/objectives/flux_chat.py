@@ -66,6 +66,7 @@ class FluxChat(Objective):
 
     labelled: ClassVar[bool] = False
     whole_batch: ClassVar[bool] = True
+    task: ClassVar[str] = "mvbench"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
         ("connector/fc1/kernel", P("fsdp", None)),  # [C, D]

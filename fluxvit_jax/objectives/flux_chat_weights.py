@@ -22,8 +22,9 @@ class ChatWeights(NamedTuple):
     """What video chat runs.
 
     network: the whole FluxViT, float32; connector: the projector, float32; llm: the language model
-    in its compute dtype; llm_config: its shape; llm_folder: where its tokenizer is; config: of the
-    run that trained the projector.
+    in its compute dtype; llm_config: its shape; llm_folder: where its tokenizer is;
+    llm_fingerprint: of a frozen one, else ""; config: of the run that trained the projector;
+    origin: the step's folder.
     """
 
     network: dict[str, Any]
@@ -31,7 +32,9 @@ class ChatWeights(NamedTuple):
     llm: dict[str, Any]
     llm_config: LanguageModelConfig
     llm_folder: str
+    llm_fingerprint: str
     config: ConfigDict
+    origin: str
 
 
 def read(source: storage.PathLike, llm: str = "", dtype: str = "float32") -> ChatWeights:
@@ -67,7 +70,9 @@ def read(source: storage.PathLike, llm: str = "", dtype: str = "float32") -> Cha
         narrow,
         llm_config,
         folder,
+        found.frozen.get(LLM, ""),
         config,
+        str(found.step.relative_to(found.step.parents[1])),
     )
 
 

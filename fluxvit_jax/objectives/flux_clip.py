@@ -72,6 +72,7 @@ class FluxCLIP(Objective):
     labelled: ClassVar[bool] = False
     captioned: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
+    task: ClassVar[str] = "retrieval"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
         ("clip_head/proj/kernel", P("fsdp", None)),  # [pool width, D]
