@@ -187,7 +187,7 @@ def help_text(argv: Sequence[str]) -> str:
             if not set(modes).isdisjoint(_modes_of(flag))
         ),
         f"Fields, with the values {f'of {recipe}' if recipe else 'where no recipe sets them'}": (
-            reference.help_text(values, sections)
+            reference.help_text(values, sections) or "  none"
         ),
         "Recipes": f"  {', '.join(loading.shipped())}\n  Each says its argument at its top.",
         "Examples": "\n".join(

@@ -47,6 +47,11 @@ class ChatTexts:
                     record.id, len(ids), self.tokens,
                 )  # fmt: skip
                 ids, own = ids[: self.tokens], own[: self.tokens]
+                if (own == IGNORED).all():
+                    raise UserError(
+                        f"config.chat.text_tokens: {self.tokens} tokens of {record.id} end before "
+                        "its first answer; set more"
+                    )
             text[row, : len(ids)], labels[row, : len(own)] = ids, own
             if VIDEO not in ids:
                 raise UserError(

@@ -18,6 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.data.annotations import digest
 from fluxvit_jax.data.augmentation import resize_clip
 from fluxvit_jax.data.clips import middle_square
@@ -62,7 +63,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         )
     folder = storage.path_of(workdir)
     questions = mvbench.read_questions(config.data.validation, config.data.root or None)
-    weights = flux_chat_weights.read(folder, config.chat.llm, config.model.dtype)
+    llm = "" if config.chat.llm == REQUIRED else config.chat.llm
+    weights = flux_chat_weights.read(folder, llm, config.model.dtype)
     chat = Chat(weights, config.model.dtype)
     settings = [tuple(setting) for setting in config.eval.settings]
     form, squeeze = config.eval.prompt, config.eval.resize == "squeeze"

@@ -43,6 +43,7 @@ class Objective:
             If so, a step calls it once with all clips and XLA partitions it. Otherwise the loss is
             a mean over clips, and a step may call it for each part of a batch and average.
         captioned: whether the training lists have captions: see `pipeline.train_batches`.
+        training_data: what `data.train` may name, for people.
         task: what `--mode=evaluate` measures unless it is told: see `eval.task`.
         freezes: whether `train.freeze` can freeze a part of the network.
         takes_multi_label: whether it can train on multi-hot labels (`train.multi_label`).
@@ -53,6 +54,9 @@ class Objective:
     labelled: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
     captioned: ClassVar[bool] = False
+    training_data: ClassVar[str] = (
+        "a list of path,label (train.csv, val.csv) or class folders (train/, val/)"
+    )
     task: ClassVar[str] = "accuracy"
     freezes: ClassVar[bool] = False
     takes_multi_label: ClassVar[bool] = False

@@ -66,6 +66,9 @@ class FluxChat(Objective):
 
     labelled: ClassVar[bool] = False
     whole_batch: ClassVar[bool] = True
+    training_data: ClassVar[str] = (
+        "conversations as LLaVA's, JSON, or captions, JSON or CSV of path,caption"
+    )
     task: ClassVar[str] = "mvbench"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (

@@ -72,6 +72,7 @@ class FluxCLIP(Objective):
     labelled: ClassVar[bool] = False
     captioned: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
+    training_data: ClassVar[str] = "a list of path,caption, CSV or JSON, or a mixture (mixture.csv)"
     task: ClassVar[str] = "retrieval"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (

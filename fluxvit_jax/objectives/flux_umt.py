@@ -111,6 +111,9 @@ class FluxUMT(Objective):
     drop_path: bool
 
     labelled: ClassVar[bool] = False
+    training_data: ClassVar[str] = (
+        "a list of path,label (train.csv, val.csv) or a mixture (mixture.csv)"
+    )
     partition_rules: ClassVar[Rules] = (
         ("internvideo2/patch_embed/kernel", P(None, "fsdp")),  # [588, C]
         ("internvideo2/pool/(q|k|v)/kernel", P("fsdp", "tensor")),  # [C, C]
