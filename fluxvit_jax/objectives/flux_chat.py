@@ -22,7 +22,6 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.captions import TextArrays
 from fluxvit_jax.data.chat_texts import ChatTexts
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.distributed import partition_rules
@@ -204,10 +203,12 @@ class FluxChat(Objective):
     @classmethod
     def open_training(cls, config: ConfigDict) -> Source:
         """Conversations, or captions: see `conversations.open_conversations`."""
-        return open_conversations(config.data.train, config.data.root, config.chat.template)
+        source = open_conversations(config.data.train, config.data.root, config.chat.template)
+        cls.text_arrays(config).check(source)
+        return source
 
     @classmethod
-    def text_arrays(cls, config: ConfigDict) -> TextArrays:
+    def text_arrays(cls, config: ConfigDict) -> ChatTexts:
         chat = config.chat
         return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
 
