@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     settings = [tuple(setting) for setting in config.eval.settings]
     form, squeeze = config.eval.prompt, config.eval.resize == "squeeze"
     about = {
-        "checkpoint": weights.origin,
+        "checkpoint": weights.projection.origin,
         "language_model": os.path.basename(os.path.normpath(weights.llm_folder)),
         "language_model_fingerprint": weights.llm_fingerprint,
         "data": config.data.validation,

@@ -277,7 +277,7 @@ class FluxChat(Objective):
     def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
         """Of each clip the sum of its answer's losses and the number of its hits."""
         llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
-        projector = connector_of(self.llm, self.network, params[CONNECTOR])
+        projector = connector_of(self.network, self.llm.width, params[CONNECTOR])
         video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
         place = clips["place"]
         embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)
@@ -331,9 +331,9 @@ def features(
     return model.encode(tokens, position, ordered)[:, 1:]
 
 
-def connector_of(llm: LanguageModelConfig, network: FluxViTConfig, params: Tree) -> Connector:
-    """The projector with its parameters; for use inside functions that JAX transforms."""
-    graph = blocks.graphdef(lambda rngs: _make_connector(llm, network, rngs))
+def connector_of(network: FluxViTConfig, width: int, params: Tree) -> Connector:
+    """The projector to `width` channels, for use inside functions that JAX transforms."""
+    graph = blocks.graphdef(lambda rngs: _make_connector(network, width, rngs))
     return fluxvit.from_params(graph, params)
 
 
@@ -346,11 +346,11 @@ def project(
 
 
 def _connector(config: ConfigDict, rngs: nnx.Rngs) -> Connector:
-    return _make_connector(llm_config(config), encoder_config(config), rngs)
+    return _make_connector(encoder_config(config), llm_config(config).width, rngs)
 
 
-def _make_connector(llm: LanguageModelConfig, network: FluxViTConfig, rngs: nnx.Rngs) -> Connector:
-    return Connector(network.width, llm.width, jnp.dtype(network.dtype), rngs)
+def _make_connector(network: FluxViTConfig, width: int, rngs: nnx.Rngs) -> Connector:
+    return Connector(network.width, width, jnp.dtype(network.dtype), rngs)
 
 
 def _llm_of(frozen: Tree) -> Tree:
