@@ -116,6 +116,8 @@ class FluxChat(Objective):
         for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
             if config.train[name]:
                 raise UserError(f"config.train.{name}: flux_chat has no such thing; leave it 0")
+        if config.data.holdout_fraction:
+            raise UserError("config.data.holdout_fraction: flux_chat leaves no videos out; set 0")
         if config.data.validation:
             raise UserError(
                 "config.data.validation: flux_chat is not evaluated on the way; leave it empty"
