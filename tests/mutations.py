@@ -1365,8 +1365,8 @@ MUTATIONS = {
         Mutation(
             "rate-of-the-step-before",
             "training/train.py",
-            "setup.rates[step - 1 - nonfinite.total]",
-            "setup.rates[max(step - 2 - nonfinite.total, 0)]",
+            "setup.rates[step - 1 - self.nonfinite.total]",
+            "setup.rates[max(step - 2 - self.nonfinite.total, 0)]",
             ("training/test_train.py::test_the_logged_learning_rate_is_that_of_the_step",),
         ),
     ],
