@@ -752,7 +752,7 @@ MUTATIONS = {
         Mutation(
             "one-key-for-all-steps",
             "training/train_step.py",
-            'key = jax.random.fold_in(jax.random.key(config.seed), state["step"])',
+            "key = jax.random.fold_in(jax.random.key(config.seed), step)",
             "key = jax.random.key(config.seed)",
             ("training/test_train.py::test_each_step_draws_anew",),
         ),
@@ -1348,8 +1348,8 @@ MUTATIONS = {
         Mutation(
             "steps-in-vain-count",
             "training/train_step.py",
-            "partial(jnp.where, usable & done)",
-            "partial(jnp.where, usable)",
+            "_changed_where(usable & done, ",
+            "_changed_where(usable, ",
             (
                 "distributed/test_two_processes.py::"
                 "test_a_run_that_one_host_stopped_goes_on_elsewhere",
