@@ -152,7 +152,7 @@ class Start(NamedTuple):
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """A run from its first step on this machine to its last: `train` is the loop.
+    """A run from its first step in this process to its last: `train` is the loop.
 
     identity: of the data, with the class names; checkpoints hold it.
     state: after the latest step, on the devices.
