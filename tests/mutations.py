@@ -752,7 +752,7 @@ MUTATIONS = {
         Mutation(
             "one-key-for-all-steps",
             "training/train_step.py",
-            'key = jax.random.fold_in(jax.random.key(config.seed), state["step"])',
+            "key = jax.random.fold_in(jax.random.key(config.seed), step)",
             "key = jax.random.key(config.seed)",
             ("training/test_train.py::test_each_step_draws_anew",),
         ),
@@ -1348,8 +1348,8 @@ MUTATIONS = {
         Mutation(
             "steps-in-vain-count",
             "training/train_step.py",
-            "partial(jnp.where, usable & done)",
-            "partial(jnp.where, usable)",
+            "_changed_where(usable & done, ",
+            "_changed_where(usable, ",
             (
                 "distributed/test_two_processes.py::"
                 "test_a_run_that_one_host_stopped_goes_on_elsewhere",
@@ -1365,8 +1365,8 @@ MUTATIONS = {
         Mutation(
             "rate-of-the-step-before",
             "training/train.py",
-            "setup.rates[step - 1 - nonfinite.total]",
-            "setup.rates[max(step - 2 - nonfinite.total, 0)]",
+            "setup.rates[step - 1 - self.nonfinite.total]",
+            "setup.rates[max(step - 2 - self.nonfinite.total, 0)]",
             ("training/test_train.py::test_the_logged_learning_rate_is_that_of_the_step",),
         ),
     ],
