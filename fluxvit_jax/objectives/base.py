@@ -155,6 +155,23 @@ class Objective:
         return None
 
     @classmethod
+    def measure(cls, config: ConfigDict) -> tuple[str, str]:
+        """How metrics of validation begin that tell the best checkpoint, and their name in words."""
+        return ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        """What to do with a finished run: commands without `python -m fluxvit_jax.`."""
+        searchable = config.data.holdout_fraction or config.search.split
+        split = "" if searchable else " --config.search.split=LIST"
+        search = [f"main --mode=search --workdir={workdir}{split}"]
+        return [
+            f"main --mode=evaluate --workdir={workdir}",
+            *(search if not config.train.multi_label else ()),
+            f"main --mode=predict --workdir={workdir} --video=VIDEO",
+        ]
+
+    @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
         """Multiply-accumulates per clip of a forward pass, besides the network's.
 

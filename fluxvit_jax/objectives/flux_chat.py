@@ -215,6 +215,14 @@ class FluxChat(Objective):
         return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
 
     @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        return [
+            f"main --mode=chat --checkpoint={workdir} --video=VIDEO "
+            f"--tokens={config.train.budgets[-1]}",
+            f"main --mode=evaluate --workdir={workdir} --config.data.validation=MVBENCH/json",
+        ]
+
+    @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
         """The language model counts twice where it is frozen: gradients pass through it."""
         llm = llm_config(config)

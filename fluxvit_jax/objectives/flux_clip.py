@@ -205,6 +205,20 @@ class FluxCLIP(Objective):
         return {"text": ((CONTEXT,), "int32"), "identity": ((2,), "int32")}
 
     @classmethod
+    def measure(cls, config: ConfigDict) -> tuple[str, str]:
+        return "t2v_r1_", "text to video R@1"
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        pairs = "" if config.data.validation else " --config.data.validation=PAIRS"
+        return [
+            f"main --mode=evaluate --workdir={workdir}{pairs}",
+            f"main --mode=search --workdir={workdir}{pairs} --config.search.split=PAIRS",
+            f"find index VIDEOS --checkpoint={workdir} --tokens={config.train.budgets[0]} "
+            "--out=INDEX.npz",
+        ]
+
+    @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
         width = VARIANTS[config.model.variant].pool_width
         heads = len(config.train.budgets) * width * TEXT_ENCODERS[config.clip.network].out

@@ -190,6 +190,10 @@ class FluxUMT(Objective):
         return open_cached_targets(config, source)
 
     @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        return [f"main --config=k400 --config.train.init_from={workdir}"]
+
+    @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
         patches = [padded_sequence.patch_budget(n, config.model.cls) for n in config.train.budgets]
         decoders = decoders_config(config)

@@ -17,14 +17,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints.checkpointer import FOLDER, Checkpoints, best_step
+from fluxvit_jax.checkpoints.checkpointer import FOLDER, Checkpoints
 from fluxvit_jax.checkpoints.workdir import (
     BAD_CLIPS,
     CONFIG,
     BadClips,
     last_logged_step,
-    metrics_by_step,
-    read_config,
     set_run_aside,
     write_class_names,
     write_config,
@@ -57,10 +55,10 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.objectives.base import Objective, objective_class
+from fluxvit_jax.training import wording
 from fluxvit_jax.training.goodput import Goodput
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.nonfinite import NonfiniteSteps
-from fluxvit_jax.training.optimizer import learning_rates
 from fluxvit_jax.training.preemption import PreemptionHandler
 from fluxvit_jax.training.profiling import ProfiledStep
 from fluxvit_jax.training.setup import Setup, set_up
@@ -73,7 +71,7 @@ from fluxvit_jax.training.train_step import (
     make_objective,
     make_train_step,
 )
-from fluxvit_jax.training.validation import VALIDATION, Validation
+from fluxvit_jax.training.validation import Validation
 
 Tree = dict[str, Any]
 
@@ -110,7 +108,7 @@ def train(
         validation = Validation(setup, tools.metrics, tools.watchdog, start.step)
         if not start.step:
             check_not_lost(setup.workdir, tools.checkpoints, validation)
-        if line := describe_finished(setup, validation, start.step):
+        if line := wording.describe_finished(setup, validation, start.step):
             say(line)
             return 0
         announce(setup, start.state)
@@ -123,7 +121,7 @@ def train(
         if tools.preemption.should_stop():
             say(f"stopped at step {run.saved_step}; the same command goes on from there")
         else:
-            say(describe_end(setup, validation, run.saved_step))
+            say(wording.describe_end(setup, validation, run.saved_step))
         return tools.preemption.status
 
 
@@ -413,7 +411,7 @@ def restore_or_initialize(
     start = Start(*restored)
     check_data(start.saved, setup.identity, setup.workdir, accept_data_change)
     say(f"going on from step {start.step} of {setup.schedule.total}")
-    if line := describe_new_schedule(setup, start.step):
+    if line := wording.describe_new_schedule(setup, start.step):
         say(line)
     return start
 
@@ -467,7 +465,7 @@ def announce(setup: Setup, state: Tree) -> None:
     if setup.data.validation is not None:
         warn_of_shared_videos(setup.data.training, setup.data.validation)
     say(f"training on {setup.mesh.size} x {device_name(setup.mesh.devices.flat[0])}")
-    say(describe_run(setup))
+    say(wording.describe_run(setup))
     say(parameter_overview(setup.config, state["params"], setup.frozen))
     if setup.balance:
         say(setup.balance)
@@ -569,120 +567,3 @@ def check_bad_clips(setup: Setup, step: int, bad: int) -> None:
             f"config.data.max_bad_fraction={config.data.max_bad_fraction}; they are listed in "
             f"{setup.workdir / BAD_CLIPS}"
         )
-
-
-# ---------------------------------------------------------------------------------------------
-# What a run says of itself
-
-
-def describe_run(setup: Setup) -> str:
-    """What a run has found and will do, in a few lines."""
-    config, data, grids = setup.config, setup.data, setup.grids
-    labelled = objective_class(config).labelled
-    classes = f" of {config.model.classes} classes" if labelled else ""
-    validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
-    budgets = ", ".join(map(str, config.train.budgets))
-    tokens = [grid.tokens for grid in grids]
-    return "\n".join(
-        [
-            f"data: {len(data.training)} videos{classes} to train on{validation}",
-            f"schedule: {config.train.epochs} epochs of {setup.schedule.steps_per_epoch} steps, "
-            f"{config.train.batch_size} clips a step",
-            f"tokens: budgets of {budgets}, selected from the {min(tokens)} to {max(tokens)} of "
-            f"{len(grids)} grids",
-            f"workdir: {setup.workdir}",
-        ]
-    )
-
-
-def describe_new_schedule(setup: Setup, step: int) -> str:
-    """How the learning rate goes on if the run was given more epochs or a lower rate; or "".
-
-    step: the last one done.
-    """
-    config, rates, before = setup.config, setup.rates, read_config(setup.workdir)
-    if not before or step >= len(rates):
-        return ""
-    earlier = ConfigDict(config.to_dict())
-    earlier.train.epochs = before["train"]["epochs"]
-    earlier.optim.learning_rate = before["optim"]["learning_rate"]
-    changes = []
-    if earlier.train.epochs != config.train.epochs:
-        changes.append(f"{config.train.epochs} epochs in place of {earlier.train.epochs}")
-    if earlier.optim.learning_rate != config.optim.learning_rate:
-        new, old = config.optim.learning_rate, earlier.optim.learning_rate
-        changes.append(f"a learning rate of {new:.3g} in place of {old:.3g}")
-    if not changes:
-        return ""
-    steps = earlier.train.epochs * setup.schedule.steps_per_epoch
-    last = learning_rates(earlier, steps)[step - 1]
-    return (
-        f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
-        f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
-    )
-
-
-def describe_finished(setup: Setup, validation: Validation, start: int) -> str:
-    """What to say of a run that has nothing left to do at step `start`; "" if it has."""
-    if validation.pending:
-        return ""
-    total, workdir = setup.schedule.total, setup.workdir
-    if start >= total:
-        result = describe_result(setup.config, workdir)
-        return f"the run in {workdir} is finished: all {total} steps are done\n{result}"
-    if reason := validation.reason_to_stop():
-        return (
-            f"the run in {workdir} is finished: it stopped early at step {start} of {total}, "
-            f"{reason}; a larger config.train.early_stopping_epochs goes on"
-        )
-    return ""
-
-
-def describe_end(setup: Setup, validation: Validation, step: int) -> str:
-    """What to say at the end, after step `step`: whether all steps were done, and the result."""
-    total, workdir = setup.schedule.total, setup.workdir
-    line = f"finished: all {total} steps are done, in {workdir}"
-    if step < total:
-        line = f"stopped early at step {step} of {total}, {validation.reason_to_stop()}"
-    return f"{line}\n{describe_result(setup.config, workdir)}"
-
-
-def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
-    """The accuracy of the best checkpoint, and what to type next."""
-    command, objective = "python -m fluxvit_jax.main", objective_class(config)
-    if not objective.labelled and not objective.captioned:
-        return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
-    measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
-    if objective.captioned:
-        measure, word = "t2v_r1_", "text to video R@1"
-    lines = []
-    step = best_step(workdir)
-    if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
-        shares = [
-            f"{value:.2%} at {name.removeprefix(measure)} tokens"
-            for name, value in numbers.items()
-            if name.startswith(measure)
-        ]
-        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
-    return "\n".join([*lines, "next:", *_next_commands(config, workdir)])
-
-
-def _next_commands(config: ConfigDict, workdir: epath.Path) -> list[str]:
-    """What to type after a finished run, a command a line."""
-    command = "  python -m fluxvit_jax.main"
-    if objective_class(config).captioned:
-        pairs = "" if config.data.validation else " --config.data.validation=PAIRS"
-        return [
-            f"{command} --mode=evaluate --workdir={workdir}{pairs}",
-            f"{command} --mode=search --workdir={workdir}{pairs} --config.search.split=PAIRS",
-            f"  python -m fluxvit_jax.find index VIDEOS --checkpoint={workdir} "
-            f"--tokens={config.train.budgets[0]} --out=INDEX.npz",
-        ]
-    searchable = config.data.holdout_fraction or config.search.split
-    split = "" if searchable else " --config.search.split=LIST"
-    search = [f"{command} --mode=search --workdir={workdir}{split}"]
-    return [
-        f"{command} --mode=evaluate --workdir={workdir}",
-        *(search if not config.train.multi_label else ()),
-        f"{command} --mode=predict --workdir={workdir} --video=VIDEO",
-    ]
