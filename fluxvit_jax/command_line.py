@@ -129,7 +129,12 @@ def define_flags() -> None:
     flags.DEFINE_string("window", "", "predict: also in windows of so long, such as 4s.")
     flags.DEFINE_string("stride", "", "predict: from window to window; default: the window.")
     flags.DEFINE_integer("top", 5, "predict: number of classes to name.")
-    flags.DEFINE_enum("features", None, ["pooled", "tokens"], "predict: write .npz files of these.")
+    flags.DEFINE_enum(
+        "features",
+        None,
+        ["pooled", "tokens", "llm"],
+        "predict: write .npz files of these; llm: what a language model reads, by video chat.",
+    )
     flags.DEFINE_string(
         "class_names", "", "predict: class names, a file of one a line, or k400 etc."
     )
@@ -187,7 +192,7 @@ def help_text(argv: Sequence[str]) -> str:
             if not set(modes).isdisjoint(_modes_of(flag))
         ),
         f"Fields, with the values {f'of {recipe}' if recipe else 'where no recipe sets them'}": (
-            reference.help_text(values, sections)
+            reference.help_text(values, sections) or "  none"
         ),
         "Recipes": f"  {', '.join(loading.shipped())}\n  Each says its argument at its top.",
         "Examples": "\n".join(

@@ -175,7 +175,7 @@ def test_every_recipe_loads(name, variant):
 def test_every_recipe_is_tested():
     # No recipe; the table of the rest; those that have tests of their own.
     not_here = {"common", "finetune", "demo", "demo_pretrain", "pretrain"}
-    not_here |= {"clip", "retrieval", "zero_shot", "demo_clip", "demo_chat"}
+    not_here |= {"clip", "retrieval", "zero_shot", "demo_clip", "demo_chat", "chat", "mvbench"}
     assert {file.stem for file in CONFIGS.glob("*.py")} - not_here == CLASSES.keys()
 
 
@@ -266,6 +266,26 @@ def test_the_recipes_of_its_evaluations():
     assert "none of k400, k600" in error_of(recipe, "zero_shot", "base")
 
 
+@pytest.mark.parametrize("variant", ["small", "base", "large"])
+def test_the_recipe_of_video_chat(variant):
+    """Table 10 of the paper, and the base, stage 1 of VideoChat-Flash."""
+    config = recipe("chat", f"{variant},data=list.json")
+    train, optim, chat = config.train, config.optim, config.chat
+    assert config.model.variant == variant[0].upper() and config.data.train == "list.json"
+    assert (train.freeze, train.budgets) == ("all", (2048, 1024, 512))
+    assert (train.batch_size, train.epochs, train.warmup_epochs) == (512, 1, 0.03)
+    assert (optim.learning_rate, optim.weight_decay, optim.clip_norm) == (1e-3, 0, 1)
+    assert (optim.b1, optim.b2, optim.eps) == (0.9, 0.999, 1e-8)
+    assert (chat.layer, chat.merge, chat.template, chat.train) == (-2, 16, "plain", "projector")
+    assert config.data.augment.flip == 0
+    assert recipe("chat", "base,single=512").train.budgets == (512,)
+    check_objective(config)
+    config.chat.llm = ""
+    assert "add --config.chat.llm=FOLDER" in error_of(check_objective, config, training=True)
+    evaluation = recipe("mvbench", variant)
+    assert (evaluation.eval.task, evaluation.eval.prompt) == ("mvbench", "videochat2")
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -327,7 +347,7 @@ def test_an_unknown_objective_is_refused():
     config.train.objective = "flux_multy"
     error = error_of(check_objective, config)
     # Other tests may have registered one of their own.
-    known = "flux_clip, flux_multi, flux_umt"
+    known = "flux_chat, flux_clip, flux_multi, flux_umt"
     assert error.startswith(f"config.train.objective: 'flux_multy' is none of {known}")
 
 
@@ -488,7 +508,7 @@ WRONG = {
     "train.class_weights=equal": "'equal' is none of none, balanced",
     "data.sampling=even": "'even' is none of uniform, balanced",
     "train.early_stopping_epochs=-1": "0 or more",
-    "train.freeze=head": "'head' is none of none, backbone, all_but_head, nor a number of blocks",
+    "train.freeze=head": "none of none, backbone, all_but_head, all, nor a number of blocks",
     "train.freeze=0": "nor a number of blocks above 0",
     "train.freeze=13": "13 blocks are more than FluxViT-B has, 12",
     "train.warmup_epochs=4": "more than train.epochs=3",

@@ -19,6 +19,7 @@ from fluxvit_jax.grids import PATCH
 
 # The value of train.init_from in a recipe that only makes sense from trained weights.
 REQUIRED = "REQUIRED"
+MVBENCH_PROMPTS = ("videochat2", "lmms_eval")
 
 Rule = Callable[[Any], str | None]  # value -> what is wrong, to follow "config.NAME: "
 
@@ -452,8 +453,15 @@ FIELDS: dict[str, Field] = {
         "retrieval",
         "zero_shot",
         "multiple_choice",
+        "mvbench",
         help='what to measure; "auto": accuracy, and retrieval of what was trained on captions; '
-        '"zero_shot": accuracy by the names of the classes',
+        '"zero_shot": accuracy by the names of the classes; "mvbench": questions with options, of '
+        "a language model",
+        may_change=True,
+    ),
+    "eval.prompt": one_of(
+        *MVBENCH_PROMPTS,
+        help="of MVBench's questions: as VideoChat2 asks them, or lmms-eval for VideoChat-Flash",
         may_change=True,
     ),
     "eval.dataset": Field("", "name of the videos in a report of retrieval", may_change=True),

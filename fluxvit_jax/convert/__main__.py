@@ -9,6 +9,9 @@ Flux-CLIP it holds clip.safetensors as well, with all that maps videos and texts
 
 --network=internvideo2 is for the vision encoder of InternVideo2 (1B, 6B): SOURCE is an official
 file of stage 1 or stage 2, or what this command made of one; TARGET a folder or .safetensors.
+
+--network=projector is for what video chat has trained: SOURCE is its workdir, TARGET a .bin or
+.safetensors file with the projector under the names of VideoChat-Flash's mm_projector.bin.
 """
 
 import argparse
@@ -30,7 +33,9 @@ from fluxvit_jax.errors import ArgumentParser, UserError
 from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2Config
-from fluxvit_jax.objectives import flux_clip_weights
+from fluxvit_jax.objectives import flux_chat_weights, flux_clip_weights
+
+NETWORKS = ("fluxvit", "internvideo2", "projector")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +48,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="weights to read")
     add("target", metavar="TARGET", help="file or folder to write")
-    add("--network", choices=("fluxvit", "internvideo2"), default="fluxvit", help="whose weights")
+    add("--network", choices=NETWORKS, default="fluxvit", help="whose weights")
     add("--workdir", action="store_true", help="TARGET is a workdir, for --mode=evaluate")
     add("--overwrite", action="store_true", help="TARGET may be there already")
     add(
@@ -114,6 +119,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError("SOURCE and TARGET are the same")
     if args.network == "internvideo2":
         return _convert_teacher(args, grid)
+    if args.network == "projector":
+        return _convert_projector(args)
     given = weight_files.read_config(args.config) if args.config else {}
     if args.class_names:
         given["id2label"] = {str(i): n for i, n in enumerate(read_class_names(args.class_names))}
@@ -141,9 +148,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
-    for option in ("workdir", "classes", "class_names", "allow_missing", "text_encoder"):
-        if getattr(args, option):
-            raise UserError(f"--{option.replace('_', '-')}: not for --network=internvideo2")
+    _refuse(args, ("workdir", "classes", "class_names", "allow_missing", "text_encoder"))
     given = weight_files.read_config(args.config) if args.config else None
     found = teacher.read(args.source, given, args.allow_unexpected)
     for note in found.notes:
@@ -154,6 +159,34 @@ def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
         adapted = adapted._replace(state=adapt.cast(adapted.state, args.dtype))
     teacher.write(adapted, args.target)
     print(f"{args.target}: {_describe(adapted.state, adapted.config)}")
+
+
+def _convert_projector(args: argparse.Namespace) -> None:
+    _refuse(args, ("workdir", "classes", "class_names", "allow_missing", "allow_unexpected"))
+    _refuse(args, ("text_encoder", "config", "grid"))
+    path = Path(args.target)
+    if path.suffix not in (*weight_files.PTH, ".safetensors"):
+        raise UserError(f"{path}: a projector goes into a .bin or .safetensors file")
+    projection = flux_chat_weights.read_projection(args.source)
+    state = adapt.cast(
+        flux_chat_weights.official_projector(projection.connector), args.dtype or "float32"
+    )
+    try:
+        if path.suffix == ".safetensors":
+            weight_files.write_tensors(state, {}, path)
+        else:
+            weight_files.write_torch_tensors(state, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    first = state[f"{flux_chat_weights.OFFICIAL_NAMES['fc1']}.weight"]
+    print(f"{path}: a projector from {first.shape[1]} to {first.shape[0]} channels")
+
+
+def _refuse(args: argparse.Namespace, options: Sequence[str]) -> None:
+    """Raises UserError if an option is given that a network has no use for."""
+    for option in options:
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')}: not for --network={args.network}")
 
 
 def _adapt(

@@ -315,6 +315,17 @@ def write_tensors(state: Mapping[str, np.ndarray], configs: Mapping[str, Any], p
 
 
 def _write_pth(pretrained: Pretrained, path: Path) -> None:
+    more = {EMBEDDED: json.dumps(_configs(pretrained.config))}
+    write_torch_tensors(pretrained.state, path, more)
+
+
+def write_torch_tensors(
+    state: Mapping[str, np.ndarray], path: Path, more: Mapping[str, str] | None = None
+) -> None:
+    """A file of `torch.save` with tensors, below "model" if there is more.
+
+    Raises UserError without PyTorch; OSError if it cannot be written.
+    """
     try:
         import torch
     except ImportError:
@@ -327,13 +338,12 @@ def _write_pth(pretrained: Pretrained, path: Path) -> None:
             return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
         return torch.from_numpy(array.copy())
 
-    weights = {name: tensor(array) for name, array in pretrained.state.items()}
-    whole = {"model": weights, EMBEDDED: json.dumps(_configs(pretrained.config))}
+    weights = {name: tensor(array) for name, array in state.items()}
 
     def save(new: Path) -> None:
         with new.open("wb") as file:
             try:
-                torch.save(whole, file)
+                torch.save({"model": weights, **more} if more else weights, file)
             except RuntimeError as error:  # on top of what the file has raised
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None

@@ -7,7 +7,6 @@ file and the line.
 
 import csv
 import dataclasses
-import functools
 import hashlib
 import io
 import os
@@ -38,6 +37,8 @@ _COLUMN_NAME = re.compile(
     r"|label|class|category|target|action|id|uid|idx|index)(e?s)?[ _-]?)+",
     re.IGNORECASE,
 )
+
+_Row = tuple[int, list[str]]  # of a list: the number of a line, its path and label
 
 VIDEO_SUFFIXES = {
     ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4",
@@ -474,6 +475,40 @@ def _read_list(
     known: KnownNames | None,
     multi_label: bool,
 ) -> tuple[list[Example], tuple[str, ...] | None]:
+    rows, named = _rows(path, root, labelled, multi_label)
+    if labelled:
+        _check_labels(path, rows, known, multi_label)
+    if not named:
+        known = None  # labels are numbers
+    elif not known:
+        texts = (text for _, row in rows for text in _labels(row[1], multi_label))
+        known = _listed_names(path, texts, classes)
+    names = known.names if known else None
+
+    absolute = _absolute(root)
+    examples = []
+    first_lines: dict[str, tuple[int, Label]] = {}  # source -> line number, label
+    for number, (text, cell) in rows:
+        where = f"{path}, line {number}"
+        name = path_inside(where, text, absolute)
+        label = _label_in(where, cell, classes, known, multi_label) if labelled else 0
+        example = _example(where, name, label, absolute)
+        before, first = first_lines.setdefault(example.source, (number, label))
+        if first != label:
+            labels = [_spelled(one, names) for one in (label, first)]
+            hint = "; write all labels of a video in one line, with | between them"
+            raise UserError(
+                f"{where}: {example.id} has label {labels[0]}, but {labels[1]} in "
+                f"line {before}{hint if multi_label else ''}"
+            )
+        examples.append(example)
+    return examples, names
+
+
+def _rows(
+    path: epath.Path, root: epath.Path, labelled: bool, multi_label: bool
+) -> tuple[list[_Row], bool]:
+    """The lines of a list without its header, and whether their labels are names."""
     lines = text_of(path, errors="surrogateescape").split("\n")
     if not storage.is_folder(root):
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")
@@ -492,47 +527,28 @@ def _read_list(
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
-    if labelled and not multi_label:
-        _check_one_label(path, rows, known)
-    if labelled and multi_label and not any(label for _, (_, label) in rows):
-        raise UserError(f"{path}: no video has a label; write one a line: path,label")
-    names = None
-    if named:
-        if not known:
-            texts = (text for _, row in rows for text in _labels(row[1], multi_label))
-            known = _listed_names(path, texts, classes)
-        names, label_of = known.names, functools.partial(_named_label, path, known)
-    else:
-        label_of = functools.partial(_label, path, classes)
+    return rows, named
 
-    def labels_in(number: int, cell: str) -> Label:
-        found = [label_of(number, text) for text in _labels(cell, multi_label)]
-        return tuple(sorted(set(found))) if multi_label else found[0]
 
-    absolute = _absolute(root)
-    examples = []
-    first_lines: dict[str, tuple[int, Label]] = {}  # source -> line number, label
-    for number, (text, label) in rows:
-        name = path_inside(f"{path}, line {number}", text, absolute)
-        source = os.path.join(absolute, name)
-        example = Example(
-            storage.display_name(name), labels_in(number, label) if labelled else 0, source
+def _example(where: str, name: str, label: Label, root: str) -> Example:
+    """The video of a line. Raises UserError for bytes that are neither UTF-8 nor a file's name."""
+    example = Example(storage.display_name(name), label, os.path.join(root, name))
+    if example.id != name and not os.path.exists(example.source):
+        raise UserError(
+            f"{where}: is not UTF-8, and there is no file {example.id}; write the list as UTF-8"
         )
-        if example.id != name and not os.path.exists(source):
-            raise UserError(
-                f"{path}, line {number}: is not UTF-8, and there is no file {example.id}; "
-                "write the list as UTF-8"
-            )
-        before, first = first_lines.setdefault(source, (number, example.label))
-        if first != example.label:
-            labels = [_spelled(label, names) for label in (example.label, first)]
-            hint = "; write all labels of a video in one line, with | between them"
-            raise UserError(
-                f"{path}, line {number}: {example.id} has label {labels[0]}, but {labels[1]} in "
-                f"line {before}{hint if multi_label else ''}"
-            )
-        examples.append(example)
-    return examples, names
+    return example
+
+
+def _label_in(
+    where: str, cell: str, classes: int | None, known: KnownNames | None, multi_label: bool
+) -> Label:
+    """The label of a video from the cell of its line. known: the names, if labels are names."""
+    found = [
+        _named_label(where, known, text) if known else _label(where, classes, text)
+        for text in _labels(cell, multi_label)
+    ]
+    return tuple(sorted(set(found))) if multi_label else found[0]
 
 
 def _labels(cell: str, multi_label: bool) -> list[str]:
@@ -542,10 +558,17 @@ def _labels(cell: str, multi_label: bool) -> list[str]:
     return [text.strip() for text in cell.split(SEPARATOR)] if cell else []
 
 
-def _check_one_label(
-    path: epath.Path, rows: Sequence[tuple[int, Sequence[str]]], known: KnownNames | None
+def _check_labels(
+    path: epath.Path, rows: Sequence[_Row], known: KnownNames | None, multi_label: bool
 ) -> None:
-    """Raises UserError for a label that is several. A name with a "|" in it may be known."""
+    """Raises UserError for a label that is several, unless `multi_label`; then, if there is none.
+
+    A name with a "|" in it may be known.
+    """
+    if multi_label:
+        if not any(label for _, (_, label) in rows):
+            raise UserError(f"{path}: no video has a label; write one a line: path,label")
+        return
     for number, (_, label) in rows:
         if SEPARATOR in label and not (known and label in known):
             raise UserError(
@@ -570,10 +593,10 @@ def _listed_names(path: epath.Path, labels: Iterable[str], classes: int | None) 
     return KnownNames(sorted(spelled.values()), str(path))
 
 
-def _named_label(path: epath.Path, known: KnownNames, number: int, name: str) -> int:
+def _named_label(where: str, known: KnownNames, name: str) -> int:
     if not name:
-        raise UserError(f"{path}, line {number}: the label is missing")
-    return known.label(name, f"{path}, line {number}")
+        raise UserError(f"{where}: the label is missing")
+    return known.label(name, where)
 
 
 def _is_number(label: str) -> bool:
@@ -694,10 +717,10 @@ def _is_header(columns: Sequence[str], root: epath.Path, labelled: bool) -> bool
         return not (root / first).exists()
 
 
-def _label(path: epath.Path, classes: int | None, number: int, text: str) -> int:
+def _label(where: str, classes: int | None, text: str) -> int:
     if not re.fullmatch(r"-?[0-9]+", text):
         raise UserError(
-            f"{path}, line {number}: label {text!r} is no integer; labels are all numbers, or all "
+            f"{where}: label {text!r} is no integer; labels are all numbers, or all "
             "names after a comma, tab or semicolon"
         )
     # int() refuses thousands of digits.
@@ -705,7 +728,7 @@ def _label(path: epath.Path, classes: int | None, number: int, text: str) -> int
     if not 0 <= label <= MAX_LABEL or (classes is not None and label >= classes):
         most = MAX_LABEL if classes is None else classes - 1
         allowed = "0 or more" if label < 0 and classes is None else f"one of 0..{most}"
-        raise UserError(f"{path}, line {number}: label {text[:40]} must be {allowed}")
+        raise UserError(f"{where}: label {text[:40]} must be {allowed}")
     return label
 
 

@@ -7,10 +7,12 @@ from functools import cached_property
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Record
+from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.chat_templates import IGNORED, VIDEO, encode_conversation
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
 from fluxvit_jax.errors import UserError
+
+CHECKED = 64  # conversations that are looked at before a run
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,34 @@ class ChatTexts:
                 record.conversation, self._tokenizer, self.template, self.labels
             )
             if len(ids) > self.tokens:
-                logging.warning(
-                    "%s: its text of %d tokens is cut to %d (config.chat.text_tokens)",
-                    record.id, len(ids), self.tokens,
-                )  # fmt: skip
-                ids, own = ids[: self.tokens], own[: self.tokens]
-            text[row, : len(ids)], labels[row, : len(own)] = ids, own
-            if VIDEO not in ids:
-                raise UserError(
-                    f"config.chat.text_tokens: {self.tokens} tokens of {record.id} end before its "
-                    "video; set more"
-                )
+                ids, own = self._cut(record, ids, own)
             place[row] = np.argmax(ids == VIDEO)
+            text[row, : len(ids)], labels[row, : len(own)] = ids, own
             text[row, place[row]] = self._tokenizer.padding
         return {"text": text, "labels": labels, "place": place}
+
+    def check(self, source: Source) -> None:
+        """Raises UserError if texts are cut before their answers, in all of the first records."""
+        some = range(min(CHECKED, len(source)))
+        if all((self([source[n]], np.array([n]), 0)["labels"] == IGNORED).all() for n in some):
+            raise UserError(
+                f"config.chat.text_tokens: of {self.tokens} tokens, no answer is left of the first "
+                f"{len(some)} conversations; set more"
+            )
+
+    def _cut(
+        self, record: Record, ids: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first tokens of a text; nothing is learned from one that ends before its video."""
+        kept, own = ids[: self.tokens], labels[: self.tokens]
+        if VIDEO not in kept:
+            own = np.full_like(own, IGNORED)
+        logging.warning(
+            "%s: its text of %d tokens is cut to %d (config.chat.text_tokens), which leaves %d of "
+            "%d labels", record.id, len(ids), self.tokens,
+            (own != IGNORED).sum(), (labels != IGNORED).sum(),
+        )  # fmt: skip
+        return kept, own
 
     @cached_property
     def _tokenizer(self) -> ChatTokenizer:

@@ -31,7 +31,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.annotations import (
@@ -64,6 +64,19 @@ class Prepared:
     quarantined: int
 
 
+class _Videos(NamedTuple):
+    """The videos of a split, in the order of their list.
+
+    sizes: of the files in bytes, 0 of one that cannot be read. class_names: None if classes have
+    none. captions: what metadata.json keeps of a list of captions.
+    """
+
+    examples: list[Example]
+    sizes: list[int]
+    class_names: Sequence[str] | None
+    captions: dict[str, Any]
+
+
 def prepare(
     annotations: str | os.PathLike,
     out: str | os.PathLike,
@@ -93,86 +106,98 @@ def prepare(
       UserError: bad annotations; no video is there, or none can be decoded; `out` is no folder,
         in use, or holds this split of other data; the disk is full; processes die.
     """
-    if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":
-        raise UserError(f"split {split!r} must be letters, digits and underscores, and not 'all'")
-    if workers < 1 or not 0 < shard_mb < math.inf:
-        raise UserError(f"workers ({workers}) and shard_mb ({shard_mb}) must be above 0")
-    if not clip_seconds >= 0:
-        raise UserError(f"clip_seconds ({clip_seconds}) must be 0 or more")
-    if "://" in os.fspath(out):
-        raise UserError(f"{out}: shards are written to a folder of this machine; copy them then")
-    out = Path(os.path.abspath(out))
-    if storage.display_name(out) != str(out):
-        raise UserError(f"{storage.display_name(out)}: shards need a path that is UTF-8")
+    _check_options(split, workers, shard_mb, clip_seconds)
+    out = _local_folder(out)
     with _one_run_at_a_time(out):
-        exists = (out / "dataset_info.json").exists()
-        info = prepared_builder(out).info if exists else None  # of the finished splits
-        if info and ("captions" in info.features) != captioned:
-            kind = "labels" if captioned else "captions"
-            raise UserError(f"{out}: its other splits have {kind}; choose another --out")
-        if captioned:
-            captions, examples = _read_captions(annotations, root)
-        else:
-            captions, names = {}, _names(out, info, annotations, names)
-            examples, names = _read(out, info, annotations, root, names)
-        sizes = storage.file_sizes([example.source for example in examples])
-        if not any(sizes):
-            raise UserError(
-                f"{annotations}: none of its {len(examples)} videos is there; the first would be "
-                f"{examples[0].source}; is the root right?"
-            )
-        plan = _plan(examples, sizes, shard_mb, captions)
+        info = _finished_splits(out, captioned)
+        videos = _read_videos(out, info, annotations, root, names, captioned)
+        plan = _plan(videos, shard_mb)
         if info and split in info.splits:
             about = info.metadata["splits"][split]
             if about["plan"] != plan:
                 raise UserError(
                     f"{out}: holds {split} of other data or shard_mb; choose another --out"
                 )
-            _remove_work(out, split)
-            return Prepared(about["videos"], about["quarantined"])
-        work = _work_folder(out, split, plan)
-        shards = _shards(out, work, split, examples, sizes, int(shard_mb * MEBIBYTE))
-        reports = write_shards(shards, workers, clip_seconds)
-        _write_quarantine(out, split, reports)
-        quarantined = sum(len(report.quarantined) for report in reports)
-        if quarantined == len(examples):
-            name, _, reason = reports[0].quarantined[0]
-            raise UserError(
-                f"{annotations}: no video can be decoded, see {out}/quarantine.csv; the first: "
-                f"{name}: {reason}"
+        else:
+            work = _work_folder(out, split, plan)
+            shards = _shards(out, work, split, videos, int(shard_mb * MEBIBYTE))
+            reports = write_shards(shards, workers, clip_seconds)
+            _write_quarantine(out, split, reports)
+            _check_decoded(annotations, out, videos, reports)
+            about = _about(videos, plan, reports)
+            write_metadata(
+                out,
+                work,
+                split,
+                about=about,
+                class_names=videos.class_names,
+                shard_lengths=[len(report.stored) for report in reports],
+                num_bytes=sum(size for report in reports for _, _, size in report.stored),
+                info=info,
             )
-        rows = [row for report in reports for row in report.stored]
-        write_metadata(
-            out,
-            work,
-            split,
-            about={
-                **identity([id for id, _, _ in rows], [label for _, label, _ in rows]),
-                **captions,
-                "fingerprint": with_captions(fingerprint(rows), captions.get("captions", "")),
-                "max_label": max(label for _, label, _ in rows),
-                "plan": plan,
-                "quarantined": quarantined,
-            },
-            class_names=names,
-            shard_lengths=[len(report.stored) for report in reports],
-            num_bytes=sum(size for _, _, size in rows),
-            info=info,
-        )
         _remove_work(out, split)
-    return Prepared(len(rows), quarantined)
+    return Prepared(about["videos"], about["quarantined"])
 
 
-# The plan
+def _check_options(split: str, workers: int, shard_mb: float, clip_seconds: float) -> None:
+    """Raises UserError for a value that `prepare` does not take."""
+    if not re.fullmatch(r"[A-Za-z]\w*", split) or split == "all":
+        raise UserError(f"split {split!r} must be letters, digits and underscores, and not 'all'")
+    if workers < 1 or not 0 < shard_mb < math.inf:
+        raise UserError(f"workers ({workers}) and shard_mb ({shard_mb}) must be above 0")
+    if not clip_seconds >= 0:
+        raise UserError(f"clip_seconds ({clip_seconds}) must be 0 or more")
 
 
-def _plan(
-    examples: list[Example], sizes: list[int], shard_mb: float, captions: dict[str, Any]
-) -> str:
-    """Hex digest of everything that the bytes of the shards depend on."""
-    rows = fingerprint((e.id, e.label, size) for e, size in zip(examples, sizes, strict=True))
-    rows = with_captions(rows, captions.get("captions", ""))
-    return hashlib.sha256(f"{rows} {float(shard_mb)}".encode()).hexdigest()
+def _local_folder(out: str | os.PathLike) -> Path:
+    """The absolute path of the folder. Raises UserError for one that shards cannot be in."""
+    if "://" in os.fspath(out):
+        raise UserError(f"{out}: shards are written to a folder of this machine; copy them then")
+    path = Path(os.path.abspath(out))
+    if storage.display_name(path) != str(path):
+        raise UserError(f"{storage.display_name(path)}: shards need a path that is UTF-8")
+    return path
+
+
+# The videos
+
+
+def _finished_splits(out: Path, captioned: bool) -> Any:
+    """The `tfds.core.DatasetInfo` of the splits that are finished, or None.
+
+    Raises UserError if they have captions and this one labels, or the other way round.
+    """
+    if not (out / "dataset_info.json").exists():
+        return None
+    info = prepared_builder(out).info
+    if ("captions" in info.features) != captioned:
+        kind = "labels" if captioned else "captions"
+        raise UserError(f"{out}: its other splits have {kind}; choose another --out")
+    return info
+
+
+def _read_videos(
+    out: Path,
+    info: Any,
+    annotations: str | os.PathLike,
+    root: str | os.PathLike | None,
+    names: Sequence[str] | None,
+    captioned: bool,
+) -> _Videos:
+    """The videos that the annotations list. Raises UserError if none is there."""
+    captions: dict[str, Any] = {}
+    if captioned:
+        captions, examples = _read_captions(annotations, root)
+    else:
+        names = _names(out, info, annotations, names)
+        examples, names = _read(out, info, annotations, root, names)
+    sizes = storage.file_sizes([example.source for example in examples])
+    if not any(sizes):
+        raise UserError(
+            f"{annotations}: none of its {len(examples)} videos is there; the first would be "
+            f"{examples[0].source}; is the root right?"
+        )
+    return _Videos(examples, sizes, names, captions)
 
 
 def _read_captions(
@@ -191,30 +216,6 @@ def _read_captions(
             "write two lists, and prepare a folder of each"
         )
     return {"captions": source.identity["captions"], "images": images.pop()}, examples
-
-
-def _shards(
-    out: Path, work: Path, split: str, examples: list[Example], sizes: list[int], limit: int
-) -> list[Shard]:
-    """Shards of consecutive examples, as many as fit into `limit` bytes, but at least one."""
-    groups: list[list[Example]] = []
-    room = 0
-    for example, size in zip(examples, sizes, strict=True):
-        if not groups or size > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(example)
-        room -= size
-    paths = shard_paths(out, split, len(groups))
-    return [
-        Shard(
-            path=path,
-            report=work / f"{index:05}.json",
-            examples=group,
-            keep_bad=not split.startswith("train"),
-        )
-        for index, (path, group) in enumerate(zip(paths, groups, strict=True))
-    ]
 
 
 def _names(
@@ -252,6 +253,72 @@ def _read(
             "numbers; say which is which: --class_names=FILE, a name a line"
         )
     return examples, names or listed
+
+
+# The plan
+
+
+def _plan(videos: _Videos, shard_mb: float) -> str:
+    """Hex digest of everything that the bytes of the shards depend on."""
+    sized = zip(videos.examples, videos.sizes, strict=True)
+    rows = fingerprint((example.id, example.label, size) for example, size in sized)
+    rows = with_captions(rows, videos.captions.get("captions", ""))
+    return hashlib.sha256(f"{rows} {float(shard_mb)}".encode()).hexdigest()
+
+
+def _shards(out: Path, work: Path, split: str, videos: _Videos, limit: int) -> list[Shard]:
+    """Shards of consecutive examples, as many as fit into `limit` bytes, but at least one."""
+    groups: list[list[Example]] = []
+    room = 0
+    for example, size in zip(videos.examples, videos.sizes, strict=True):
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(example)
+        room -= size
+    paths = shard_paths(out, split, len(groups))
+    return [
+        Shard(
+            path=path,
+            report=work / f"{index:05}.json",
+            examples=group,
+            keep_bad=not split.startswith("train"),
+        )
+        for index, (path, group) in enumerate(zip(paths, groups, strict=True))
+    ]
+
+
+# The results
+
+
+def _check_decoded(
+    annotations: str | os.PathLike, out: Path, videos: _Videos, reports: list[Report]
+) -> None:
+    """Raises UserError if no video can be decoded."""
+    if _quarantined(reports) == len(videos.examples):
+        name, _, reason = reports[0].quarantined[0]
+        raise UserError(
+            f"{annotations}: no video can be decoded, see {out}/quarantine.csv; the first: "
+            f"{name}: {reason}"
+        )
+
+
+def _about(videos: _Videos, plan: str, reports: list[Report]) -> dict[str, Any]:
+    """What metadata.json keeps of a split."""
+    rows = [row for report in reports for row in report.stored]
+    return {
+        **identity([id for id, _, _ in rows], [label for _, label, _ in rows]),
+        **videos.captions,
+        "fingerprint": with_captions(fingerprint(rows), videos.captions.get("captions", "")),
+        "max_label": max(label for _, label, _ in rows),
+        "plan": plan,
+        "quarantined": _quarantined(reports),
+    }
+
+
+def _quarantined(reports: list[Report]) -> int:
+    """The number of bad videos."""
+    return sum(len(report.quarantined) for report in reports)
 
 
 # Folder and state

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,13 @@ from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids, ti
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.grids import PATCH, Grid, nearest_head
+from fluxvit_jax.grids import nearest_head
 from fluxvit_jax.models import fluxvit, language_model
-from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
 from fluxvit_jax.models.language_model import Cache, LanguageModel, LanguageModelConfig
-from fluxvit_jax.models.token_selection import GridLimits
-from fluxvit_jax.objectives import flux_chat, flux_chat_weights
+from fluxvit_jax.objectives import flux_chat_weights
 from fluxvit_jax.objectives.flux_chat_weights import ChatWeights
 
 ANSWER_TOKENS = 256  # of an answer, at most
@@ -56,23 +54,19 @@ class Chat:
     """Answers questions about videos; compiles once for each grid and budget.
 
     Attributes:
+        encoder: what turns frames into tokens for the language model.
         settings: (tokens, frames, pixels) at which a video is seen, those of the run's evaluation.
         tokenizer: that of the language model.
     """
 
     def __init__(self, weights: ChatWeights, dtype: str):
-        config = weights.config
-        self._network = replace(
-            flux_chat.encoder_config(config, jax.default_backend()), dtype=dtype
-        )
+        self.encoder = ChatEncoder(weights.projection, dtype)
         self._llm_config = weights.llm_config
-        self._merge = config.chat.merge
-        self._in_time = config.chat.order == "time"
-        self._encoder = jax.device_put(flux_chat.encoder_params(weights.network, self._network))
-        self._connector = jax.device_put(weights.connector)
         self._llm = jax.device_put(weights.llm)
         self.tokenizer = ChatTokenizer(weights.llm_folder)
-        self.settings: list[Setting] = [tuple(one) for one in config.eval.settings]
+        self.settings: list[Setting] = [
+            tuple(one) for one in weights.projection.config.eval.settings
+        ]
 
     def ask(
         self,
@@ -99,24 +93,16 @@ class Chat:
         except DecodeError as error:
             raise UserError(str(error)) from error
         message = time_message(seconds, frames, training=False) if seconds else ""
-        return Conversation(self, self.encode(clip.frames, budget), message)
+        return self.about(clip.frames, budget, message)
 
-    def encode(self, frames: np.ndarray, tokens: int) -> jax.Array:
-        """What the language model reads of a clip: [N, D].
+    def about(self, frames: np.ndarray, tokens: int, message: str = "") -> "Conversation":
+        """A conversation about frames, uint8 [T, side, side, 3], at a budget.
 
-        frames: uint8 [T, side, side, 3]; tokens: the budget, of which `chat.merge` become one.
+        message: what the first question begins with, such as `chat_templates.time_message`.
+
+        Raises UserError for a budget below `chat.merge`.
         """
-        T, side = len(frames), frames.shape[1] // PATCH
-        budget = min(tokens, T * side * side)
-        if budget < self._merge:
-            raise UserError(
-                f"--tokens={tokens}: {self._merge} tokens are merged into one; ask for more"
-            )
-        shape = _Encoding(
-            self._network, self._llm_config, Grid(T, side, side), budget, self._merge, self._in_time
-        )
-        patches = jnp.asarray(patchify(frames))[None]
-        return _encode(shape, self._encoder, self._connector, patches)[0]
+        return Conversation(self, self.encoder(frames, tokens), message)
 
     def _setting(self, tokens: int | None) -> Setting:
         if tokens is None:
@@ -139,27 +125,35 @@ class Conversation:
         self._unread: list[int] = []  # the last token of an answer, which nothing followed yet
         self.history: list[tuple[str, str]] = []
 
-    def ask(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> str:
+    def ask(self, question: str, answer_tokens: int = ANSWER_TOKENS, answer_start: str = "") -> str:
         """The answer to a question; arguments and errors as in `stream`."""
-        return "".join(self.stream(question, answer_tokens))
+        return "".join(self.stream(question, answer_tokens, answer_start))
 
-    def stream(self, question: str, answer_tokens: int = ANSWER_TOKENS) -> Iterator[str]:
+    def stream(
+        self, question: str, answer_tokens: int = ANSWER_TOKENS, answer_start: str = ""
+    ) -> Iterator[str]:
         """The answer, piece by piece, of up to `answer_tokens` tokens: the likeliest ones.
 
-        It is shorter where the language model takes no more. Raises UserError if it takes not even
-        the question.
+        It is shorter where the language model takes no more. answer_start: how it begins; what is
+        returned goes on from there.
+
+        Raises UserError if the language model takes not even the question.
         """
         pieces: list[str] = []
         try:
-            for piece in self._chat.tokenizer.stream(self._answer(question, answer_tokens)):
+            ids = self._answer(question, answer_tokens, answer_start)
+            for piece in self._chat.tokenizer.stream(ids):
                 pieces.append(piece)
                 yield piece
         finally:  # whoever has heard enough may ask on
-            self.history.append((question, "".join(pieces)))
+            self.history.append((question, answer_start + "".join(pieces)))
 
-    def _answer(self, question: str, answer_tokens: int) -> Iterator[int]:
-        """The ids of an answer, without the one that ends it."""
+    def _answer(self, question: str, answer_tokens: int, answer_start: str = "") -> Iterator[int]:
+        """The ids of an answer after its start, without the one that ends it."""
         chat, embeddings = self._chat, self._prompt(question)
+        if start := chat.tokenizer.encode(answer_start):
+            begun = _embed(chat._llm_config, chat._llm, np.array(start))
+            embeddings = jnp.concatenate([embeddings, begun])
         length = int(self._cache.length) + len(embeddings)
         answer_tokens = self._make_room(length, answer_tokens)
         padded = jnp.pad(embeddings, ((0, -len(embeddings) % PROMPT_STEP), (0, 0)))[None]
@@ -216,36 +210,11 @@ class Conversation:
         """Video tokens, before they are merged, with which half of the context would be left."""
         chat = self._chat
         spare = chat._llm_config.context // 2 - (length - len(self.tokens))
-        return max(spare, 1) * chat._merge
+        return max(spare, 1) * chat.encoder.merge
 
 
 # ---------------------------------------------------------------------------------------------
 # Compiled programs
-
-
-class _Encoding(NamedTuple):
-    """What a program that encodes clips is compiled for."""
-
-    network: FluxViTConfig
-    llm: LanguageModelConfig
-    grid: Grid
-    budget: int
-    merge: int
-    in_time: bool
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode(shape: _Encoding, encoder: Tree, projector: Tree, patches: jax.Array) -> jax.Array:
-    """Tokens for the language model, [B, N, D], of patches uint8 [B, P, 588]."""
-    grid, network = shape.grid, shape.network
-    limits = GridLimits(*grid, grid.tokens)
-    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), encoder)
-    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
-    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
-    kept = model.select(normalized, grids, shape.budget, limits, jax.random.key(0))
-    tokens = flux_chat.features(model, patches, grids[:1], kept, limits)
-    connector = flux_chat.connector_of(shape.llm, network, projector)
-    return flux_chat.project(connector, tokens, shape.merge, network.heads, shape.in_time)
 
 
 def _embed(config: LanguageModelConfig, params: Tree, ids: np.ndarray) -> jax.Array:

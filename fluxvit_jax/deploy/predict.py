@@ -29,6 +29,7 @@ from fluxvit_jax.data.annotations import read_class_names, videos_below
 from fluxvit_jax.data.clips import Clip, read_clips
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.cascade_passes import CascadePasses
+from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.deploy.page import Shown, write_film, write_page
 from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained
 from fluxvit_jax.deploy.shared_space import TextClassifier
@@ -36,6 +37,7 @@ from fluxvit_jax.deploy.windows import read_windows, seconds_of, windows_of
 from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, nearest_head
+from fluxvit_jax.objectives import flux_chat_weights
 from fluxvit_jax.reports.spreadsheet import cell
 from fluxvit_jax.reports.wording import count
 from fluxvit_jax.token_optimization import planner
@@ -187,6 +189,7 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
         classifier,
         options.calibrated,
         cascade,
+        _chat_encoder(options),
     )
     try:
         job.out.mkdir(parents=True, exist_ok=True)
@@ -195,6 +198,14 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out={job.out}: cannot be written: {error}") from error
     return 0
+
+
+def _chat_encoder(options: Options) -> ChatEncoder | None:
+    """What makes the features for a language model, if these are asked for."""
+    if options.features != "llm":
+        return None
+    projection = flux_chat_weights.read_projection(options.weights)
+    return ChatEncoder(projection, options.dtype or "float32")
 
 
 def _windows(options: Options) -> tuple[float, float] | None:
@@ -221,6 +232,7 @@ class _Job(NamedTuple):
     classifier: TextClassifier | None  # of classes by their names
     calibrated: bool
     cascade: Cascade | None  # of the settings, which are run until the answer is sure
+    chat_encoder: ChatEncoder | None  # of features for a language model
 
     def predict(self, clip: Clip, budget: int, top: int, timed: bool = False) -> Shown:
         """What `predict` finds."""
@@ -314,7 +326,11 @@ class _Job(NamedTuple):
             return
         arrays: dict[str, Any] = {}
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
-            arrays |= features(self.model, clip, budget, self.features, self.head)
+            if self.chat_encoder:
+                seen = np.asarray(self.chat_encoder(clip.frames, budget), np.float32)
+                arrays |= {f"llm_{budget}": seen}
+            else:
+                arrays |= features(self.model, clip, budget, self.features, self.head)
         path = self.out / f"{storage.display_name(name)}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)

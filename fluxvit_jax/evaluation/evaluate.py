@@ -235,30 +235,70 @@ def evaluate(
     if not len(source):
         raise UserError("config.data.validation: there are no videos to evaluate on")
     mesh = mesh or make_mesh(config)
-    params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
-    params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
     settings = settings or settings_of(config)
-    model = model_config(config, platform_of(mesh))
-    multi_label = config.train.multi_label
-    programs = [
-        predictor(model, setting, config.seed, mesh, multi_label=multi_label)
-        for setting in settings
-    ]
-    videos: list[dict[str, Any]] = []
-    kept = _Kept([], [[] for _ in settings])
+    answers = _Answers(params, config, settings, mesh, measure_calibration)
+    if not for_each_batch(
+        answers.take, config, source, settings, mesh, stop, quarantine, after_batch, "evaluating"
+    ):
+        return None
+    videos = answers.of_all_hosts()
+    if all(video["failure"] for video in videos):
+        raise NothingReadableError(
+            config.data.validation, len(source), source[0], videos[0]["failure"]
+        )
+    report = _report(config, source, settings, videos)
+    if answers.kept is not None:
+        measured = _calibration(answers.kept, videos)
+        for row, calibrated in zip(report["budgets"].values(), measured, strict=True):
+            row["calibration"] = calibrated
+    return Evaluation(report, _predictions(settings, videos), config.model.classes)
 
-    def take(batch: dict[str, np.ndarray]) -> None:
+
+class _Answers:
+    """What the network says of this host's videos at each setting.
+
+    Attributes:
+        kept: all probabilities, if they are kept, else None.
+    """
+
+    def __init__(
+        self,
+        params: dict,
+        config: ConfigDict,
+        settings: Sequence[Setting],
+        mesh: Mesh,
+        keep: bool,
+    ):
+        """Arguments as in `evaluate`. keep: whether to keep all probabilities."""
+        params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
+        shardings = partition_rules.shardings(params, mesh, zero_shot.RULES)
+        self._params = device_put_global(params, shardings)
+        self._mesh = mesh
+        self._multi_label = config.train.multi_label
+        model = model_config(config, platform_of(mesh))
+        self._programs = [
+            predictor(model, setting, config.seed, mesh, multi_label=self._multi_label)
+            for setting in settings
+        ]
+        self._videos: list[dict[str, Any]] = []
+        self.kept = _Kept([], [[] for _ in settings]) if keep else None
+
+    def take(self, batch: dict[str, np.ndarray]) -> None:
+        """Adds the videos of a batch of `pipeline.evaluation_batches`."""
+        video = batch["video"]
         found = [
             own
-            for k, program in enumerate(programs)
-            for own in probabilities([program], params, batch["video"], batch[f"patches{k}"], mesh)
+            for k, program in enumerate(self._programs)
+            for own in probabilities(
+                [program], self._params, video, batch[f"patches{k}"], self._mesh
+            )
         ]
-        if measure_calibration:
-            kept.add(batch, found)
+        if self.kept is not None:
+            self.kept.add(batch, found)
         tops = [likeliest(own) for own in found]
-        loss_of = _binary_cross_entropy if multi_label else cross_entropy
+        loss_of = _binary_cross_entropy if self._multi_label else cross_entropy
         losses = [loss_of(own, batch["label"]) for own in found]
-        videos.extend(
+        self._videos.extend(
             {
                 "number": int(number),
                 "host": host_index(),
@@ -267,29 +307,17 @@ def evaluate(
                 "failure": str(batch["failure"][row]),
                 "top": [top[row] for top in tops],
                 "loss": [loss[row] for loss in losses],
-                "probabilities": [own[row].tolist() for own in found] if multi_label else [],
+                "probabilities": [own[row].tolist() for own in found] if self._multi_label else [],
             }
-            for row, number in enumerate(batch["video"])
+            for row, number in enumerate(video)
             if number >= 0
         )
 
-    if not for_each_batch(
-        take, config, source, settings, mesh, stop, quarantine, after_batch, "evaluating"
-    ):
-        return None
-    # Hosts whose devices share clips have evaluated the same videos.
-    by_number = {video["number"]: video for video in gather(videos)}
-    videos = [by_number[number] for number in sorted(by_number)]
-    if all(video["failure"] for video in videos):
-        raise NothingReadableError(
-            config.data.validation, len(source), source[0], videos[0]["failure"]
-        )
-    report = _report(config, source, settings, videos)
-    if measure_calibration:
-        measured = _calibration(kept, videos)
-        for row, calibrated in zip(report["budgets"].values(), measured, strict=True):
-            row["calibration"] = calibrated
-    return Evaluation(report, _predictions(settings, videos), config.model.classes)
+    def of_all_hosts(self) -> list[dict[str, Any]]:
+        """The videos in the order of their numbers. All hosts call it."""
+        # Hosts whose devices share clips have evaluated the same videos.
+        by_number = {video["number"]: video for video in gather(self._videos)}
+        return [by_number[number] for number in sorted(by_number)]
 
 
 def for_each_batch(

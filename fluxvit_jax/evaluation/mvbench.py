@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from fluxvit_jax.config.fields import MVBENCH_PROMPTS
 from fluxvit_jax.data.annotations import Seconds, path_inside, text_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
@@ -52,7 +53,7 @@ FOLDERS = {
     "counterfactual_inference": "clevrer/video_validation",
 }
 LETTERS = string.ascii_uppercase  # of the options
-FORMS = ("videochat2", "lmms_eval")
+FORMS = MVBENCH_PROMPTS
 RULES = ("strict", *FORMS)
 NEW_TOKENS = {"videochat2": 100, "lmms_eval": 16}  # the longest answer; both are greedy
 

@@ -11,7 +11,14 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import make_mesh, say
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate, multiple_choice, retrieve, vectors, zero_shot
+from fluxvit_jax.evaluation import (
+    chat_questions,
+    evaluate,
+    multiple_choice,
+    retrieve,
+    vectors,
+    zero_shot,
+)
 from fluxvit_jax.evaluation.evaluate import Weights
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
@@ -30,6 +37,8 @@ def run(config: ConfigDict, workdir: str) -> int:
             return retrieve.run(config, workdir)
         case "multiple_choice":
             return multiple_choice.run(config, workdir)
+        case "mvbench":
+            return chat_questions.run(config, workdir)
     folder = storage.path_of(workdir)
     weights_of = zero_shot_weights if task == "zero_shot" else evaluate.weights_with_config
     measure = evaluate_adaptive.run_weights if config.eval.cascade else evaluate.run_weights
@@ -40,7 +49,7 @@ def task_of(config: ConfigDict) -> str:
     """`eval.task`, or what "auto" stands for."""
     if config.eval.task != "auto":
         return config.eval.task
-    return "retrieval" if objective_class(config).captioned else "accuracy"
+    return objective_class(config).task
 
 
 def zero_shot_weights(config: ConfigDict, folder: epath.Path) -> tuple[ConfigDict, Weights]:

@@ -43,6 +43,8 @@ class Objective:
             If so, a step calls it once with all clips and XLA partitions it. Otherwise the loss is
             a mean over clips, and a step may call it for each part of a batch and average.
         captioned: whether the training lists have captions: see `pipeline.train_batches`.
+        training_data: what `data.train` may name, for people.
+        task: what `--mode=evaluate` measures unless it is told: see `eval.task`.
         freezes: whether `train.freeze` can freeze a part of the network.
         takes_multi_label: whether it can train on multi-hot labels (`train.multi_label`).
         partition_rules: sharding of the parameters that the objective adds and of frozen ones; see
@@ -52,6 +54,10 @@ class Objective:
     labelled: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = False
     captioned: ClassVar[bool] = False
+    training_data: ClassVar[str] = (
+        "a list of path,label (train.csv, val.csv) or class folders (train/, val/)"
+    )
+    task: ClassVar[str] = "accuracy"
     freezes: ClassVar[bool] = False
     takes_multi_label: ClassVar[bool] = False
     partition_rules: ClassVar[Rules] = ()
@@ -147,6 +153,23 @@ class Objective:
     def open_clip_data(cls, config: ConfigDict, source: Source) -> ClipData | None:
         """The source of the arrays of `clip_fields` for the videos of `source`."""
         return None
+
+    @classmethod
+    def measure(cls, config: ConfigDict) -> tuple[str, str]:
+        """How metrics of validation begin that tell the best checkpoint, and their name in words."""
+        return ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        """What to do with a finished run: commands without `python -m fluxvit_jax.`."""
+        searchable = config.data.holdout_fraction or config.search.split
+        split = "" if searchable else " --config.search.split=LIST"
+        search = [f"main --mode=search --workdir={workdir}{split}"]
+        return [
+            f"main --mode=evaluate --workdir={workdir}",
+            *(search if not config.train.multi_label else ()),
+            f"main --mode=predict --workdir={workdir} --video=VIDEO",
+        ]
 
     @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:

@@ -22,7 +22,6 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.captions import TextArrays
 from fluxvit_jax.data.chat_texts import ChatTexts
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.distributed import partition_rules
@@ -66,6 +65,10 @@ class FluxChat(Objective):
 
     labelled: ClassVar[bool] = False
     whole_batch: ClassVar[bool] = True
+    training_data: ClassVar[str] = (
+        "conversations as LLaVA's, JSON, or captions, JSON or CSV of path,caption"
+    )
+    task: ClassVar[str] = "mvbench"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
         ("connector/fc1/kernel", P("fsdp", None)),  # [C, D]
@@ -113,6 +116,8 @@ class FluxChat(Objective):
         for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
             if config.train[name]:
                 raise UserError(f"config.train.{name}: flux_chat has no such thing; leave it 0")
+        if config.data.holdout_fraction:
+            raise UserError("config.data.holdout_fraction: flux_chat leaves no videos out; set 0")
         if config.data.validation:
             raise UserError(
                 "config.data.validation: flux_chat is not evaluated on the way; leave it empty"
@@ -200,12 +205,22 @@ class FluxChat(Objective):
     @classmethod
     def open_training(cls, config: ConfigDict) -> Source:
         """Conversations, or captions: see `conversations.open_conversations`."""
-        return open_conversations(config.data.train, config.data.root, config.chat.template)
+        source = open_conversations(config.data.train, config.data.root, config.chat.template)
+        cls.text_arrays(config).check(source)
+        return source
 
     @classmethod
-    def text_arrays(cls, config: ConfigDict) -> TextArrays:
+    def text_arrays(cls, config: ConfigDict) -> ChatTexts:
         chat = config.chat
         return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        return [
+            f"main --mode=chat --checkpoint={workdir} --video=VIDEO "
+            f"--tokens={config.train.budgets[-1]}",
+            f"main --mode=evaluate --workdir={workdir} --config.data.validation=MVBENCH/json",
+        ]
 
     @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
@@ -272,7 +287,7 @@ class FluxChat(Objective):
     def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
         """Of each clip the sum of its answer's losses and the number of its hits."""
         llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
-        projector = connector_of(self.llm, self.network, params[CONNECTOR])
+        projector = connector_of(self.network, self.llm.width, params[CONNECTOR])
         video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
         place = clips["place"]
         embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)
@@ -326,9 +341,9 @@ def features(
     return model.encode(tokens, position, ordered)[:, 1:]
 
 
-def connector_of(llm: LanguageModelConfig, network: FluxViTConfig, params: Tree) -> Connector:
-    """The projector with its parameters; for use inside functions that JAX transforms."""
-    graph = blocks.graphdef(lambda rngs: _make_connector(llm, network, rngs))
+def connector_of(network: FluxViTConfig, width: int, params: Tree) -> Connector:
+    """The projector to `width` channels, for use inside functions that JAX transforms."""
+    graph = blocks.graphdef(lambda rngs: _make_connector(network, width, rngs))
     return fluxvit.from_params(graph, params)
 
 
@@ -341,11 +356,11 @@ def project(
 
 
 def _connector(config: ConfigDict, rngs: nnx.Rngs) -> Connector:
-    return _make_connector(llm_config(config), encoder_config(config), rngs)
+    return _make_connector(encoder_config(config), llm_config(config).width, rngs)
 
 
-def _make_connector(llm: LanguageModelConfig, network: FluxViTConfig, rngs: nnx.Rngs) -> Connector:
-    return Connector(network.width, llm.width, jnp.dtype(network.dtype), rngs)
+def _make_connector(network: FluxViTConfig, width: int, rngs: nnx.Rngs) -> Connector:
+    return Connector(network.width, width, jnp.dtype(network.dtype), rngs)
 
 
 def _llm_of(frozen: Tree) -> Tree:

@@ -72,6 +72,8 @@ class FluxCLIP(Objective):
     labelled: ClassVar[bool] = False
     captioned: ClassVar[bool] = True
     whole_batch: ClassVar[bool] = True
+    training_data: ClassVar[str] = "a list of path,caption, CSV or JSON, or a mixture (mixture.csv)"
+    task: ClassVar[str] = "retrieval"
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
         ("clip_head/proj/kernel", P("fsdp", None)),  # [pool width, D]
@@ -201,6 +203,20 @@ class FluxCLIP(Objective):
     @classmethod
     def clip_fields(cls, config: ConfigDict) -> Fields:
         return {"text": ((CONTEXT,), "int32"), "identity": ((2,), "int32")}
+
+    @classmethod
+    def measure(cls, config: ConfigDict) -> tuple[str, str]:
+        return "t2v_r1_", "text to video R@1"
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        pairs = "" if config.data.validation else " --config.data.validation=PAIRS"
+        return [
+            f"main --mode=evaluate --workdir={workdir}{pairs}",
+            f"main --mode=search --workdir={workdir}{pairs} --config.search.split=PAIRS",
+            f"find index VIDEOS --checkpoint={workdir} --tokens={config.train.budgets[0]} "
+            "--out=INDEX.npz",
+        ]
 
     @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:

@@ -111,6 +111,9 @@ class FluxUMT(Objective):
     drop_path: bool
 
     labelled: ClassVar[bool] = False
+    training_data: ClassVar[str] = (
+        "a list of path,label (train.csv, val.csv) or a mixture (mixture.csv)"
+    )
     partition_rules: ClassVar[Rules] = (
         ("internvideo2/patch_embed/kernel", P(None, "fsdp")),  # [588, C]
         ("internvideo2/pool/(q|k|v)/kernel", P("fsdp", "tensor")),  # [C, C]
@@ -185,6 +188,10 @@ class FluxUMT(Objective):
     @classmethod
     def open_clip_data(cls, config: ConfigDict, source: Source) -> CachedTargets | None:
         return open_cached_targets(config, source)
+
+    @classmethod
+    def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
+        return [f"main --config=k400 --config.train.init_from={workdir}"]
 
     @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:

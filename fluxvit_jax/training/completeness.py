@@ -25,6 +25,7 @@ PATHS = {
     "train.init_from": "WEIGHTS",
     "distill.teacher": "TEACHER",
     "clip.text_encoder": "TEXT_ENCODER",
+    "chat.llm": "LANGUAGE_MODEL",
 }
 
 
@@ -68,21 +69,17 @@ def check_complete(
 def _gaps(config: ConfigDict, workdir: storage.PathLike) -> Iterator[Gap]:
     values = flatten(config)
     objective = objective_class(config)
-    labelled = objective.labelled
     resumes = (storage.path_of(workdir) / checkpointer.FOLDER).exists()
-    layout = "class folders (train/, val/)" if labelled else "a mixture (mixture.csv)"
-    lists = "path,label (train.csv, val.csv)"
-    if objective.captioned:
-        lists = "path,caption, CSV or JSON,"
     wanted = {
-        "data.train": f"videos to train on: a list of {lists} or {layout}",
+        "data.train": f"videos to train on: {objective.training_data}",
         "train.init_from": "weights to start from: a workdir, a folder, .safetensors or .pth "
         "(--config.train.init_from= starts from random ones)",
         "distill.teacher": "weights of the teacher, from python -m fluxvit_jax.convert",
         "clip.text_encoder": "weights of the text encoder, such as mobileclip_blt.pt "
         "(--config.clip.text_encoder= --config.clip.train_text=True trains one)",
+        "chat.llm": "the folder of a language model, such as a copy of Qwen2.5-7B-Instruct",
     }
-    if labelled:
+    if objective.labelled:
         wanted["data.validation"] = "videos to validate on, likewise (may be left out)"
     for field in PATHS:
         value = values[field]

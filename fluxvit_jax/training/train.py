@@ -1,4 +1,4 @@
-"""Training: `train` is the loop, top to bottom; its parts follow below.
+"""Training: `train` opens a run, and `Run.train` is the loop; their parts follow below.
 
 A run is a function of its config and data. Everything random is drawn from the seed and the number
 of a step or sample, and a checkpoint holds the rest. So the same command resumes a workdir, and
@@ -7,22 +7,22 @@ leaves the same numbers as a run that was never stopped.
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints.checkpointer import FOLDER, Checkpoints, best_step
+from fluxvit_jax.checkpoints.checkpointer import FOLDER, Checkpoints
 from fluxvit_jax.checkpoints.workdir import (
     BAD_CLIPS,
     CONFIG,
     BadClips,
     last_logged_step,
-    metrics_by_step,
-    read_config,
     set_run_aside,
     write_class_names,
     write_config,
@@ -55,13 +55,13 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.evaluate import NothingReadableError
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.objectives.base import Objective, objective_class
+from fluxvit_jax.training import wording
 from fluxvit_jax.training.goodput import Goodput
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.nonfinite import NonfiniteSteps
-from fluxvit_jax.training.optimizer import learning_rates
 from fluxvit_jax.training.preemption import PreemptionHandler
 from fluxvit_jax.training.profiling import ProfiledStep
-from fluxvit_jax.training.setup import Schedule, Setup, set_up
+from fluxvit_jax.training.setup import Setup, set_up
 from fluxvit_jax.training.train_state import abstract_state, initial_state, parameter_overview
 from fluxvit_jax.training.train_step import (
     NO_BATCH,
@@ -71,7 +71,7 @@ from fluxvit_jax.training.train_step import (
     make_objective,
     make_train_step,
 )
-from fluxvit_jax.training.validation import VALIDATION, Validation
+from fluxvit_jax.training.validation import Validation
 
 Tree = dict[str, Any]
 
@@ -101,8 +101,258 @@ def train(
     """
     goodput = Goodput(storage.path_of(workdir))
     setup = set_up(config, workdir, fresh)
-    config, workdir, schedule = setup.config, setup.workdir, setup.schedule
-    clip_fields = setup.objective.clip_fields(config)
+    with open_tools(setup, goodput) as tools:
+        if fresh:
+            keep_earlier_run(setup.workdir)
+        start = restore_or_initialize(setup, tools.checkpoints, accept_data_change)
+        validation = Validation(setup, tools.metrics, tools.watchdog, start.step)
+        if not start.step:
+            check_not_lost(setup.workdir, tools.checkpoints, validation)
+        if line := wording.describe_finished(setup, validation, start.step):
+            say(line)
+            return 0
+        announce(setup, start.state)
+        with open_run(setup, tools, validation, start) as run:
+            run.train()
+        goodput.enter("checkpoint")
+        tools.checkpoints.wait()
+        goodput.write()
+        say(goodput.describe())
+        if tools.preemption.should_stop():
+            say(f"stopped at step {run.saved_step}; the same command goes on from there")
+        else:
+            say(wording.describe_end(setup, validation, run.saved_step))
+        return tools.preemption.status
+
+
+class Tools(NamedTuple):
+    """What the process of a run holds open from its beginning to its end."""
+
+    lock: WorkdirLock
+    preemption: PreemptionHandler
+    watchdog: Watchdog
+    checkpoints: Checkpoints
+    metrics: Metrics
+    goodput: Goodput
+
+
+class Start(NamedTuple):
+    """Where a run begins or goes on.
+
+    step: the last one done. state: on the devices; the next step takes it. saved: what else the
+    checkpoint of that step holds, or nothing.
+    """
+
+    step: int
+    state: Tree
+    saved: Tree
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A run from its first step in this process to its last: `train` is the loop.
+
+    identity: of the data, with the class names; checkpoints hold it.
+    state: after the latest step, on the devices.
+    saved_step: that of the latest checkpoint.
+    pending: scalars of the steps since the last look at them, still on the devices.
+    stops: "stop" of the latest two steps, on the devices.
+    batch_comes: whether this host still gets batches.
+    """
+
+    setup: Setup
+    tools: Tools
+    validation: Validation
+    bad_clips: BadClips
+    progress: Progress
+    batches: Batches
+    step_fn: ProfiledStep
+    nonfinite: NonfiniteSteps
+    identity: Tree
+    state: Tree
+    saved_step: int
+    pending: list[Tree] = field(default_factory=list)
+    stops: tuple[Any, Any] = (0, 0)
+    batch_comes: bool = True
+
+    def train(self) -> None:
+        """The steps that are left, until the last one or a reason to stop before it."""
+        if self.validation.pending:
+            self.validate(self.saved_step)
+        self.tools.watchdog.alive()
+        for step in range(self.saved_step + 1, self.setup.schedule.total + 1):
+            if self.ends_before(step):
+                break
+            batch = self.next_batch()
+            if batch is None and host_count() == 1:
+                self.stop_after(step - 1)
+                break
+            self.train_on(batch, step)
+
+            logs, saves = self.logs_at(step), self.saves_at(step)
+            if host_count() > 1 and (logs or saves):  # which wait for this step in any case
+                self.learn_of_signals()
+                saves = saves or self.tools.preemption.should_stop()
+                if in_vain := sum(int(stop) >= NO_BATCH for stop in self.stops):
+                    del self.pending[-in_vain:]
+                    self.stop_after(step - in_vain)
+                    break
+            numbers = self.numbers_of(step) if logs or saves else {}
+            if logs:
+                self.log(step, numbers)
+            self.progress.advance(numbers["loss"] if logs else None)
+            if saves:
+                self.validate_and_save(step)
+
+    def ends_before(self, step: int) -> bool:
+        """Whether the run has ended early, or was stopped and all steps so far are saved."""
+        stopped = self.tools.preemption.should_stop
+        return bool(self.validation.reason_to_stop()) or (stopped() and self.saved_step == step - 1)
+
+    def next_batch(self) -> dict[str, np.ndarray] | None:
+        """This host's part; None if it is stopped while waiting, say for a clip that hangs."""
+        self.tools.goodput.enter("data_wait")
+        if not self.batch_comes:
+            return None
+        batch = self.batches.next_unless(self.tools.preemption.stops_waiting)
+        self.batch_comes = batch is not None
+        return batch
+
+    def train_on(self, batch: dict[str, np.ndarray] | None, step: int) -> None:
+        """Begins the step; returns once the one before is done.
+
+        Without a batch this host does it in vain: the others may have begun it, and it takes all.
+        """
+        setup, tools = self.setup, self.tools
+        tools.goodput.enter("step")
+        if batch is None:
+            grids = grids_of_step(setup, step)
+            inputs = empty_batch(setup.config, grids, setup.mesh, tools.preemption.heard())
+        else:
+            self.bad_clips.note(step, batch["failure"])
+            clip_fields = setup.objective.clip_fields(setup.config)
+            inputs = device_batch(batch, tools.preemption.heard(), clip_fields)
+        sharded = shard_batch(inputs, setup.mesh)
+        with jax.transfer_guard("disallow"):
+            self.state, scalars = self.step_fn(step, self.state, setup.frozen, sharded)
+        # Wait for the step before: batches must not pile up on the devices.
+        self.learn_of_signals()
+        tools.watchdog.alive()
+        tools.lock.check()
+        self.stops = (self.stops[-1], scalars.pop("stop"))
+        self.pending.append(scalars)
+
+    def learn_of_signals(self) -> None:
+        """Waits for the latest step in `stops`, which tells what signals the hosts have got."""
+        self.tools.preemption.update(int(self.stops[-1]) % NO_BATCH)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether the step's numbers are written."""
+        return step == self.setup.schedule.total or step % self.setup.config.log.every_steps == 0
+
+    def saves_at(self, step: int) -> bool:
+        """Whether a checkpoint of the step is due, as far as this host knows."""
+        return (
+            step == self.setup.schedule.total
+            or self.validation.due(step)
+            or self.tools.checkpoints.due(step)
+            or self.tools.preemption.should_stop()
+        )
+
+    def numbers_of(self, step: int) -> dict[str, Any]:
+        """The scalars of the latest step, as `fetch`.
+
+        Raises UserError if too many clips were replaced, or too many steps in a row skipped.
+        """
+        self.bad_clips.write()
+        numbers = self.fetch(step)
+        check_bad_clips(self.setup, step, numbers["bad_clips"])
+        return numbers
+
+    def fetch(self, step: int) -> dict[str, Any]:
+        """The scalars of `step`, the last of the pending steps, with the number of skipped steps.
+
+        Raises UserError if too many steps in a row were skipped.
+        """
+        fetched = jax.device_get(self.pending)
+        self.pending = []
+        for number, scalars in enumerate(fetched, step - len(fetched) + 1):
+            self.nonfinite.note(number, scalars)
+        numbers = {name: value.item() for name, value in fetched[-1].items() if name != "skipped"}
+        return numbers | {"skipped_steps": self.nonfinite.total}
+
+    def log(self, step: int, numbers: dict[str, Any]) -> None:
+        """Writes the numbers of a step, with its learning rate."""
+        # The schedule goes by the steps that were not skipped.
+        rate = self.setup.rates[step - 1 - self.nonfinite.total]
+        self.tools.metrics.write(
+            step,
+            "train",
+            numbers | {"learning_rate": rate},
+            timings={
+                "clips_per_second": self.progress.clips_per_second,
+                "goodput": self.tools.goodput.share,
+            },
+        )
+        self.tools.goodput.flush()
+
+    def validate(self, step: int) -> dict[str, float] | None:
+        """As `Validation.run`."""
+        self.tools.goodput.enter("evaluation")
+        interrupted, quarantine = self.tools.preemption.sync, self.bad_clips.quarantine
+        return self.validation.run(step, self.state, self.progress, interrupted, quarantine)
+
+    def validate_and_save(self, step: int) -> None:
+        """Evaluates the model, if that is due, and saves the step.
+
+        Raises NothingReadableError, after the steps so far are saved.
+        """
+        quality = failure = None
+        try:
+            if self.validation.due(step):
+                quality = self.validate(step)
+        except NothingReadableError as error:
+            failure = error
+        self.save_logs()
+        # Weights that give no finite loss are not saved on the way.
+        last = step == self.setup.schedule.total
+        if not self.nonfinite.in_row or last or self.tools.preemption.should_stop():
+            self.save(step, quality)
+        if failure:
+            raise failure
+
+    def stop_after(self, step: int) -> None:
+        """Saves what was done until `step` inclusive, the last one."""
+        if self.saved_step == step:
+            return
+        self.bad_clips.write()
+        if self.pending:
+            self.fetch(step)
+        self.save_logs()
+        self.save(step, None)
+
+    def save_logs(self) -> None:
+        """Returns once they have every line so far: no checkpoint is ahead of them."""
+        self.tools.metrics.save()
+        self.bad_clips.save()
+
+    def save(self, step: int, quality: dict[str, float] | None) -> None:
+        """Saves a checkpoint. quality: the metric that ranks it, if it was evaluated."""
+        self.tools.goodput.enter("checkpoint")
+        data_state = {"step": step} | self.identity | self.nonfinite.state()
+        self.tools.checkpoints.save(step, self.state, data_state, self.setup.config, quality)
+        self.tools.goodput.saved(step)
+        self.saved_step = step
+
+
+# ---------------------------------------------------------------------------------------------
+# Before the first step
+
+
+@contextmanager
+def open_tools(setup: Setup, goodput: Goodput) -> Iterator[Tools]:
+    """The tools of a run, whose workdir no other process may have open."""
+    config, workdir = setup.config, setup.workdir
     with (
         WorkdirLock(workdir) as lock,
         PreemptionHandler() as preemption,
@@ -110,159 +360,46 @@ def train(
         Checkpoints(workdir, config.checkpoint.keep, config.checkpoint.every_steps) as checkpoints,
         closing(Metrics(workdir, config)) as metrics,
     ):
-        if fresh:
-            keep_earlier_run(workdir)
-        start, state, saved = restore_or_initialize(setup, checkpoints, accept_data_change)
-        class_names = setup.identity["class_names"] or saved.get("class_names")
-        identity = setup.identity | {"class_names": class_names}
-        validation = Validation(setup, metrics, watchdog, start)
-        if not start:
-            check_not_lost(workdir, checkpoints, validation)
-        if line := describe_finished(setup, validation, start):
-            say(line)
-            return 0
-        announce(setup, state)
-        bad_clips = open_logs(setup, identity, metrics, start)
-        goodput.resume(start)
-        progress = Progress(
-            schedule.total,
-            schedule.steps_per_epoch,
-            config.train.batch_size,
-            start_step=start,
-            every=config.log.every_steps,
+        yield Tools(lock, preemption, watchdog, checkpoints, metrics, goodput)
+
+
+@contextmanager
+def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -> Iterator[Run]:
+    """The run after `start`, with its data, logs and compiled step."""
+    config, schedule = setup.config, setup.schedule
+    class_names = setup.identity["class_names"] or start.saved.get("class_names")
+    bad_clips = open_logs(setup, class_names, tools.metrics, start.step)
+    tools.goodput.resume(start.step)
+    progress = Progress(
+        schedule.total,
+        schedule.steps_per_epoch,
+        config.train.batch_size,
+        start_step=start.step,
+        every=config.log.every_steps,
+    )
+    batches = open_batches(setup, start.step, bad_clips.quarantine)
+    tools.goodput.enter("compile")
+    step_fn = compile_step(setup, start.state)
+    with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
+        yield Run(
+            setup=setup,
+            tools=tools,
+            validation=validation,
+            bad_clips=bad_clips,
+            progress=progress,
+            batches=batches,
+            step_fn=step_fn,
+            nonfinite=NonfiniteSteps(config.train.max_nonfinite, start.saved, tools.checkpoints),
+            identity=setup.identity | {"class_names": class_names},
+            state=start.state,
+            saved_step=start.step,
         )
-        batches = open_batches(setup, start, bad_clips.quarantine)
-        goodput.enter("compile")
-        step_fn = compile_step(setup, state)
-
-        with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
-            if validation.pending:
-                goodput.enter("evaluation")
-                validation.run(start, state, progress, preemption.sync, bad_clips.quarantine)
-            saved_step = start
-            pending: list[Tree] = []  # scalars of the latest steps, still on the devices
-            nonfinite = NonfiniteSteps(config.train.max_nonfinite, saved, checkpoints)
-            stops: list[Any] = [0, 0]  # "stop" of the latest two steps, on the devices
-            batch_comes = True
-
-            def save(step: int, quality: dict[str, float] | None) -> None:
-                nonlocal saved_step
-                goodput.enter("checkpoint")
-                data_state = {"step": step} | identity | nonfinite.state()
-                checkpoints.save(step, state, data_state, config, quality)
-                goodput.saved(step)
-                saved_step = step
-
-            def stop_after(step: int) -> None:
-                """Saves what was done until `step` inclusive, the last one."""
-                if saved_step == step:
-                    return
-                bad_clips.write()
-                if pending:
-                    fetch(pending, step, nonfinite)
-                metrics.save()
-                bad_clips.save()
-                save(step, None)
-
-            watchdog.alive()
-            for step in range(start + 1, schedule.total + 1):
-                if validation.reason_to_stop() or (
-                    preemption.should_stop() and saved_step == step - 1
-                ):
-                    break
-                # Train on the next batch.
-                goodput.enter("data_wait")
-                # None if it is stopped while waiting, say for a clip that hangs.
-                batch = batches.next_unless(preemption.stops_waiting) if batch_comes else None
-                batch_comes = batch is not None
-                if batch is None and host_count() == 1:
-                    stop_after(step - 1)
-                    break
-                goodput.enter("step")
-                if batch is None:  # others may have begun the step: all do it, in vain
-                    grids = grids_of_step(setup, step)
-                    inputs = empty_batch(config, grids, setup.mesh, preemption.heard())
-                else:
-                    bad_clips.note(step, batch["failure"])
-                    inputs = device_batch(batch, preemption.heard(), clip_fields)
-                sharded = shard_batch(inputs, setup.mesh)
-                with jax.transfer_guard("disallow"):
-                    state, scalars = step_fn(step, state, setup.frozen, sharded)
-                # Wait for the step before: batches must not pile up on the devices.
-                preemption.update(int(stops[-1]) % NO_BATCH)
-                watchdog.alive()
-                lock.check()
-                stops = [stops[-1], scalars.pop("stop")]
-                pending.append(scalars)
-
-                # Report.
-                last = step == schedule.total
-                logs = last or step % config.log.every_steps == 0
-                evaluates = validation.due(step)
-                saves = last or evaluates or checkpoints.due(step) or preemption.should_stop()
-                if host_count() > 1 and (logs or saves):  # which wait for this step in any case
-                    preemption.update(int(stops[-1]) % NO_BATCH)
-                    saves = saves or preemption.should_stop()
-                    if in_vain := sum(int(stop) >= NO_BATCH for stop in stops):
-                        del pending[-in_vain:]
-                        stop_after(step - in_vain)
-                        break
-                if logs or saves:
-                    bad_clips.write()
-                    numbers, pending = fetch(pending, step, nonfinite), []
-                    check_bad_clips(config, schedule, step, numbers["bad_clips"], workdir)
-                if logs:
-                    metrics.write(
-                        step,
-                        "train",
-                        # The schedule goes by the steps that were not skipped.
-                        numbers | {"learning_rate": setup.rates[step - 1 - nonfinite.total]},
-                        timings={
-                            "clips_per_second": progress.clips_per_second,
-                            "goodput": goodput.share,
-                        },
-                    )
-                    goodput.flush()
-                progress.advance(numbers["loss"] if logs else None)
-
-                # Validate and save.
-                if not saves:
-                    continue
-                quality = failure = None
-                try:
-                    if evaluates:
-                        goodput.enter("evaluation")
-                        quality = validation.run(
-                            step, state, progress, preemption.sync, bad_clips.quarantine
-                        )
-                except NothingReadableError as error:
-                    failure = error  # raised below, after the steps so far are saved
-                metrics.save()
-                bad_clips.save()
-                # Weights that give no finite loss are not saved on the way.
-                if not nonfinite.in_row or last or preemption.should_stop():
-                    save(step, quality)
-                if failure:
-                    raise failure
-        goodput.enter("checkpoint")
-        checkpoints.wait()
-        goodput.write()
-        say(goodput.describe())
-        if preemption.should_stop():
-            say(f"stopped at step {saved_step}; the same command goes on from there")
-        else:
-            say(describe_end(setup, validation, saved_step))
-        return preemption.status
-
-
-# ---------------------------------------------------------------------------------------------
-# Before the first step
 
 
 def restore_or_initialize(
     setup: Setup, checkpoints: Checkpoints, accept_data_change: bool
-) -> tuple[int, Tree, Tree]:
-    """The step, the state and what else the latest checkpoint holds, or 0, a new state and nothing.
+) -> Start:
+    """The latest checkpoint, or a new state at step 0.
 
     Raises UserError for a checkpoint of other data, unless that is accepted.
     """
@@ -270,13 +407,13 @@ def restore_or_initialize(
     restored = checkpoints.restore_latest(abstract_state(config, setup.optimizer, setup.mesh))
     if restored is None:
         class_names = setup.identity["class_names"]
-        return 0, initial_state(config, setup.optimizer, setup.mesh, class_names), {}
-    start, _, saved = restored
-    check_data(saved, setup.identity, setup.workdir, accept_data_change)
-    say(f"going on from step {start} of {setup.schedule.total}")
-    if line := describe_new_schedule(setup, start):
+        return Start(0, initial_state(config, setup.optimizer, setup.mesh, class_names), {})
+    start = Start(*restored)
+    check_data(start.saved, setup.identity, setup.workdir, accept_data_change)
+    say(f"going on from step {start.step} of {setup.schedule.total}")
+    if line := wording.describe_new_schedule(setup, start.step):
         say(line)
-    return restored
+    return start
 
 
 def keep_earlier_run(workdir: epath.Path) -> None:
@@ -328,7 +465,7 @@ def announce(setup: Setup, state: Tree) -> None:
     if setup.data.validation is not None:
         warn_of_shared_videos(setup.data.training, setup.data.validation)
     say(f"training on {setup.mesh.size} x {device_name(setup.mesh.devices.flat[0])}")
-    say(describe_run(setup))
+    say(wording.describe_run(setup))
     say(parameter_overview(setup.config, state["params"], setup.frozen))
     if setup.balance:
         say(setup.balance)
@@ -343,11 +480,13 @@ def warn_of_shared_videos(training: Source, validation: Source) -> None:
         )
 
 
-def open_logs(setup: Setup, identity: Tree, metrics: Metrics, start: int) -> BadClips:
+def open_logs(
+    setup: Setup, class_names: Sequence[str] | None, metrics: Metrics, start: int
+) -> BadClips:
     """Writes the run's config and class names, and drops the lines of later steps from its logs."""
     with raise_on_all_hosts():
         write_config(setup.workdir, setup.config)
-        write_class_names(setup.workdir, identity["class_names"])
+        write_class_names(setup.workdir, class_names)
         metrics.rewind(start)
         if setup.config.log.wandb and host_index() == 0:
             metrics.open()  # what it refuses, it should refuse before the compilation
@@ -414,148 +553,17 @@ def _compiled(
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks of the steps
+# A check of the steps
 
 
-def check_bad_clips(
-    config: ConfigDict, schedule: Schedule, step: int, bad: int, workdir: epath.Path
-) -> None:
+def check_bad_clips(setup: Setup, step: int, bad: int) -> None:
     """Raises UserError if more clips than `data.max_bad_fraction` were replaced until `step`."""
-    size = config.train.batch_size
+    config, size = setup.config, setup.config.train.batch_size
     drawn = step * size
-    enough = drawn >= min(MIN_CLIPS_BEFORE_ABORT, schedule.steps_per_epoch * size)
+    enough = drawn >= min(MIN_CLIPS_BEFORE_ABORT, setup.schedule.steps_per_epoch * size)
     if enough and bad > config.data.max_bad_fraction * drawn:
         raise UserError(
             f"{bad} of {drawn} training clips could not be read, more than "
             f"config.data.max_bad_fraction={config.data.max_bad_fraction}; they are listed in "
-            f"{workdir / BAD_CLIPS}"
+            f"{setup.workdir / BAD_CLIPS}"
         )
-
-
-def fetch(pending: list[Tree], step: int, nonfinite: NonfiniteSteps) -> dict[str, Any]:
-    """The scalars of `step`, the last of the pending steps, with the number of skipped steps.
-
-    Raises UserError if too many steps in a row were skipped.
-    """
-    fetched = jax.device_get(pending)
-    for number, scalars in enumerate(fetched, step - len(fetched) + 1):
-        nonfinite.note(number, scalars)
-    numbers = {name: value.item() for name, value in fetched[-1].items() if name != "skipped"}
-    return numbers | {"skipped_steps": nonfinite.total}
-
-
-# ---------------------------------------------------------------------------------------------
-# What a run says of itself
-
-
-def describe_run(setup: Setup) -> str:
-    """What a run has found and will do, in a few lines."""
-    config, data, grids = setup.config, setup.data, setup.grids
-    labelled = objective_class(config).labelled
-    classes = f" of {config.model.classes} classes" if labelled else ""
-    validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
-    budgets = ", ".join(map(str, config.train.budgets))
-    tokens = [grid.tokens for grid in grids]
-    return "\n".join(
-        [
-            f"data: {len(data.training)} videos{classes} to train on{validation}",
-            f"schedule: {config.train.epochs} epochs of {setup.schedule.steps_per_epoch} steps, "
-            f"{config.train.batch_size} clips a step",
-            f"tokens: budgets of {budgets}, selected from the {min(tokens)} to {max(tokens)} of "
-            f"{len(grids)} grids",
-            f"workdir: {setup.workdir}",
-        ]
-    )
-
-
-def describe_new_schedule(setup: Setup, step: int) -> str:
-    """How the learning rate goes on if the run was given more epochs or a lower rate; or "".
-
-    step: the last one done.
-    """
-    config, rates, before = setup.config, setup.rates, read_config(setup.workdir)
-    if not before or step >= len(rates):
-        return ""
-    earlier = ConfigDict(config.to_dict())
-    earlier.train.epochs = before["train"]["epochs"]
-    earlier.optim.learning_rate = before["optim"]["learning_rate"]
-    changes = []
-    if earlier.train.epochs != config.train.epochs:
-        changes.append(f"{config.train.epochs} epochs in place of {earlier.train.epochs}")
-    if earlier.optim.learning_rate != config.optim.learning_rate:
-        new, old = config.optim.learning_rate, earlier.optim.learning_rate
-        changes.append(f"a learning rate of {new:.3g} in place of {old:.3g}")
-    if not changes:
-        return ""
-    steps = earlier.train.epochs * setup.schedule.steps_per_epoch
-    last = learning_rates(earlier, steps)[step - 1]
-    return (
-        f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
-        f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
-    )
-
-
-def describe_finished(setup: Setup, validation: Validation, start: int) -> str:
-    """What to say of a run that has nothing left to do at step `start`; "" if it has."""
-    if validation.pending:
-        return ""
-    total, workdir = setup.schedule.total, setup.workdir
-    if start >= total:
-        result = describe_result(setup.config, workdir)
-        return f"the run in {workdir} is finished: all {total} steps are done\n{result}"
-    if reason := validation.reason_to_stop():
-        return (
-            f"the run in {workdir} is finished: it stopped early at step {start} of {total}, "
-            f"{reason}; a larger config.train.early_stopping_epochs goes on"
-        )
-    return ""
-
-
-def describe_end(setup: Setup, validation: Validation, step: int) -> str:
-    """What to say at the end, after step `step`: whether all steps were done, and the result."""
-    total, workdir = setup.schedule.total, setup.workdir
-    line = f"finished: all {total} steps are done, in {workdir}"
-    if step < total:
-        line = f"stopped early at step {step} of {total}, {validation.reason_to_stop()}"
-    return f"{line}\n{describe_result(setup.config, workdir)}"
-
-
-def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
-    """The accuracy of the best checkpoint, and what to type next."""
-    command, objective = "python -m fluxvit_jax.main", objective_class(config)
-    if not objective.labelled and not objective.captioned:
-        return f"next, fine-tune: {command} --config=k400 --config.train.init_from={workdir}"
-    measure, word = ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
-    if objective.captioned:
-        measure, word = "t2v_r1_", "text to video R@1"
-    lines = []
-    step = best_step(workdir)
-    if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
-        shares = [
-            f"{value:.2%} at {name.removeprefix(measure)} tokens"
-            for name, value in numbers.items()
-            if name.startswith(measure)
-        ]
-        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
-    return "\n".join([*lines, "next:", *_next_commands(config, workdir)])
-
-
-def _next_commands(config: ConfigDict, workdir: epath.Path) -> list[str]:
-    """What to type after a finished run, a command a line."""
-    command = "  python -m fluxvit_jax.main"
-    if objective_class(config).captioned:
-        pairs = "" if config.data.validation else " --config.data.validation=PAIRS"
-        return [
-            f"{command} --mode=evaluate --workdir={workdir}{pairs}",
-            f"{command} --mode=search --workdir={workdir}{pairs} --config.search.split=PAIRS",
-            f"  python -m fluxvit_jax.find index VIDEOS --checkpoint={workdir} "
-            f"--tokens={config.train.budgets[0]} --out=INDEX.npz",
-        ]
-    searchable = config.data.holdout_fraction or config.search.split
-    split = "" if searchable else " --config.search.split=LIST"
-    search = [f"{command} --mode=search --workdir={workdir}{split}"]
-    return [
-        f"{command} --mode=evaluate --workdir={workdir}",
-        *(search if not config.train.multi_label else ()),
-        f"{command} --mode=predict --workdir={workdir} --video=VIDEO",
-    ]

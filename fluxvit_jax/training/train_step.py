@@ -1,6 +1,6 @@
 """The training step: one compiled program (state, frozen, batch) -> (state, scalars)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from fluxvit_jax.training.train_state import abstract_state
 
 Tree = dict[str, Any]
 
+COUNTS = ("step", "bad_clips")  # of the state; they go on in a step that is skipped
 NO_BATCH = 1 << 10  # more than any exit status; added to "stop" by a host that has no batch
 
 
@@ -64,8 +65,6 @@ def make_train_step(
     number; and "stop", the maximum over the batch. From `NO_BATCH` on, some host had no batch, and
     the step has changed nothing at all.
     """
-    model, part = model_config(config), freezing(config)
-    group, parts = config.data.clips_per_grid, config.train.grad_accum_steps
     state_shardings, frozen_shardings = (
         jax.tree.map(lambda x: x.sharding, tree)
         for tree in (
@@ -73,23 +72,28 @@ def make_train_step(
             objective.abstract_frozen(config, mesh),
         )
     )
+    return jax.jit(
+        traced_on_mesh(_step_function(config, objective, optimizer, mesh), mesh),
+        in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
+        out_shardings=(state_shardings, replicated(mesh)),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh),
+    )
 
-    def local_value_and_grad(networks: tuple[Tree, ...], clips: Tree) -> tuple[Tree, Tree]:
-        trained, fixed = (fluxvit.prepare_params(params, model) for params in networks[:2])
-        frozen = networks[2] | fixed
-        gradients, terms = accumulate(objective, trained, frozen, clips, group, parts)
-        return fluxvit.stack_layers(gradients), terms
 
-    # A loss over the whole batch sees all clips at once; others are averaged over their parts.
-    value_and_grad = local_value_and_grad
-    if not objective.whole_batch:
-        value_and_grad = data_parallel_mean(local_value_and_grad, mesh)
+def _step_function(
+    config: ConfigDict,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]:
+    """What `make_train_step` compiles."""
+    part = freezing(config)
+    value_and_grad = _value_and_grad(config, objective, mesh)
 
     def train_step(state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         params = state["params"]
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        clips = {name: x for name, x in batch.items() if name not in ("bad", "stop")}
-        clips["key"] = jax.random.split(key, len(batch["label"]))
+        clips = _clips_with_keys(config, state["step"], batch)
         trained = part.trained(params)
         gradients, terms = value_and_grad((trained, part.frozen(params), frozen), clips)
         stop = global_max(batch["stop"], mesh)
@@ -110,10 +114,7 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
         }
         usable = jnp.isfinite(jnp.stack([terms["loss"], *norms.values()])).all()
-        changes = partial(jnp.where, usable & done)
-        for name in ("params", "opt_state", "ema"):
-            if name in new:
-                new[name] = jax.tree.map(changes, new[name], state[name])
+        new = _changed_where(usable & done, state, new)
         return new, terms | norms | {
             "param_norm": optax.tree.norm(new["params"]),
             "bad_clips": new["bad_clips"],
@@ -121,13 +122,47 @@ def make_train_step(
             "stop": stop,
         }
 
-    return jax.jit(
-        traced_on_mesh(train_step, mesh),
-        in_shardings=(state_shardings, frozen_shardings, batch_sharding(mesh)),
-        out_shardings=(state_shardings, replicated(mesh)),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh),
-    )
+    return train_step
+
+
+def _clips_with_keys(config: ConfigDict, step: jax.Array, batch: Tree) -> Tree:
+    """What the objective gets of a batch, with a random key for each clip."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    clips = {name: x for name, x in batch.items() if name not in ("bad", "stop")}
+    clips["key"] = jax.random.split(key, len(batch["label"]))
+    return clips
+
+
+def _changed_where(usable: jax.Array, state: Tree, new: Tree) -> Tree:
+    """The new state if the step is usable, a bool [], else the old one with the new `COUNTS`."""
+    changes = partial(jnp.where, usable)
+    return {
+        name: tree if name in COUNTS else jax.tree.map(changes, tree, state[name])
+        for name, tree in new.items()
+    }
+
+
+def _value_and_grad(
+    config: ConfigDict, objective: Objective, mesh: Mesh
+) -> Callable[[tuple[Tree, ...], Tree], tuple[Tree, Tree]]:
+    """The objective's mean gradients and terms: (networks, clips) -> (gradients, terms).
+
+    networks: the trained and the frozen part of the state's parameters, and other networks; clips:
+    of the whole batch, split over the devices.
+    """
+    model = model_config(config)
+    group, parts = config.data.clips_per_grid, config.train.grad_accum_steps
+
+    def local_value_and_grad(networks: tuple[Tree, ...], clips: Tree) -> tuple[Tree, Tree]:
+        trained, fixed = (fluxvit.prepare_params(params, model) for params in networks[:2])
+        frozen = networks[2] | fixed
+        gradients, terms = accumulate(objective, trained, frozen, clips, group, parts)
+        return fluxvit.stack_layers(gradients), terms
+
+    # A loss over the whole batch sees all clips at once; others are averaged over their parts.
+    if objective.whole_batch:
+        return local_value_and_grad
+    return data_parallel_mean(local_value_and_grad, mesh)
 
 
 def accumulate(

@@ -7,16 +7,19 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import fluxvit_jax
+from fluxvit_jax.checkpoints.checkpointer import restore_params
+from fluxvit_jax.convert import __main__ as convert
 from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids
-from fluxvit_jax.deploy import chat_mode
+from fluxvit_jax.deploy import chat_mode, predict
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import graphdef
 from fluxvit_jax.objectives.next_token_loss import with_video
 from tests import tiny
-from tests.models.chat_golden import write_stage1_folder
+from tests.models.chat_golden import STAGE1, write_stage1_folder
 
 ANSWER = 12  # tokens
 
@@ -146,3 +149,32 @@ def test_another_language_model_is_refused(workdir, llm, tmp_path):
 def test_a_run_of_another_objective_is_refused(finished):
     with pytest.raises(UserError, match="was trained by flux_multi, and has no projector"):
         fluxvit_jax.load_chat(finished.workdir)
+
+
+def test_what_the_language_model_reads_is_written(workdir, loaded, tiny_data, tmp_path, capsys):
+    """For those who serve it with something else."""
+    options = predict.Options(
+        str(workdir), str(tmp_path), (24, 12), "", None, str(tiny_data / "0.mp4"), features="llm"
+    )
+    assert predict.run(options) == 0
+    with np.load(tmp_path / "0.mp4.npz") as found:
+        for tokens in (24, 12):
+            own = loaded.open(tiny_data / "0.mp4", tokens).tokens
+            np.testing.assert_allclose(found[f"llm_{tokens}"], own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "mm_projector.bin"])
+def test_the_projector_under_its_official_names(workdir, tmp_path, file):
+    if file.endswith(".bin"):
+        torch = pytest.importorskip("torch")
+    assert convert.main([str(workdir), str(tmp_path / file), "--network=projector"]) == 0
+    if file.endswith(".bin"):
+        found = {n: x.numpy() for n, x in torch.load(tmp_path / file, weights_only=True).items()}
+    else:
+        found = safetensors.numpy.load_file(tmp_path / file)
+    names = [n.removeprefix("weights.") for n in STAGE1.files if "weights.model.mm_projector" in n]
+    assert set(found) == set(names)
+    connector = restore_params(workdir)["connector"]
+    first = found["model.mm_projector.mlp.0.weight"]
+    np.testing.assert_array_equal(first, np.asarray(connector["fc1"]["kernel"]).T)
+    assert convert.main([str(workdir), str(tmp_path / "folder"), "--network=projector"]) == 2

@@ -1,0 +1,102 @@
+"""What a run says of itself: at its start, when it goes on, at its end."""
+
+import os
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from fluxvit_jax.checkpoints.checkpointer import best_step
+from fluxvit_jax.checkpoints.workdir import metrics_by_step, read_config
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.training.optimizer import learning_rates
+from fluxvit_jax.training.setup import Setup
+from fluxvit_jax.training.validation import VALIDATION, Validation
+
+
+def describe_run(setup: Setup) -> str:
+    """What a run has found and will do, in a few lines."""
+    config, data, grids = setup.config, setup.data, setup.grids
+    labelled = objective_class(config).labelled
+    classes = f" of {config.model.classes} classes" if labelled else ""
+    validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
+    budgets = ", ".join(map(str, config.train.budgets))
+    tokens = [grid.tokens for grid in grids]
+    return "\n".join(
+        [
+            f"data: {len(data.training)} videos{classes} to train on{validation}",
+            f"schedule: {config.train.epochs} epochs of {setup.schedule.steps_per_epoch} steps, "
+            f"{config.train.batch_size} clips a step",
+            f"tokens: budgets of {budgets}, selected from the {min(tokens)} to {max(tokens)} of "
+            f"{len(grids)} grids",
+            f"workdir: {setup.workdir}",
+        ]
+    )
+
+
+def describe_new_schedule(setup: Setup, step: int) -> str:
+    """How the learning rate goes on if the run was given more epochs or a lower rate; or "".
+
+    step: the last one done.
+    """
+    config, rates, before = setup.config, setup.rates, read_config(setup.workdir)
+    if not before or step >= len(rates):
+        return ""
+    earlier = ConfigDict(config.to_dict())
+    earlier.train.epochs = before["train"]["epochs"]
+    earlier.optim.learning_rate = before["optim"]["learning_rate"]
+    changes = []
+    if earlier.train.epochs != config.train.epochs:
+        changes.append(f"{config.train.epochs} epochs in place of {earlier.train.epochs}")
+    if earlier.optim.learning_rate != config.optim.learning_rate:
+        new, old = config.optim.learning_rate, earlier.optim.learning_rate
+        changes.append(f"a learning rate of {new:.3g} in place of {old:.3g}")
+    if not changes:
+        return ""
+    steps = earlier.train.epochs * setup.schedule.steps_per_epoch
+    last = learning_rates(earlier, steps)[step - 1]
+    return (
+        f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
+        f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
+    )
+
+
+def describe_finished(setup: Setup, validation: Validation, start: int) -> str:
+    """What to say of a run that has nothing left to do at step `start`; "" if it has."""
+    if validation.pending:
+        return ""
+    total, workdir = setup.schedule.total, setup.workdir
+    if start >= total:
+        result = describe_result(setup.config, workdir)
+        return f"the run in {workdir} is finished: all {total} steps are done\n{result}"
+    if reason := validation.reason_to_stop():
+        return (
+            f"the run in {workdir} is finished: it stopped early at step {start} of {total}, "
+            f"{reason}; a larger config.train.early_stopping_epochs goes on"
+        )
+    return ""
+
+
+def describe_end(setup: Setup, validation: Validation, step: int) -> str:
+    """What to say at the end, after step `step`: whether all steps were done, and the result."""
+    total, workdir = setup.schedule.total, setup.workdir
+    line = f"finished: all {total} steps are done, in {workdir}"
+    if step < total:
+        line = f"stopped early at step {step} of {total}, {validation.reason_to_stop()}"
+    return f"{line}\n{describe_result(setup.config, workdir)}"
+
+
+def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
+    """The accuracy of the best checkpoint, and what to type next."""
+    objective = objective_class(config)
+    measure, word = objective.measure(config)
+    lines = []
+    step = best_step(workdir)
+    if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
+        shares = [
+            f"{value:.2%} at {name.removeprefix(measure)} tokens"
+            for name, value in numbers.items()
+            if name.startswith(measure)
+        ]
+        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
+    commands = objective.next_commands(config, os.fspath(workdir))
+    return "\n".join([*lines, "next:", *(f"  python -m fluxvit_jax.{own}" for own in commands)])
