@@ -1451,13 +1451,6 @@ MUTATIONS = {
             ("models/test_language_model.py::test_golden_greedy_tokens_with_a_cache",),
         ),
         Mutation(
-            "positions-of-slots",
-            "models/language_model.py",
-            "positions = jnp.maximum(slots - cache.begin[:, None], 0)",
-            "positions = jnp.broadcast_to(slots, (len(cache.begin), len(slots)))",
-            ("models/test_language_model.py::test_golden_greedy_tokens_with_a_cache",),
-        ),
-        Mutation(
             "llm-tensors-left-over",
             "convert/language_model_files.py",
             '(wanted.keys() - found, "lacks"), (found - wanted.keys(), "has also")',
@@ -1469,13 +1462,6 @@ MUTATIONS = {
             "models/connector.py",
             "merged.tokens.astype(jnp.float32) * merged.sizes[..., None]",
             "merged.tokens.astype(jnp.float32)",
-            ("models/test_connector.py::test_golden_merging",),
-        ),
-        Mutation(
-            "gradient-through-matching",
-            "models/connector.py",
-            "jax.lax.stop_gradient(_mean_of_heads(merged.tokens, heads))",
-            "_mean_of_heads(merged.tokens, heads)[:, ::-1][:, ::-1]",
             ("models/test_connector.py::test_golden_merging",),
         ),
         Mutation(

@@ -61,6 +61,7 @@ def test_a_run_learns(trained):
     found = lines(trained)
     assert len(found) == 20
     losses = [line["answer_24"] for line in found]
+    assert losses[0] == pytest.approx(np.log(368), rel=0.2)  # of one word of so many
     assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
     assert all(
         line["loss"] == pytest.approx(line["answer_24"] + line["answer_12"]) for line in found
