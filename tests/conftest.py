@@ -36,6 +36,7 @@ LONGEST = (
     "training/test_pretrain.py",
     "training/test_trouble.py",
     "training/test_clip.py",
+    "training/test_chat.py",
     "data/test_pipeline.py",
     "benchmarks/test_demo.py",
     "preflight/test_preflight.py",

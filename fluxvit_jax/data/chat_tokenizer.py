@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 IM_START, IM_END, PADDING = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+THINK = "<think>"
 # Where a model says which tokens end an answer; the first file that does so counts.
 CONFIGS = ("generation_config.json", "config.json")
 UNFINISHED = "\ufffd"  # what bytes that are no whole character are decoded as
@@ -25,6 +26,7 @@ class ChatTokenizer:
       im_start, im_end: the ids around a turn of a conversation.
       padding: the id that fills a batch up.
       end_tokens: the ids that end an answer: those of the model's configs, then `im_end`.
+      no_thoughts: what an answer begins with so that a model that thinks (Qwen3) does not.
 
     Args:
       folder: folder with `tokenizer.json` and, if the model has them, `generation_config.json` and
@@ -42,6 +44,8 @@ class ChatTokenizer:
         self.im_start = self.id_of(IM_START)
         self.im_end = self.id_of(IM_END)
         self.padding = self.id_of(PADDING)
+        thinks = self._tokenizer.token_to_id(THINK) is not None
+        self.no_thoughts = f"{THINK}\n\n</think>\n\n" if thinks else ""
         self.end_tokens = tuple(dict.fromkeys([*_end_tokens(folder), self.im_end]))
 
     def encode(self, text: str) -> list[int]:

@@ -151,7 +151,7 @@ class Conversation:
     def _answer(self, question: str, answer_tokens: int, answer_start: str = "") -> Iterator[int]:
         """The ids of an answer after its start, without the one that ends it."""
         chat, embeddings = self._chat, self._prompt(question)
-        if start := chat.tokenizer.encode(answer_start):
+        if start := chat.tokenizer.encode(chat.tokenizer.no_thoughts + answer_start):
             begun = _embed(chat._llm_config, chat._llm, np.array(start))
             embeddings = jnp.concatenate([embeddings, begun])
         length = int(self._cache.length) + len(embeddings)

@@ -77,7 +77,7 @@ def merge_plan(tokens: int, keep: int) -> list[int]:
 
 def _merge_step(merged: Merged, count: int, heads: int) -> Merged:
     """Merges the `count` even tokens that are the most similar to an odd one into that one."""
-    unit = blocks.l2_normalize(jax.lax.stop_gradient(_mean_of_heads(merged.tokens, heads)))
+    unit = blocks.l2_normalize(_mean_of_heads(merged.tokens, heads))
     similarity = jnp.einsum("bic,bjc->bij", unit[:, ::2], unit[:, 1::2])
     partner = jnp.argmax(similarity, axis=2)
     # Stable, so that ties do not depend on the platform.

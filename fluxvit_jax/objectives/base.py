@@ -156,7 +156,7 @@ class Objective:
 
     @classmethod
     def measure(cls, config: ConfigDict) -> tuple[str, str]:
-        """How metrics of validation begin that tell the best checkpoint, and their name in words."""
+        """The beginning of the metrics that tell the best checkpoint, and their name in words."""
         return ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
 
     @classmethod

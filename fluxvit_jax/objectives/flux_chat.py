@@ -253,7 +253,9 @@ class FluxChat(Objective):
         added = {name: params[name] for name in (CONNECTOR, LLM) if name in params}
 
         def loss_at(params: Tree, _: None, i: int, carry: None) -> tuple[jax.Array, tuple]:
+            # An image has fewer tokens than a budget; all of its grids then have as many.
             tokens = padded_sequence.patch_budget(self.budgets[i], self.network.cls)
+            tokens = min(tokens, self.limits.fewest_tokens)
             own = clips | {"kept": take_prefix(kept, tokens, self.limits.fewest_tokens)}
             with jax.named_scope(FROZEN_SCOPE):
                 features = self._mapped(self._features, video_network, own)
@@ -276,8 +278,9 @@ class FluxChat(Objective):
     def _select(self, params: Tree, clips: Tree) -> Selection:
         """The tokens of the largest budget; those of smaller ones are prefixes."""
         model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
+        budget = min(self.budgets[0], self.limits.fewest_tokens + (self.network.cls == "inside"))
         patches = fluxvit.normalize(clips["patches"], jnp.dtype(self.network.dtype))
-        return model.select(patches, clips["grid"], self.budgets[0], self.limits, clips.get("key"))
+        return model.select(patches, clips["grid"], budget, self.limits, clips.get("key"))
 
     def _features(self, params: Tree, clips: Tree) -> jax.Array:
         model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
@@ -351,7 +354,7 @@ def project(
     projector: Connector, tokens: jax.Array, merge: int, heads: int, in_time: bool
 ) -> jax.Array:
     """What the language model reads of a video, [B, N / merge, D]; tokens: [B, N, C]."""
-    merged = connector.merge(tokens, tokens.shape[1] // merge, heads)
+    merged = connector.merge(tokens, max(1, tokens.shape[1] // merge), heads)
     return projector((connector.in_order(merged) if in_time else merged).tokens)
 
 

@@ -143,3 +143,13 @@ def test_without_the_package_it_says_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"tokenizers: pip install 'fluxvit_jax\[chat\]'"):
         ChatTokenizer(CHAT)
+
+
+def test_a_model_that_thinks_is_kept_from_it(tmp_path):
+    """By an empty thought, as Qwen3's own template has it."""
+    values = json.loads((CHAT / "tokenizer.json").read_text())
+    assert ChatTokenizer(CHAT).no_thoughts == ""
+    last = dict(values["added_tokens"][-1])
+    values["added_tokens"].append(last | {"id": last["id"] + 1, "content": "<think>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert ChatTokenizer(tmp_path).no_thoughts == "<think>\n\n</think>\n\n"

@@ -178,3 +178,19 @@ def test_the_projector_under_its_official_names(workdir, tmp_path, file):
     first = found["model.mm_projector.mlp.0.weight"]
     np.testing.assert_array_equal(first, np.asarray(connector["fc1"]["kernel"]).T)
     assert convert.main([str(workdir), str(tmp_path / "folder"), "--network=projector"]) == 2
+
+
+def test_a_follow_up_after_an_end(loaded, tiny_data, monkeypatch):
+    """The token that ends an answer is read once, as the first of what follows."""
+    first = loaded.open(tiny_data / "0.mp4", 24)
+    ids = list(first._answer("What is it?", ANSWER))
+    number = next(n for n in range(2, ANSWER) if ids[n] not in ids[:n])
+    monkeypatch.setattr(loaded.tokenizer, "end_tokens", (ids[number],))
+    ended = loaded.open(tiny_data / "0.mp4", 24)
+    assert list(ended._answer("What is it?", ANSWER)) == ids[:number]
+    monkeypatch.undo()
+    cut = loaded.open(tiny_data / "0.mp4", 24)
+    cut._message = ended._message
+    assert list(cut._answer("What is it?", number)) == ids[:number]
+    again = [list(own._answer("And then?", ANSWER)) for own in (ended, cut)]
+    assert again[0] == again[1]

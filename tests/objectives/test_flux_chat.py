@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from einops import rearrange
 
+from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import language_model_files
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import blocks, fluxvit
 from fluxvit_jax.models.connector import Connector, merge
 from fluxvit_jax.models.language_model import graphdef
+from fluxvit_jax.models.token_selection import GridLimits, Selection
+from fluxvit_jax.objectives import flux_chat
 from fluxvit_jax.objectives.next_token_loss import answer_scores, labels_counted, with_video
+from tests import tiny
 from tests.models.chat_golden import CHAT, STAGE1, write_stage1_folder
 
 PROMPTS = json.loads((CHAT / "prompts.json").read_text())
@@ -107,3 +112,28 @@ def test_only_the_tokens_before_labels_are_scored(llm):
     losses, hits = answer_scores(hidden, jnp.asarray(labels), jnp.array([place]), llm.logits)
     assert float(losses[0]) == pytest.approx(float(expected), rel=1e-6)
     assert (hits[0], labels_counted(labels)) == (0, 3)
+
+
+def test_the_layer_whose_tokens_are_projected():
+    """The output of that block, without CLS, in the order of the video."""
+    config = tiny.make_chat("captions.json", ".", ".", chat__layer=-2)
+    network, whole = flux_chat.encoder_config(config), model_config(config)
+    params = fluxvit.init_params(whole, jax.random.key(0))
+    grid = Grid(4, 3, 3)
+    limits = GridLimits(*grid, grid.tokens)
+    patches = jax.random.randint(jax.random.key(1), (2, grid.tokens, 588), 0, 256).astype(jnp.uint8)
+    index = jax.random.permutation(jax.random.key(2), grid.tokens)[:24]
+    kept = Selection(jnp.stack([index, index[::-1]]), None)
+    grids = jnp.array([grid], jnp.int32)
+    model = fluxvit.from_params(
+        fluxvit.graphdef(network), flux_chat.encoder_params(params, network)
+    )
+    found = flux_chat.features(model, patches, grids, kept, limits)
+
+    ordered = Selection(jnp.sort(kept.token_index), None)
+    full = fluxvit.from_params(fluxvit.graphdef(whole), params)
+    tokens = fluxvit.normalize(fluxvit.gather_tokens(patches, ordered))
+    position = full.position(grids, ordered.token_index, limits)
+    expected = full.features(tokens, position, ordered, (whole.depth - 2,)).hidden_states[0, :, 1:]
+    close(found, expected, 1e-6)
+    np.testing.assert_array_equal(ordered.token_index[0], ordered.token_index[1])

@@ -1,8 +1,11 @@
 """Whole runs of video chat: learned, resumed, with frozen and trained language models."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 import pytest
@@ -58,6 +61,7 @@ def test_a_run_learns(trained):
     found = lines(trained)
     assert len(found) == 20
     losses = [line["answer_24"] for line in found]
+    assert losses[0] == pytest.approx(np.log(368), rel=0.2)  # of one word of so many
     assert np.mean(losses[-4:]) < 0.95 * np.mean(losses[:4])
     assert all(
         line["loss"] == pytest.approx(line["answer_24"] + line["answer_12"]) for line in found
@@ -118,6 +122,22 @@ def test_a_batch_in_parts_is_the_whole(trained, config, tmp_path):
     parts.train.grad_accum_steps = 2
     assert train.train(parts, tmp_path / "run") == 0
     assert_same_steps(tmp_path / "run", trained)
+
+
+def test_images_have_steps_of_their_own(config, tmp_path, capfd):
+    """They have fewer tokens than the budgets."""
+    entries = json.loads(Path(config.data.train).read_text())
+    for number in range(16):
+        name = str(tmp_path / f"{number}.png")
+        cv2.imwrite(name, np.full((40, 50, 3), 15 * number, np.uint8))
+        entries.append({"image": name, "caption": f"gray {number}"})
+    (tmp_path / "both.json").write_text(json.dumps(entries))
+    own = config.copy_and_resolve_references()
+    own.data.train, own.data.root = str(tmp_path / "both.json"), "/"
+    own.train.budgets, own.train.epochs = (24,), 1
+    assert train.train(own, tmp_path / "run") == 0
+    assert "compiled training step of images for 2 grids" in capfd.readouterr().err
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
 def test_the_language_model_can_be_trained_too(config, tmp_path):
