@@ -6,11 +6,12 @@ A tiny language model is trained on texts alone (benchmarks/chat_decoder.py). Fo
 networks of one size are trained on the demo's classes: Flux-Multi, and one the ordinary way (a
 fixed grid, every token). Between each of them and the language model, both frozen, a projector
 learns to answer one question (configs/demo_chat.py): of Flux-Multi at three budgets in one run, of
-the other on its grid. Answers about the validation clips are asked for at three budgets, with
-selection and on plain grids of as many tokens. Finished runs are kept, so the study can be stopped
-and started again. About half an hour a seed on two idle cores, estimated; with --encoders, which
-takes the networks of an earlier study (or of benchmarks/clip_study.py), less. --smoke runs all of
-it in two minutes, on a few clips, and learns nothing.
+the other on its grid. Answers about the validation clips are asked for at three budgets: on a plain
+grid of just as many tokens, and, of Flux-Multi, on the demo's grids with selection ("+ TO").
+Finished runs are kept, so the study can be stopped and started again. About half an hour a seed on
+two idle cores, estimated; less with --encoders, which takes the networks of an earlier study, or of
+benchmarks/clip_study.py. --smoke runs all of it on a few clips in three minutes, and learns
+nothing.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import fluxvit_jax
 from benchmarks import chat_decoder
+from benchmarks.clip_study import ROWS, Row
 from benchmarks.demo import data_flags, run
 from benchmarks.pretrain_study import train
 from fluxvit_jax.data.synthetic_captions import SPEEDS, WAYS
@@ -38,7 +40,6 @@ from fluxvit_jax.reports.confidence_intervals import (
 )
 
 QUESTION = "What moves, and which way?"
-METHODS = {"fixed": "From a fixed grid, plain grids", "multi": "From Flux-Multi, + TO"}
 DECODER_STEPS = 400
 ANSWER_TOKENS = 32
 TURNS = ("clockwise", "counterclockwise")
@@ -46,7 +47,7 @@ SPEED_WORDS = tuple(words[0] for words in SPEEDS.values())  # of the first phras
 # What is scored: all of an answer, what moves and how, which way, and how fast.
 PARTS = ("whole answer", "event", "direction", "speed")
 # Expected minutes of the study's parts, for the time that is left.
-MINUTES = {"clips": 1, "decoder": 4, "network": 5, "projector": 6, "answers": 3}
+MINUTES = {"clips": 1, "decoder": 4, "network": 5, "projector": 6, "answers": 2}
 
 Answers = dict[str, dict[str, str]]  # budget -> video -> answer
 
@@ -67,21 +68,22 @@ class Progress:
 
 def main() -> int:
     options = parse()
-    per_seed = ("network", "projector", "answers") * len(METHODS)
+    methods = list(dict.fromkeys(row.method for row in ROWS))
+    per_seed = ["network", "projector"] * len(methods) + ["answers"] * len(ROWS)
     progress = Progress(["clips", "decoder", *per_seed * options.seeds])
     progress.next("clips", "clips")
     few = ["--train=48", "--validation=12"] if options.smoke else []
     run("fluxvit_jax.data.synthetic", f"--out={options.clips}", *few)
     progress.next("decoder", "language model, on texts alone")
     conversations, decoder = make_conversations(options), make_decoder(options)
-    answers: dict[str, list[Answers]] = {method: [] for method in METHODS}
+    answers: dict[str, list[Answers]] = {row.name: [] for row in ROWS}
     for seed in range(options.seeds):
-        for method in METHODS:
-            network = make_network(method, seed, options, progress)
+        for method in methods:
+            progress.next("network", f"network, {method}, seed {seed}")
+            network = make_network(method, seed, options)
             progress.next("projector", f"projector, {method}, seed {seed}")
-            chat = options.out / f"chat-{method}-{seed}"
             train(
-                chat,
+                options.out / f"chat-{method}-{seed}",
                 f"configs/demo_chat.py:{method},seed={seed}",
                 f"--config.data.train={conversations}",
                 f"--config.data.root={options.clips}",
@@ -89,8 +91,10 @@ def main() -> int:
                 f"--config.chat.llm={decoder}",
                 *(["--config.train.epochs=2"] if options.smoke else []),
             )
-            progress.next("answers", f"answers, {method}, seed {seed}")
-            answers[method].append(ask(chat, method, options.clips))
+        for row in ROWS:
+            progress.next("answers", f"answers, {row.name}, seed {seed}")
+            chat = options.out / f"chat-{row.method}-{seed}"
+            answers[row.name].append(ask(chat, row, options.clips))
         report(answers, options)
     print((options.out / "study.md").read_text())
     return 0
@@ -115,10 +119,9 @@ def parse() -> argparse.Namespace:
 # What is trained
 
 
-def make_network(method: str, seed: int, options: argparse.Namespace, progress: Progress) -> Path:
+def make_network(method: str, seed: int, options: argparse.Namespace) -> Path:
     """The workdir of a trained network: an earlier study's, or this one's."""
     name = f"classes-{method}-{seed}"
-    progress.next("network", f"network, {method}, seed {seed}")
     if options.encoders and (options.encoders / name / "finished").exists():
         return options.encoders / name
     short = ["--config.train.epochs=2", "--config.eval.every_epochs=2"] if options.smoke else []
@@ -173,17 +176,20 @@ def captions_of(clips: Path, split: str) -> dict[str, list[str]]:
 # What is asked
 
 
-def ask(workdir: Path, method: str, clips: Path) -> Answers:
-    """A run's answers about the validation clips at each budget; kept in answers.json."""
-    path = workdir / "answers.json"
+def ask(workdir: Path, row: Row, clips: Path) -> Answers:
+    """A run's answers about the validation clips at a row's settings; kept beside the run."""
+    settings = "-".join(f"{frames}x{pixels}" for _, frames, pixels in row.settings)
+    path = workdir / f"answers-{settings}.json"
     if path.exists():
         return json.loads(path.read_text())
     chat = fluxvit_jax.load_chat(workdir)
+    chat.settings = list(row.settings)
+    videos = captions_of(clips, "validation")
     answers: Answers = {}
-    for budget in demo.BUDGETS:
-        videos = tqdm(captions_of(clips, "validation"), f"{method}, {budget} tokens", mininterval=5)
+    for budget, *_ in row.settings:
         answers[str(budget)] = {
-            video: chat.ask(clips / video, QUESTION, budget, ANSWER_TOKENS) for video in videos
+            video: chat.ask(clips / video, QUESTION, budget, ANSWER_TOKENS)
+            for video in tqdm(videos, f"{row.name}, {budget} tokens", mininterval=5)
         }
     path.write_text(json.dumps(answers, indent=1))
     return answers
@@ -234,7 +240,7 @@ def report(answers: Mapping[str, Sequence[Answers]], options: argparse.Namespace
     captions = captions_of(options.clips, "validation")
     training = captions_of(options.clips, "train")
     budgets = [str(budget) for budget in demo.BUDGETS]
-    seeds = len(answers["multi"])
+    seeds = min(map(len, answers.values()))
     lines = [
         f"{len(captions)} clips of unseen photographs, {seeds} seed(s). Chance: always saying the "
         "commonest answer of the training clips, or its commonest part.",
@@ -244,16 +250,16 @@ def report(answers: Mapping[str, Sequence[Answers]], options: argparse.Namespace
     ]
     for part in PARTS:
         right = {
-            method: [np.array([hits(own[b], captions, part) for own in runs]) for b in budgets]
-            for method, runs in answers.items()
+            name: [np.array([hits(own[b], captions, part) for own in runs]) for b in budgets]
+            for name, runs in answers.items()
         }
         guess = f"{100 * chance(training, captions, part):.1f}"
-        for method, name in METHODS.items():
-            cells = " | ".join(share(values) for values in right[method])
-            lines.append(f"| {part} | {name} | {cells} | {guess} |")
-        pairs = zip(right["multi"], right["fixed"], strict=True)
-        cells = " | ".join(difference(*pair) for pair in pairs)
-        lines.append(f"| {part} | difference | {cells} | |")
+        for name, values in right.items():
+            lines.append(f"| {part} | {name} | {' | '.join(map(share, values))} | {guess} |")
+        base, *others = right.values()
+        for name, values in zip(list(right)[1:], others, strict=True):
+            cells = " | ".join(map(difference, values, base))
+            lines.append(f"| {part} | difference: {name} | {cells} | |")
     (options.out / "study.md").write_text("\n".join(lines) + "\n")
 
 

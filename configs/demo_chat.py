@@ -8,7 +8,10 @@ with `,seed=N`. The network starts from a trained run of configs/demo.py, of the
 is frozen, as is the language model. `python -m benchmarks.chat_study` makes such a model and the
 list of conversations, runs both recipes, and asks about unseen photographs.
 
-Hardware: two CPU cores, about ten minutes.
+Hardware: two CPU cores, about ten minutes. Expected result, one seed: of 240 clips of unseen
+photographs, Flux-Multi's event is told correctly in 76, 79 and 73 % at 128, 64 and 32 tokens, the
+direction in 80, 79 and 73 %; `fixed` on smaller grids falls from 65 to 45 and 21 %, and from 79 to
+69 and 50 %. Always saying the commonest is right in 33 and 21 %. The speed is not learned.
 All numbers are ours, chosen for so small a network and so short a training; none is the paper's.
 """
 

@@ -102,11 +102,11 @@ def test_the_table_compares_the_methods_clip_by_clip(tmp_path, monkeypatch):
     monkeypatch.setattr(chat_study, "captions_of", lambda clips, split: CAPTIONS)
     budgets = [str(budget) for budget in chat_study.demo.BUDGETS]
     answers = {
-        "fixed": [dict.fromkeys(budgets, wrong)],
-        "multi": [dict.fromkeys(budgets, true)],
+        "fixed grid": [dict.fromkeys(budgets, wrong)],
+        "Flux-Multi": [dict.fromkeys(budgets, true)],
     }
     options = chat_study.argparse.Namespace(out=tmp_path, clips=tmp_path)
     chat_study.report(answers, options)
     table = (tmp_path / "study.md").read_text()
-    assert "| whole answer | From a fixed grid, plain grids | 66.7 (" in table
-    assert "| whole answer | difference | +33.3 (+0.0 to +100.0)" in table
+    assert "| whole answer | fixed grid | 66.7 (" in table
+    assert "| whole answer | difference: Flux-Multi | +33.3 (+0.0 to +100.0)" in table
