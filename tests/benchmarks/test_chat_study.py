@@ -7,12 +7,17 @@ import pytest
 from flax import nnx
 
 from benchmarks import chat_decoder, chat_study
+from fluxvit_jax.config.checks import validate
+from fluxvit_jax.config.loading import read_recipe
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.chat_templates import IGNORED, encode_conversation, prompt_ids
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import LanguageModel
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.objectives.flux_chat import FluxChat
+from tests import tiny
 
 CAPTIONS = {
     "a.mp4": [
@@ -74,6 +79,18 @@ def test_lists_are_conversations_with_the_caption_as_the_answer(folder, tmp_path
         assert record.id.endswith(video)
         _, labels = encode_conversation(record.conversation, tokenizer, "qwen")
         assert tokenizer.decode(labels[labels != IGNORED]) == texts[0]
+
+
+@pytest.mark.parametrize("method", ["multi", "fixed"])
+def test_the_recipe_is_one_of_video_chat(folder, method):
+    config = read_recipe(f"{tiny.ROOT / 'configs' / 'demo_chat.py'}:{method},seed=3")
+    config.chat.llm, config.train.init_from = str(folder), "demo/multi"
+    validate(config)
+    objective = objective_class(config)
+    objective.check_for_training(config)
+    assert objective is FluxChat and config.seed == 3
+    assert config.train.budgets == ((128, 64, 32) if method == "multi" else (128,))
+    assert [budget for budget, *_ in config.eval.settings] == [128, 64, 32]
 
 
 def test_scores_of_answers():
