@@ -80,15 +80,17 @@ def _merge_step(merged: Merged, count: int, heads: int) -> Merged:
     unit = blocks.l2_normalize(_mean_of_heads(merged.tokens, heads))
     similarity = jnp.einsum("bic,bjc->bij", unit[:, ::2], unit[:, 1::2])
     partner = jnp.argmax(similarity, axis=2)
-    # Stable, so that ties do not depend on the platform.
-    order = jnp.argsort(-jnp.max(similarity, axis=2), axis=1, stable=True)
-    going, staying = order[:, :count], order[:, count:]
     even, odd = (Merged(*(x[:, first::2] for x in merged)) for first in range(2))
-    target = _take(partner, going)
-    sizes = _add_at(odd.sizes, target, _take(even.sizes, going))
-    sums = _add_at(_weighted(odd), target, _take(_weighted(even), going))
+    rest = Merged(*(x[:, :0] for x in even))
+    if count < partner.shape[1]:  # otherwise all go, in whatever order; sorting is slow on TPUs
+        # Stable, so that ties do not depend on the platform.
+        order = jnp.argsort(-jnp.max(similarity, axis=2), axis=1, stable=True)
+        rest = Merged(*(_take(x, order[:, count:]) for x in even))
+        even = Merged(*(_take(x, order[:, :count]) for x in even))
+        partner = _take(partner, order[:, :count])
+    sizes = _add_at(odd.sizes, partner, even.sizes)
+    sums = _add_at(_weighted(odd), partner, _weighted(even))
     into = Merged((sums / sizes[..., None]).astype(merged.tokens.dtype), sizes, odd.position)
-    rest = Merged(*(_take(x, staying) for x in even))
     return Merged(*(jnp.concatenate(pair, axis=1) for pair in zip(rest, into, strict=True)))
 
 
