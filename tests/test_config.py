@@ -342,6 +342,13 @@ def test_mistakes_in_distillation(override, message):
     assert message in error and "\n" not in error
 
 
+def test_what_would_train_nothing_is_refused():
+    config = default_config()
+    config.train.freeze = "all"
+    assert '"all" leaves nothing of it' in error_of(check_objective, config)
+    check_objective(recipe("clip", "base", ["--config.train.freeze=all"]))
+
+
 def test_an_unknown_objective_is_refused():
     config = default_config()
     config.train.objective = "flux_multy"
