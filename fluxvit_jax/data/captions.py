@@ -40,8 +40,10 @@ def clip_texts(
     """What contrastive learning needs of captioned records.
 
     text: int32 [B, 77], ids of one of the video's captions, as `tokenizer.tokenize`; identity:
-    int32 [B, 2], see `identity`.
+    int32 [B, 2], see `identity`. Nothing of records without captions.
     """
+    if not records[0].captions:
+        return {}
     pairs = zip(records, samples, strict=True)
     return {
         "text": tokenize([drawn(record, seed, int(sample)) for record, sample in pairs]),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.data.annotations import Example, FileSource, Source
+from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.pipeline import TrainGroups, training_source
 from fluxvit_jax.distributed.storage import file_sizes
@@ -38,18 +39,20 @@ class ClipCost:
 
 
 def clip_cost(
-    config: ConfigDict, open_training: Callable[[ConfigDict], Source] = training_source
+    config: ConfigDict,
+    open_training: Callable[[ConfigDict], Source] = training_source,
+    texts: TextArrays = clip_texts,
 ) -> ClipCost:
     """Cost measured on the videos of `data.train` or, without them, on a synthetic video.
 
-    open_training: opens the videos; see `Objective.open_training`.
+    open_training, texts: open the videos, and make arrays of their texts; see `Objective`.
     """
     videos, reason = None, "config.data.train names none"
     if config.data.train:
         try:
             source = open_training(config)
             videos = len(source)
-            seconds = _seconds_a_clip(config, source)
+            seconds = _seconds_a_clip(config, source, texts)
             size = _mean_size(source) / config.data.repeated_aug
             return ClipCost(
                 cpu_seconds=seconds,
@@ -63,12 +66,13 @@ def clip_cost(
         path = Path(folder) / "example.mp4"
         _write_example(path)
         # Shuffling a handful of videos takes longer than shuffling many.
-        seconds = _seconds_a_clip(config, FileSource([Example("example", 0, str(path))] * 1000))
+        example = FileSource([Example("example", 0, str(path))] * 1000)
+        seconds = _seconds_a_clip(config, example, texts)
     what = f"a synthetic video, {FRAMES} frames of {WIDTH} x {HEIGHT} px ({reason})"
     return ClipCost(cpu_seconds=seconds, bytes=0.0, measured_on=what, videos=videos)
 
 
-def _seconds_a_clip(config: ConfigDict, source: Source) -> float:
+def _seconds_a_clip(config: ConfigDict, source: Source, texts: TextArrays) -> float:
     """Median CPU seconds a clip over groups. Raises UserError if videos cannot be read."""
     groups = TrainGroups(
         source=source,
@@ -77,6 +81,7 @@ def _seconds_a_clip(config: ConfigDict, source: Source) -> float:
         group=config.data.clips_per_grid,
         repeats=config.data.repeated_aug,
         augment=config.data.augment,
+        texts=texts,
         multi_hot=multi_hot_classes(config),
     )
     threads = cv2.getNumThreads()

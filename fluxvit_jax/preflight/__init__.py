@@ -56,7 +56,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike = ".") -> int:
     requested = topology.parse(config.preflight.topology)
     opened = topology.open_devices(requested)
     with announced("measuring what reading a clip takes"):
-        clip = clip_cost(config, objective_class(config).open_training)
+        objective = objective_class(config)
+        clip = clip_cost(config, objective.open_training, objective.text_arrays(config))
     print(clip_text(dataclasses.asdict(clip)))
     topologies: dict[str, Report] = {}
     for where, devices in zip(requested, opened, strict=True):

@@ -122,9 +122,9 @@ def load_weights(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, W
             return own, Weights(found.params, found.origin, own.to_dict())
         case "zero_shot":
             return tasks.zero_shot_weights(config, workdir)
-        case "multiple_choice":
+        case "multiple_choice" | "mvbench" as task:
             raise UserError(
-                "config.eval.task: a search ranks by top-1 or by retrieval, not multiple_choice"
+                f"config.eval.task: a search ranks by top-1 or by retrieval, not {task}"
             )
     weights = evaluate.load_weights(config, workdir)
     return evaluate.with_classes(config, weights.params), weights

@@ -13,11 +13,14 @@ import fluxvit_jax
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.convert import __main__ as convert
 from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids
+from fluxvit_jax.data.clip_cost import clip_cost
 from fluxvit_jax.deploy import chat_mode, predict
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import graphdef
+from fluxvit_jax.objectives.flux_chat import FluxChat
 from fluxvit_jax.objectives.next_token_loss import with_video
+from fluxvit_jax.token_optimization import search
 from tests import tiny
 from tests.models.chat_golden import STAGE1, write_stage1_folder
 
@@ -144,6 +147,19 @@ def test_another_language_model_is_refused(workdir, llm, tmp_path):
         UserError, match=r"other: is not the language model that .* was trained for"
     ):
         fluxvit_jax.load_chat(workdir, llm=other)
+
+
+def test_other_modes_tell_what_they_cannot_do(workdir, llm, tiny_data, tmp_path):
+    config = tiny.make_chat(tiny.write_captions(tiny_data, tmp_path), tiny_data, llm)
+    with pytest.raises(UserError, match="a search ranks by top-1 or by retrieval, not mvbench"):
+        search.run(config, workdir)
+
+
+def test_what_reading_a_clip_costs_is_measured_with_its_text(llm, tiny_data, tmp_path):
+    """As before a pre-flight."""
+    config = tiny.make_chat(tiny.write_captions(tiny_data, tmp_path), tiny_data, llm)
+    found = clip_cost(config, FluxChat.open_training, FluxChat.text_arrays(config))
+    assert found.measured_on == "32 videos of config.data.train"
 
 
 def test_a_run_of_another_objective_is_refused(finished):
