@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
-from fluxvit_jax.config.variants import VARIANTS
+from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.pipeline import ClipData, training_source
@@ -241,6 +241,20 @@ def check_objective(config: ConfigDict, training: bool = False) -> None:
     objective.check(config)
     if training:
         objective.check_for_training(config)
+
+
+def check_without_classes(config: ConfigDict, objective: str, reason: str) -> None:
+    """Raises UserError for classes, and for what only a loss over classes can do.
+
+    objective: its name in messages; reason: why there are no classes.
+    """
+    if config.model.classes != NO_CLASSES:
+        raise UserError(
+            f"config.model.classes: {config.model.classes}, but {reason}; leave it {NO_CLASSES}"
+        )
+    for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
+        if config.train[name]:
+            raise UserError(f"config.train.{name}: {objective} has no such thing; leave it 0")
 
 
 def multi_budget_value_and_grad(

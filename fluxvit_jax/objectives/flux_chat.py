@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
+from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.chat_texts import ChatTexts
@@ -39,6 +39,7 @@ from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Fields,
     Objective,
+    check_without_classes,
     multi_budget_value_and_grad,
     register,
 )
@@ -106,16 +107,9 @@ class FluxChat(Objective):
 
     @classmethod
     def check(cls, config: ConfigDict) -> None:
-        if config.model.classes != NO_CLASSES:
-            raise UserError(
-                f"config.model.classes: {config.model.classes}, but answers have no classes; "
-                f"leave it {NO_CLASSES}"
-            )
+        check_without_classes(config, OBJECTIVE, "answers have no classes")
         if config.train.freeze != "all":
             raise UserError('config.train.freeze: flux_chat trains no video network; set it "all"')
-        for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
-            if config.train[name]:
-                raise UserError(f"config.train.{name}: flux_chat has no such thing; leave it 0")
         if config.data.holdout_fraction:
             raise UserError("config.data.holdout_fraction: flux_chat leaves no videos out; set 0")
         if config.data.validation:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.checkpoints import checkpointer, download
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import freezing, model_config
-from fluxvit_jax.config.variants import NO_CLASSES, TEXT_ENCODERS, VARIANTS
+from fluxvit_jax.config.variants import TEXT_ENCODERS, VARIANTS
 from fluxvit_jax.convert import clip_parts
 from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.data.tokenizer import CONTEXT
@@ -40,6 +40,7 @@ from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Fields,
     Objective,
+    check_without_classes,
     multi_budget_value_and_grad,
     register,
 )
@@ -125,14 +126,7 @@ class FluxCLIP(Objective):
 
     @classmethod
     def check(cls, config: ConfigDict) -> None:
-        if config.model.classes != NO_CLASSES:
-            raise UserError(
-                f"config.model.classes: {config.model.classes}, but captions have no classes; "
-                f"leave it {NO_CLASSES}"
-            )
-        for name in ("mixup", "cutmix", "random_erasing", "label_smoothing"):
-            if config.train[name]:
-                raise UserError(f"config.train.{name}: flux_clip has no such thing; leave it 0")
+        check_without_classes(config, OBJECTIVE, "captions have no classes")
         if config.model.selector.rounding != "exact":
             raise UserError("config.model.selector.rounding: flux_clip takes exact budgets only")
         if config.data.repeated_aug != 1:

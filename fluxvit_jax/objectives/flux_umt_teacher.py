@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.config.checks import check_resolution
-from fluxvit_jax.config.fields import REQUIRED, flatten
+from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.network import choose_attention, model_config
 from fluxvit_jax.config.variants import NO_CLASSES, TEACHERS, VARIANTS
@@ -31,6 +31,7 @@ from fluxvit_jax.models import fluxvit, padded_sequence
 from fluxvit_jax.models.decoders import DecodersConfig
 from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
 from fluxvit_jax.models.internvideo2 import InternVideo2, InternVideo2Config
+from fluxvit_jax.objectives.base import check_without_classes
 
 Tree = dict[str, Any]
 TeacherConfig = InternVideo2Config | FluxViTConfig
@@ -134,14 +135,7 @@ def target_fields(config: ConfigDict) -> Fields:
 
 def check_config(config: ConfigDict) -> None:
     """Raises UserError for the first setting that Flux-UMT does not support."""
-    if config.model.classes != NO_CLASSES:
-        raise UserError(
-            f"config.model.classes: {config.model.classes}, but distillation knows of no classes; "
-            f"leave it {NO_CLASSES}"
-        )
-    for name in ("train.mixup", "train.cutmix", "train.random_erasing", "train.label_smoothing"):
-        if flatten(config)[name]:
-            raise UserError(f"config.{name}: distillation has no such thing; leave it 0")
+    check_without_classes(config, "distillation", "distillation knows of no classes")
     if config.data.validation:
         raise UserError(
             "config.data.validation: distillation trains no classifier that could be evaluated; "
