@@ -1,4 +1,4 @@
-"""Types of annotations that are wider at run time than for a static check.
+"""Types of annotations that are wider at run time than for a static check, and rows by an index.
 
 Array: outside of jit, JAX functions take NumPy arrays too.
 Size: in an export, the number of clips is a symbol.
@@ -16,3 +16,8 @@ if TYPE_CHECKING:
 else:
     Size = Any
     Array = jax.Array | np.ndarray
+
+
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """x[b, index[b, k]], [B, K, ...]: of x [B, N, ...] what an index, int32 [B, K], names."""
+    return jax.vmap(lambda row, at: row[at])(x, index)

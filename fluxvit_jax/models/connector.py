@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from fluxvit_jax.models import blocks
-from fluxvit_jax.models.arrays import Array
+from fluxvit_jax.models.arrays import Array, take_rows
 
 
 class Connector(nnx.Module):
@@ -63,7 +63,7 @@ def merge(tokens: Float[Array, "B N C"], keep: int, heads: int) -> Merged:
 def in_order(merged: Merged) -> Merged:
     """Tokens in the order that they had before they were merged."""
     order = jnp.argsort(merged.position, axis=1)
-    return Merged(*(_take(x, order) for x in merged))
+    return Merged(*(take_rows(x, order) for x in merged))
 
 
 def merge_plan(tokens: int, keep: int) -> list[int]:
@@ -85,9 +85,9 @@ def _merge_step(merged: Merged, count: int, heads: int) -> Merged:
     if count < partner.shape[1]:  # otherwise all go, in whatever order; sorting is slow on TPUs
         # Stable, so that ties do not depend on the platform.
         order = jnp.argsort(-jnp.max(similarity, axis=2), axis=1, stable=True)
-        rest = Merged(*(_take(x, order[:, count:]) for x in even))
-        even = Merged(*(_take(x, order[:, :count]) for x in even))
-        partner = _take(partner, order[:, :count])
+        rest = Merged(*(take_rows(x, order[:, count:]) for x in even))
+        even = Merged(*(take_rows(x, order[:, :count]) for x in even))
+        partner = take_rows(partner, order[:, :count])
     sizes = _add_at(odd.sizes, partner, even.sizes)
     sums = _add_at(_weighted(odd), partner, _weighted(even))
     into = Merged((sums / sizes[..., None]).astype(merged.tokens.dtype), sizes, odd.position)
@@ -101,11 +101,6 @@ def _mean_of_heads(tokens: Float[Array, "B N C"], heads: int) -> Float[Array, "B
 
 def _weighted(merged: Merged) -> Float[Array, "B N C"]:
     return merged.tokens.astype(jnp.float32) * merged.sizes[..., None]
-
-
-def _take(x: jax.Array, index: Int[Array, "B K"]) -> jax.Array:
-    """x[b, index[b, k]], with further axes if there are any."""
-    return jax.vmap(lambda row, at: row[at])(x, index)
 
 
 def _add_at(x: jax.Array, index: Int[Array, "B K"], added: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Float, Int
 
-from fluxvit_jax.models.arrays import Array
+from fluxvit_jax.models.arrays import Array, take_rows
 
 # Texts are scored by as many tokens at a time, as their scores of 150,000 words are large.
 SCORED_TOKENS = 32
@@ -26,7 +26,7 @@ def with_video(
     in_video = (slots >= first) & (slots < first + K)
     from_text = jnp.where(slots < first, slots, jnp.maximum(slots - K + 1, 0))
     from_video = jnp.clip(slots - first, 0, K - 1)
-    return jnp.where(in_video[..., None], _take(video, from_video), _take(text, from_text))
+    return jnp.where(in_video[..., None], take_rows(video, from_video), take_rows(text, from_text))
 
 
 def answer_scores(
@@ -45,7 +45,7 @@ def answer_scores(
     K = hidden.shape[1] - T + 1
     tokens = jnp.arange(T)
     slots = tokens + jnp.where(tokens > place[:, None], K - 1, 0)
-    before = _take(hidden, jnp.maximum(slots - 1, 0))
+    before = take_rows(hidden, jnp.maximum(slots - 1, 0))
     counted = jnp.where(tokens > 0, labels, -1)  # nothing foretells the first token
 
     @jax.checkpoint
@@ -67,8 +67,3 @@ def answer_scores(
 def labels_counted(labels: Int[Array, "B T"]) -> Float[Array, ""]:
     """The number of labels that `answer_scores` counts; at least 1."""
     return jnp.maximum(jnp.sum(labels[:, 1:] >= 0), 1).astype(jnp.float32)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[b, index[b, k]]."""
-    return jnp.take_along_axis(x, jnp.broadcast_to(index, (len(x), index.shape[-1]))[..., None], 1)
