@@ -121,7 +121,8 @@ class Conversation:
 
     def __init__(self, chat: Chat, tokens: jax.Array, message: str = ""):
         self._chat, self.tokens, self._message = chat, tokens, message
-        self._cache = _new_cache(chat._llm_config, 0)
+        model = _model(chat._llm_config, chat._llm)
+        self._cache = model.new_cache(jnp.zeros(1, jnp.int32), 0)
         self._unread: list[int] = []  # the last token of an answer, which nothing followed yet
         self.history: list[tuple[str, str]] = []
 
@@ -217,16 +218,13 @@ class Conversation:
 # Compiled programs
 
 
+def _model(config: LanguageModelConfig, params: Tree) -> LanguageModel:
+    return fluxvit.from_params(language_model.graphdef(config), params)
+
+
 def _embed(config: LanguageModelConfig, params: Tree, ids: np.ndarray) -> jax.Array:
     """Embeddings [L, D] of ids, int [L]."""
-    return params["token_embed"][jnp.asarray(ids, jnp.int32)].astype(config.dtype)
-
-
-def _new_cache(config: LanguageModelConfig, length: int) -> Cache:
-    shape = (config.depth, 1, length, config.kv_heads, config.head_size)
-    empty = jnp.zeros(shape, config.dtype)
-    begin = jnp.zeros(1, jnp.int32)
-    return Cache(keys=empty, values=empty, length=jnp.int32(0), begin=begin)
+    return _model(config, params).embed(jnp.asarray(ids, jnp.int32)[None])[0]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -238,7 +236,7 @@ def _read(
     x: embeddings [1, L, D], of which the first `count` are real. What padding leaves in the cache
     is overwritten before anything sees it.
     """
-    model: LanguageModel = fluxvit.from_params(language_model.graphdef(config), params)
+    model = _model(config, params)
     hidden, longer = model.extend(x, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
     token = jnp.argmax(model.logits(last)[0]).astype(jnp.int32)
@@ -250,6 +248,6 @@ def _follow(
     config: LanguageModelConfig, params: Tree, token: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """The token after a token, and the cache with that."""
-    model: LanguageModel = fluxvit.from_params(language_model.graphdef(config), params)
+    model = _model(config, params)
     hidden, longer = model.extend(model.embed(token[None, None]), cache)
     return jnp.argmax(model.logits(hidden[:, -1])[0]).astype(jnp.int32), longer
