@@ -33,8 +33,11 @@ class ChatTexts:
     ) -> dict[str, np.ndarray]:
         """text, labels: int32 [B, tokens], padded on the right; place: int32 [B], the video's.
 
-        A text that is too long is cut. The id at `place` is that of padding.
+        A text that is too long is cut. The id at `place` is that of padding. Nothing of records
+        without conversations.
         """
+        if not records[0].conversation:
+            return {}
         shape = len(records), self.tokens
         text = np.full(shape, self._tokenizer.padding, np.int32)
         labels = np.full(shape, IGNORED, np.int32)

@@ -412,7 +412,7 @@ class TrainGroups:
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
-            **(self.texts(records, samples, self.seed) if _has_text(records[0]) else {}),
+            **self.texts(records, samples, self.seed),
         }
 
     def _read_or_replace(
@@ -455,10 +455,6 @@ class TrainGroups:
         return [
             augment_clip(clip, size, augment, rng) for clip, rng in zip(clips, rngs, strict=True)
         ]
-
-
-def _has_text(record: Record) -> bool:
-    return bool(record.captions or record.conversation)
 
 
 def _check_multiple(what: str, value: int, unit: int) -> None:
