@@ -162,8 +162,8 @@ def _convert_teacher(args: argparse.Namespace, grid: Grid | None) -> None:
 
 
 def _convert_projector(args: argparse.Namespace) -> None:
-    _refuse(args, ("workdir", "classes", "class_names", "allow_missing", "allow_unexpected"))
-    _refuse(args, ("text_encoder", "config", "grid"))
+    for_networks = ("allow_missing", "allow_unexpected", "text_encoder", "config", "grid")
+    _refuse(args, ("workdir", "classes", "class_names", *for_networks))
     path = Path(args.target)
     if path.suffix not in (*weight_files.PTH, ".safetensors"):
         raise UserError(f"{path}: a projector goes into a .bin or .safetensors file")

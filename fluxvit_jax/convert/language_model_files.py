@@ -19,15 +19,14 @@ import safetensors.numpy
 from flax import nnx
 
 from fluxvit_jax.convert import weight_files
+from fluxvit_jax.convert.weight_files import CONFIG, WEIGHTS
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
 
 Tree = dict[str, Any]
 
-CONFIG = "config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FAMILIES = ("qwen2", "qwen3", "llama")
+INDEX = f"{WEIGHTS}.index.json"
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
 
@@ -65,8 +64,8 @@ def read_config(folder: str | os.PathLike) -> LanguageModelConfig:
         raise UserError(f"{folder}: no language model: there is no {CONFIG}")
     values = weight_files.read_config(path)
     family = values.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{path}: model_type {family!r} is none of {', '.join(FAMILIES)}")
+    if family not in CLASSES:
+        raise UserError(f"{path}: model_type {family!r} is none of {', '.join(CLASSES)}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
@@ -254,7 +253,7 @@ def _split(own: str, array: np.ndarray) -> dict[str, np.ndarray]:
 def _values(config: LanguageModelConfig, dtype: str) -> dict[str, Any]:
     """config.json of a model, the inverse of `read_config`."""
     if config.qkv_bias and config.qk_norm:
-        raise UserError(f"no model of {', '.join(FAMILIES)} has both qkv_bias and qk_norm")
+        raise UserError(f"no model of {', '.join(CLASSES)} has both qkv_bias and qk_norm")
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     return {
         "architectures": [CLASSES[family]],
