@@ -19,7 +19,7 @@ ROWS = (
 )
 ROW_OF = {part: number for number, row in enumerate(ROWS) for part in row}
 # Commands, which stand on top wherever they lie.
-COMMANDS = {"convert.__main__", "data.prepare", "data.synthetic"}
+COMMANDS = {"convert.__main__", "data.prepare", "data.shrink", "data.synthetic"}
 
 
 def modules() -> dict[str, Path]:
