@@ -1,21 +1,24 @@
-"""Adaptive budgets on the demo's clips, over several seeds: docs/adaptive.md.
+"""Token Optimization, merging and adaptive budgets over several seeds: docs/adaptive.md.
 
     python -m benchmarks.adaptive_study --out=demo/adaptive [--clips=demo/clips] [--seeds=3]
+    python -m benchmarks.adaptive_study --out=runs/adaptive --train=train.csv \
+        --validation=val.csv --root=VIDEOS --classes=classes.txt
 
-For each seed, Flux-Multi of the demo is trained and searched, one view a video: 480 clips of the
-training photographs choose, the validation clips report. Compared at the cost of the best single
+For each seed, Flux-Multi of the demo is trained and searched, one view a video. Of the demo, 480
+other clips of the training photographs choose; of clips of your own, a fifth of the training clips,
+which is left out of training. The validation clips report. Compared at the cost of the best single
 cell (TO) with 128, 64 and 32 tokens, in GFLOPs and in measured milliseconds: the best plain grid,
-the best single cell, the best cascade and the best rule of motion whose mean cost is no higher.
-Nothing is chosen on what is reported. Intervals (95 %) are over clips, those of differences paired
-and drawn together for all seeds. Finished runs and searches are kept. About 15 minutes a seed on
-two idle cores.
+the best merging of tokens, the best single cell, the best cascade and the best rule of motion whose
+mean cost is no higher. Nothing is chosen on what is reported. Intervals (95 %) are over clips,
+those of differences paired and drawn together for all seeds. Finished runs and searches are kept.
+About 15 minutes a seed on two idle cores.
 """
 
-import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,24 +28,28 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.demo import data_flags, run
+from benchmarks import study
+from benchmarks.demo import run
 from fluxvit_jax.adaptive import cascade as cascades
 from fluxvit_jax.adaptive import motion
-from fluxvit_jax.data.annotations import open_source
-from fluxvit_jax.distributed import storage
-from fluxvit_jax.reports.confidence_intervals import mean_interval
+from fluxvit_jax.distributed import checksums, storage
+from fluxvit_jax.recipes import demo
 from fluxvit_jax.token_optimization.planner import read_report
 from fluxvit_jax.token_optimization.probability_store import ProbabilityStore
+from fluxvit_jax.token_optimization.results_log import FILE as RESULTS
+from fluxvit_jax.token_optimization.results_log import REPORT, TOP1
 
 BUDGETS = (128, 64, 32)
 KINDS = {"gflops": "GFLOPs", "milliseconds": "ms"}
 ROWS = {
     "plain": "Plain grid",
+    "merge": "Merging",
     "select": "TO: one cell",
     "cascade": "Cascade",
     "motion": "Rule of motion",
 }
-CHOOSING = 480  # clips
+CHOOSING = 480  # clips of the demo
+HELD_OUT = 0.2  # of one's own training clips
 
 
 class Choice(NamedTuple):
@@ -53,78 +60,94 @@ class Choice(NamedTuple):
     right: np.ndarray
 
 
+Found = dict[str, dict[int, dict[str, Choice | None]]]  # cost -> budget -> row -> what was chosen
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.adaptive_study", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo/adaptive"), help="folder of the runs"
-    )
-    parser.add_argument("--clips", type=Path, default=Path("demo/clips"), help="the demo's clips")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings (default: 3)")
+    parser = study.parser_of("adaptive_study", __doc__, "demo/adaptive", "of path,label")
     options = parser.parse_args()
-    run("fluxvit_jax.data.synthetic", f"--out={options.clips}")
-    choosing = options.out / "choose"
-    amounts = (f"--train={CHOOSING}", "--validation=12")
-    run("fluxvit_jax.data.synthetic", f"--out={choosing}", "--seed=7", *amounts)
+    clips = study.clips_of(options)
+    labels = clips.validation_labels()
     found = []
     for seed in range(options.seeds):
-        found.append(study(searched(options, choosing, seed), options.clips))
+        found.append(measured(searched(options.out, clips, seed), labels))
         write(found, options.out)
     draw(read_report(options.out / "seed-0"), options.out / "adaptive.png")
     print((options.out / "study.md").read_text())
     return 0
 
 
-def searched(options: argparse.Namespace, choosing: Path, seed: int) -> Path:
+def searched(out: Path, clips: study.Clips, seed: int) -> Path:
     """The workdir of a seed, trained and searched."""
-    workdir = options.out / f"seed-{seed}"
-    common = [f"--config=configs/demo.py:multi,seed={seed}", f"--workdir={workdir}"]
-    common += data_flags(options.clips)
-    run("fluxvit_jax.main", *common)
-    views = ("--config.eval.clips=1", "--config.eval.crops=1")
-    split = f"--config.search.split={choosing / 'train'}"
-    run("fluxvit_jax.main", *common, "--mode=search", split, *views)
+    workdir, recipe = out / f"seed-{seed}", f"configs/demo.py:multi,seed={seed}"
+    config = demo.get_config()
+    flags = clips.flags() + clips.schedule(config.train.epochs, config.train.warmup_epochs)
+    search = ["--config.eval.clips=1", "--config.eval.crops=1", "--config.search.merging=true"]
+    if clips.own:
+        flags.append(f"--config.data.holdout_fraction={HELD_OUT}")
+    else:
+        amounts = (f"--train={CHOOSING}", "--validation=12")
+        run("fluxvit_jax.data.synthetic", f"--out={out / 'choose'}", "--seed=7", *amounts)
+        search.append(f"--config.search.split={out / 'choose' / 'train'}")
+    study.train(workdir, recipe, *flags)
+    run(
+        "fluxvit_jax.main",
+        f"--config={recipe}",
+        f"--workdir={workdir}",
+        "--mode=search",
+        *flags,
+        *search,
+    )
     return workdir
 
 
-def study(workdir: Path, clips: Path) -> dict[str, dict[int, dict[str, Choice]]]:
+def measured(workdir: Path, labels: np.ndarray) -> Found:
     """kind of cost -> budget -> row -> what was chosen for as much as TO's cell costs."""
-    report = read_report(workdir)
-    source = open_source(str(clips / "validation.csv"), str(clips))
-    labels = np.array([source[number].label for number in range(len(source))])
+    report, right = read_report(workdir), right_of_cells(workdir)
     store = ProbabilityStore(storage.path_of(str(workdir)) / "search")
 
     def said(cell: str) -> np.ndarray:
-        return store.read("report", cell, len(labels))[:, -1]
+        return store.read(REPORT, cell, len(labels))[:, -1]
 
     scores = said("motion")[:, 0]
-    found: dict[str, dict[int, dict[str, Choice]]] = {}
+    found: Found = {}
     for kind in KINDS:
         costs = cell_costs(report, kind)
         ways = {
-            "plain": single_cells(report, costs, said, labels, "plain"),
-            "select": single_cells(report, costs, said, labels, "select"),
-            "cascade": of_cascades(report, costs, said, labels, kind),
-            "motion": of_rules(report, costs, said, labels, scores, kind),
+            row: single_cells(report, costs, right, row) for row in ("plain", "merge", "select")
         }
+        ways["cascade"] = of_cascades(report, costs, said, labels, kind)
+        ways["motion"] = of_rules(report, costs, said, labels, scores, kind) | ways["select"]
         found[kind] = {
             budget: {
-                row: best(way, costs[report["chosen"][str(budget)]["select"]])
-                for row, way in ways.items()
+                row: best(ways[row], costs[report["chosen"][str(budget)]["select"]]) for row in ROWS
             }
             for budget in BUDGETS
         }
     return found
 
 
+def right_of_cells(workdir: Path) -> dict[str, np.ndarray]:
+    """Which reported clips each cell classifies correctly, bool [clips]."""
+    outcomes: dict[str, dict[int, str]] = defaultdict(dict)
+    for line in checksums.read_lines(storage.path_of(str(workdir / "search" / RESULTS))):
+        if line.get("split") == REPORT and "found" in line:
+            outcomes[line["cell"]][line["first"]] = line["found"]
+    return {
+        cell: np.array(list("".join(text for _, text in sorted(chunks.items())))) == TOP1
+        for cell, chunks in outcomes.items()
+    }
+
+
 # name -> (cost, top-1 on the choosing split, which reported clips are right)
 Ways = dict[str, tuple[float, float, Callable[[], np.ndarray]]]
 
 
-def best(ways: Ways, limit: float) -> Choice:
+def best(ways: Ways, limit: float) -> Choice | None:
     """The most accurate on the choosing split that costs no more; ties to the cheaper."""
     fitting = {name: own for name, own in ways.items() if own[0] <= limit * (1 + 1e-9)}
+    if not fitting:
+        return None
     name = min(fitting, key=lambda name: (-fitting[name][1], fitting[name][0]))
     return Choice(name, fitting[name][0], fitting[name][2]())
 
@@ -140,13 +163,12 @@ def cell_costs(report: Mapping[str, Any], kind: str) -> dict[str, float]:
 def single_cells(
     report: Mapping[str, Any],
     costs: Mapping[str, float],
-    said: Callable[[str], np.ndarray],
-    labels: np.ndarray,
+    right: Mapping[str, np.ndarray],
     method: str,
 ) -> Ways:
     """Cells that were evaluated on both splits."""
     return {
-        name: (costs[name], cell["choose"]["top1"], lambda n=name: said(n).argmax(axis=1) == labels)
+        name: (costs[name], cell["choose"]["top1"], lambda n=name: right[n])
         for name, cell in report["cells"].items()
         if cell["method"] == method and "report" in cell and name in costs
     }
@@ -184,7 +206,7 @@ def of_rules(
     scores: np.ndarray,
     kind: str,
 ) -> Ways:
-    """Times are those of the cells alone, in favor of the rule."""
+    """Rules, besides single cells. Times are those of the cells alone, in favor of the rule."""
     ways: Ways = {}
     for name, own in report["motion"].items():
         rule, shares = motion.from_json(own), own["choose"]["shares"]
@@ -197,11 +219,10 @@ def of_rules(
             return tables[routed, np.arange(len(labels))]
 
         ways[name] = cost, own["choose"]["top1"], right
-    # A single cell is a rule too.
-    return ways | single_cells(report, costs, said, labels, "select")
+    return ways
 
 
-def write(found: list[dict[str, dict[int, dict[str, Choice]]]], out: Path) -> None:
+def write(found: list[Found], out: Path) -> None:
     """Writes study.md and study.json: means over the seeds, differences from TO's single cell."""
     lines, numbers = [], []
     for kind, unit in KINDS.items():
@@ -210,8 +231,11 @@ def write(found: list[dict[str, dict[int, dict[str, Choice]]]], out: Path) -> No
         for budget in BUDGETS:
             cells = []
             for row in ROWS:
-                choices = [seed[kind][budget][row] for seed in found]
-                bases = [seed[kind][budget]["select"] for seed in found]
+                pairs = [(seed[kind][budget][row], seed[kind][budget]["select"]) for seed in found]
+                if not all(choice for choice, _ in pairs):
+                    cells.append("none so cheap")
+                    continue
+                choices, bases = zip(*pairs, strict=True)
                 cells.append(cell_text(choices, bases, unit, row))
                 numbers.append(
                     {
@@ -263,18 +287,17 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def cell_text(choices: list[Choice], bases: list[Choice], unit: str, row: str) -> str:
+def cell_text(choices: Sequence[Choice], bases: Sequence[Choice], unit: str, row: str) -> str:
     """Such as "93.1 % at 0.38 ms; +1.2 (0.1 to 2.4)"."""
     accuracy = 100 * statistics.mean(own.right.mean() for own in choices)
     text = f"{accuracy:.1f} % at {statistics.mean(own.cost for own in choices):.3g} {unit}"
     if row == "select":
         return text
     pairs = zip(choices, bases, strict=True)
-    gains = [own.right.astype(float) - base.right for own, base in pairs]
-    clips = np.concatenate([np.arange(len(one)) for one in gains])  # of all seeds together
-    low, high = mean_interval(np.concatenate(gains), clips)
-    mean = float(np.mean(np.concatenate(gains)))
-    return f"{text}; {100 * mean:+.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    mean, (low, high) = study.mean_over(
+        [own.right.astype(float) - base.right for own, base in pairs]
+    )
+    return f"{text}; {mean:+.1f} ({low:.1f} to {high:.1f})"
 
 
 if __name__ == "__main__":

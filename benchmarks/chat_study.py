@@ -9,9 +9,8 @@ learns to answer one question (configs/demo_chat.py): of Flux-Multi at three bud
 the other on its grid. Answers about the validation clips are asked for at three budgets: on a plain
 grid of just as many tokens, and, of Flux-Multi, on the demo's grids with selection ("+ TO").
 Finished runs are kept, so the study can be stopped and started again. About half an hour a seed on
-two idle cores, estimated; less with --encoders, which takes the networks of an earlier study, or of
-benchmarks/clip_study.py. --smoke runs all of it on a few clips in three minutes, and learns
-nothing.
+two idle cores, estimated; less with --networks, which takes those of benchmarks.method_study or
+benchmarks.clip_study. --smoke runs all of it on a few clips in three minutes, and learns nothing.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import fluxvit_jax
 from benchmarks import chat_decoder
 from benchmarks.clip_study import ROWS, Row
 from benchmarks.demo import data_flags, run
-from benchmarks.pretrain_study import train
+from benchmarks.study import train
 from fluxvit_jax.data.synthetic_captions import SPEEDS, WAYS
 from fluxvit_jax.recipes import demo
 from fluxvit_jax.reports.confidence_intervals import (
@@ -107,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo/chat_study"), help="of the runs")
     parser.add_argument("--clips", type=Path, help="the demo's clips (default: demo/clips)")
     parser.add_argument("--seeds", type=int, help="runs of each row (default: 3)")
-    parser.add_argument("--encoders", type=Path, help="earlier study whose networks are taken")
+    parser.add_argument("--networks", type=Path, help="--out of a method_study or clip_study")
     parser.add_argument("--smoke", action="store_true", help="all of it on a few clips")
     options = parser.parse_args()
     options.clips = options.clips or (options.out if options.smoke else Path("demo")) / "clips"
@@ -121,9 +120,9 @@ def parse() -> argparse.Namespace:
 
 def make_network(method: str, seed: int, options: argparse.Namespace) -> Path:
     """The workdir of a trained network: an earlier study's, or this one's."""
-    name = f"classes-{method}-{seed}"
-    if options.encoders and (options.encoders / name / "finished").exists():
-        return options.encoders / name
+    name = f"{method}-seed-{seed}"
+    if options.networks and (options.networks / name / "finished").exists():
+        return options.networks / name
     short = ["--config.train.epochs=2", "--config.eval.every_epochs=2"] if options.smoke else []
     recipe = f"configs/demo.py:{method},seed={seed}"
     train(options.out / name, recipe, *data_flags(options.clips), *short)

@@ -1,13 +1,15 @@
-"""Flux-CLIP on the demo's clips: retrieval on unseen photographs, several seeds.
+"""Flux-CLIP on the demo's clips or your own: retrieval by words, several seeds.
 
     python -m benchmarks.clip_study --out=demo/clip_study [--clips=demo/clips] [--seeds=3]
+    python -m benchmarks.clip_study --out=runs/clip_study --train=train.json --validation=val.json \
+        --root=VIDEOS --networks=runs/study
 
 For each seed, two networks of one size are trained on the demo's classes: Flux-Multi, and one the
-ordinary way (a fixed grid, every token). From each of them Flux-CLIP learns from captions
-(configs/demo_clip.py), with a text encoder from scratch. Retrieval is measured at three budgets: on
-a plain grid of just as many tokens, and, of Flux-Multi, on the demo's grids with selection ("+TO").
-Finished runs are kept, so the study can be stopped and started again. About half an hour a seed on
-two idle cores, estimated.
+ordinary way (a fixed grid, every token); --networks takes those of a benchmarks.method_study. From
+each of them Flux-CLIP learns from captions (configs/demo_clip.py), with a text encoder from
+scratch. Retrieval is measured at three budgets: on a plain grid of just as many tokens, and, of
+Flux-Multi, on the demo's grids with selection ("+TO"). Finished runs are kept, so the study can be
+stopped and started again. About half an hour a seed on two idle cores, estimated.
 """
 
 import argparse
@@ -16,10 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.demo import data_flags, run
-from benchmarks.demo_study import mean_and_range
-from benchmarks.pretrain_study import train
-from fluxvit_jax.recipes import demo
+from benchmarks import study
+from benchmarks.demo import run
+from fluxvit_jax.recipes import demo, demo_clip
 
 MEASURES = {"text_to_video": "Text to video", "video_to_text": "Video to text"}
 
@@ -40,34 +41,56 @@ ROWS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.clip_study", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo/clip_study"), help="of the runs")
-    parser.add_argument("--clips", type=Path, default=Path("demo/clips"), help="the demo's clips")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
+    parser = study.parser_of("clip_study", __doc__, "demo/clip_study", "of captions, JSON or CSV")
+    parser.add_argument("--networks", type=Path, help="--out of a benchmarks.method_study")
     options = parser.parse_args()
-    run("fluxvit_jax.data.synthetic", f"--out={options.clips}")
+    if options.train and not options.networks:
+        sys.exit("clips of your own need --networks: captions tell no classes to train on")
+    clips = study.clips_of(options, captioned=True)
     results: dict[str, list[dict[str, Any]]] = {row.name: [] for row in ROWS}
     for seed in range(options.seeds):
         for row in ROWS:
-            results[row.name].append(measured(row, seed, options))
+            results[row.name].append(measured(row, seed, clips, options))
             report(results, options.out)
     print((options.out / "study.md").read_text())
     return 0
 
 
-def measured(row: Row, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def trained_network(
+    method: str, seed: int, clips: study.Clips, options: argparse.Namespace
+) -> Path:
+    """The workdir of a classifier: one of `options.networks`, or trained here."""
+    workdir = (options.networks or options.out) / f"{method}-seed-{seed}"
+    if not options.networks:
+        study.train(workdir, f"configs/demo.py:{method},seed={seed}", *clips.flags())
+    elif not (workdir / "finished").exists():
+        sys.exit(f"{workdir}: no finished run; start benchmarks.method_study again")
+    return workdir
+
+
+def captions(clips: study.Clips) -> tuple[Path, Path]:
+    """The lists of captions to train on and to report on."""
+    if clips.own:
+        return clips.train, clips.validation
+    return clips.root / "train_captions.json", clips.root / "validation_captions.json"
+
+
+def measured(
+    row: Row, seed: int, clips: study.Clips, options: argparse.Namespace
+) -> dict[str, Any]:
     """The report of retrieval of a row with a seed, trained unless that is done."""
-    classes, clip = (options.out / f"{kind}-{row.method}-{seed}" for kind in ("classes", "clip"))
-    train(classes, f"configs/demo.py:{row.method},seed={seed}", *data_flags(options.clips))
-    pairs = f"--config.data.validation={options.clips / 'validation_captions.json'}"
-    train(
+    network = trained_network(row.method, seed, clips, options)
+    training, validation = captions(clips)
+    pairs = f"--config.data.validation={validation}"
+    clip = options.out / f"clip-{row.method}-{seed}"
+    config = demo_clip.get_config(row.method)
+    study.train(
         clip,
         f"configs/demo_clip.py:{row.method},seed={seed}",
-        f"--config.data.train={options.clips / 'train_captions.json'}",
-        f"--config.data.root={options.clips}",
-        f"--config.train.init_from={classes}",
+        f"--config.data.train={training}",
+        f"--config.data.root={clips.root}",
+        f"--config.train.init_from={network}",
+        *clips.schedule(config.train.epochs, config.train.warmup_epochs),
         pairs,
     )
     # A plain grid is of its budget, so that every token is kept.
@@ -101,7 +124,7 @@ def report(results: dict[str, list[dict[str, Any]]], out: Path) -> None:
                 if not reports:
                     continue
                 cells = [
-                    mean_and_range(
+                    study.mean_and_range(
                         [100 * own["budgets"][b][kind][direction]["recall"]["1"] for own in reports]
                     )
                     for b in budgets

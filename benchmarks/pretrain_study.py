@@ -1,26 +1,30 @@
-"""Does pre-training help: the demo's clips, a tenth of the labels, several seeds.
+"""Does pre-training help where few clips have labels: on the demo's clips or your own.
 
     python -m benchmarks.pretrain_study --out=demo/pretrain_study [--clips=demo/clips] [--seeds=3]
+    python -m benchmarks.pretrain_study --out=runs/pretrain_study --train=train.csv \
+        --validation=val.csv --root=VIDEOS --classes=classes.txt --labels=5,10 --teacher=demo/multi
 
-The teacher is a run of configs/demo.py:multi, trained with all labels. Students of the same size
-learn from it on all clips without labels (configs/demo_pretrain.py), on flexible grids or on one,
-and are then fine-tuned with a tenth of the labels by the demo's recipe, as is a network that starts
-from scratch. A seed changes which tenth it is as well. Finished runs are kept, so the study can be
-stopped and started again. About 15 minutes a seed on two idle cores, and 5 for the teacher.
+The teacher is a run of configs/demo.py:multi, by default one that is trained here with all labels.
+Students of the same size learn from it on all clips without labels (configs/demo_pretrain.py), on
+flexible grids or on one, and are then fine-tuned with a few labels by the demo's recipe, as is a
+network that starts from scratch. A seed changes which clips are labeled as well. Finished runs are
+kept, so the study can be stopped and started again. About 15 minutes a seed and number of labels on
+two idle cores, and 5 for the teacher.
 """
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.demo import data_flags, run
-from benchmarks.demo_study import mean_and_range
+from benchmarks import study
+from fluxvit_jax.data.annotations import open_source
+from fluxvit_jax.recipes import demo, demo_pretrain
 
-LABELLED = 10  # one in so many clips of each class
-EPOCHS = 60  # of fine-tuning: 900 steps of 16 clips
+LABELS = (20,)  # of each class; the demo's clips are ten times as many
+SEEN = 14_400  # labeled clips in fine-tuning: 60 epochs of a tenth of the demo's
+WARMUP = 1 / 20  # of fine-tuning
 
 
 class Row(NamedTuple):
@@ -41,96 +45,93 @@ ROWS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pretrain_study", description=__doc__.splitlines()[0]
+    parser = study.parser_of("pretrain_study", __doc__, "demo/pretrain_study", "of path,label")
+    parser.add_argument(
+        "--labels", type=numbers, default=LABELS, help="labeled clips of a class, such as 5,10"
     )
-    parser.add_argument("--out", type=Path, default=Path("demo/pretrain_study"), help="of the runs")
-    parser.add_argument("--clips", type=Path, default=Path("demo/clips"), help="the demo's clips")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
+    parser.add_argument("--teacher", type=Path, help="a run of configs/demo.py, of any clips")
     options = parser.parse_args()
-    run("fluxvit_jax.data.synthetic", f"--out={options.clips}")
-    teacher = options.out / "teacher"
-    train(teacher, "configs/demo.py:multi", *data_flags(options.clips))
-    results: dict[str, list[dict[str, float]]] = {row.name: [] for row in ROWS}
+    clips = study.clips_of(options)
+    if options.teacher is None:
+        options.teacher = options.out / "teacher"
+        schedule = clips.schedule(*lengths(demo.get_config()))
+        study.train(options.teacher, "configs/demo.py:multi", *clips.flags(), *schedule)
+    found: dict[tuple[int, str], list[study.Right]] = {}
     for seed in range(options.seeds):
-        for row in ROWS:
-            results[row.name].append(accuracy(row, seed, teacher, options))
-            report(results, accuracies(teacher), options.out)
+        for labels in options.labels:
+            for row in ROWS:
+                right = measured(row, labels, seed, clips, options)
+                found.setdefault((labels, row.name), []).append(right)
+                write(found, options.out)
     print((options.out / "study.md").read_text())
     return 0
 
 
-def train(workdir: Path, recipe: str, *arguments: str) -> None:
-    """Trains unless that is done; a run that was cut off goes on."""
-    if not (workdir / "finished").exists():
-        run("fluxvit_jax.main", f"--config={recipe}", f"--workdir={workdir}", *arguments)
-        (workdir / "finished").touch()
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
-def accuracy(row: Row, seed: int, teacher: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Trains a row with a seed; its top-1 (%) at each budget."""
+def lengths(config: demo.ConfigDict) -> tuple[float, float]:
+    """Epochs of training and of its warmup."""
+    return config.train.epochs, config.train.warmup_epochs
+
+
+def measured(
+    row: Row, labels: int, seed: int, clips: study.Clips, options: argparse.Namespace
+) -> study.Right:
+    """Which validation clips a row classifies correctly, trained with a seed and few labels."""
     start = ""
     if row.grids:
         start = str(options.out / f"pretrained-{row.grids}-{seed}")
-        train(
+        study.train(
             Path(start),
             f"configs/demo_pretrain.py:{row.grids},seed={seed}",
-            f"--config.data.train={options.clips / 'train.csv'}",
-            f"--config.data.root={options.clips}",
-            f"--config.distill.teacher={teacher}",
+            f"--config.data.train={clips.train}",
+            f"--config.data.root={clips.root}",
+            f"--config.distill.teacher={options.teacher}",
+            *clips.schedule(*lengths(demo_pretrain.get_config())),
         )
-    workdir = options.out / f"{row.method}-{row.grids or 'scratch'}-{seed}"
-    train(
+    workdir = options.out / f"{row.method}-{row.grids or 'scratch'}-{labels}-{seed}"
+    path, labeled = write_labeled(clips, labels, seed, options.out)
+    epochs = max(1, round(SEEN / labeled))
+    study.train(
         workdir,
         f"configs/demo.py:{row.method},seed={seed}",
-        *data_flags(options.clips),
-        f"--config.data.train={labelled(options, seed)}",
+        *clips.flags(),
+        f"--config.data.train={path}",
         f"--config.train.init_from={start}",
-        f"--config.train.epochs={EPOCHS}",
-        f"--config.eval.every_epochs={EPOCHS}",
-        "--config.train.warmup_epochs=3",
+        f"--config.train.epochs={epochs}",
+        f"--config.eval.every_epochs={epochs}",
+        f"--config.train.warmup_epochs={WARMUP * epochs:.3g}",
     )
-    return accuracies(workdir)
+    return study.right_clips(workdir, demo.get_config(row.method).eval.settings)
 
 
-def labelled(options: argparse.Namespace, seed: int) -> Path:
-    """A list of every `LABELLED`th clip of each class, from another one on for each seed."""
-    with open(options.clips / "train.csv", newline="") as file:
-        header, *rows = csv.reader(file)
+def write_labeled(clips: study.Clips, labels: int, seed: int, out: Path) -> tuple[Path, int]:
+    """A list of so many clips of each class, other ones for each seed; with how many they are."""
+    source = open_source(clips.train, clips.root)
+    names = source.class_names
     chosen = []
-    for label in sorted({row[1] for row in rows}):
-        chosen += [row for row in rows if row[1] == label][seed % LABELLED :: LABELLED]
-    path = options.out / f"labelled-{seed}.csv"
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *chosen])
-    return path
+    for label in sorted(set(source.labels)):
+        own = [example.id for example in source.examples if example.label == label]
+        step = max(1, len(own) // labels)
+        ids = own[seed % step :: step][:labels]
+        chosen += [(path, names[label] if names else label) for path in ids]
+    path = out / f"labeled-{labels}-{seed}.csv"
+    out.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *chosen])
+    return path, len(chosen)
 
 
-def accuracies(workdir: Path) -> dict[str, float]:
-    """Top-1 (%) by budget after a run's last step."""
-    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    last = [line for line in lines if line["split"] == "validation"][-1]
-    found = {name.removeprefix("top1_"): last[name] for name in last if name.startswith("top1_")}
-    return {budget: 100 * value for budget, value in found.items()}
-
-
-def report(
-    results: dict[str, list[dict[str, float]]], teacher: dict[str, float], out: Path
-) -> None:
-    """Writes study.md: mean and range over the seeds."""
-    budgets = list(teacher)
-    lines = [
-        "| | " + " | ".join(f"{b} tokens" for b in budgets) + " | seeds |",
-        "|---" * (len(budgets) + 2) + "|",
-        "| The teacher, all labels | "
-        + " | ".join(f"{teacher[b]:.1f}" for b in budgets)
-        + " | 1 |",
-    ]
-    for name, seeds in results.items():
-        if seeds:
-            cells = [mean_and_range([own[b] for own in seeds]) for b in budgets]
-            lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
-    (out / "study.md").write_text("\n".join(lines) + "\n")
+def write(found: dict[tuple[int, str], list[study.Right]], out: Path) -> None:
+    """Writes study.md."""
+    heads = ["%", "labels of a class", *(f"{budget} tokens" for budget in demo.BUDGETS), "seeds"]
+    rows = []
+    for (labels, name), seeds in sorted(found.items(), key=lambda item: item[0][0]):
+        cells = [study.mean_text([own[budget] for own in seeds]) for budget in demo.BUDGETS]
+        rows.append([name, str(labels), *cells, str(len(seeds))])
+    study.write_table(out / "study.md", heads, rows)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""The parts of the studies that take no training: whose clips, which of them, and the tables."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import adaptive_study, clip_study, method_study, pretrain_study, study
+from fluxvit_jax.config.loading import load_config
+from fluxvit_jax.distributed import checksums
+
+CLASSES = ("left", "right", "up")
+
+
+@pytest.fixture
+def lists(tmp_path):
+    """Lists with names for labels: 30 clips to train on, and 6, the last class first."""
+    for name, clips in (("train", 30), ("validation", 6)):
+        rows = [(f"{name}{n}.mp4", CLASSES[-1 - n % 3]) for n in range(clips)]
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("path", "label"), *rows])
+    return tmp_path
+
+
+def clips_of(*arguments):
+    parser = study.parser_of("some_study", "Some study.", "out", "of path,label")
+    return study.clips_of(parser.parse_args(arguments))
+
+
+def test_lists_of_ones_own_are_seen_as_often_as_the_demos_clips(lists):
+    clips = clips_of(f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}")
+    config = load_config("configs/demo.py:multi", [*clips.flags(), *clips.schedule(13, 0.7)])
+    assert config.data.root == str(lists)
+    assert config.train.epochs == config.eval.every_epochs == 1040  # 31,200 of 30 clips
+    assert config.train.warmup_epochs / config.train.epochs == pytest.approx(0.7 / 13, rel=1e-2)
+    assert clips.validation_labels().tolist() == [2, 1, 0, 2, 1, 0]
+    with pytest.raises(SystemExit, match="belong together"):
+        clips_of(f"--train={lists / 'train.csv'}")
+
+
+def test_captions_of_ones_own(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps([{"video": f"{n}.mp4", "caption": "a dog"} for n in range(24)]))
+    clips = study.Clips(
+        train=path, validation=path, root=tmp_path, classes=None, captioned=True, own=True
+    )
+    assert "--config.train.epochs=100" in clips.schedule(1, 0.1)
+    assert clip_study.captions(clips) == (path, path)
+
+
+def test_labeled_clips_of_each_class_differ_by_seed(lists):
+    clips = clips_of(f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}")
+    chosen = []
+    for seed in range(2):
+        path, number = pretrain_study.write_labeled(clips, 4, seed, lists / "out")
+        rows = list(csv.DictReader(path.open(newline="")))
+        assert len(rows) == number == 12
+        assert {own: sum(row["label"] == own for row in rows) for own in CLASSES} == dict.fromkeys(
+            CLASSES, 4
+        )
+        chosen.append({row["path"] for row in rows})
+    assert not chosen[0] & chosen[1]
+
+
+def test_differences_are_paired_by_clip():
+    better = [np.array([1, 1, 1, 0] * 25, bool)] * 2
+    worse = [np.array([1, 1, 0, 0] * 25, bool)] * 2
+    assert study.difference_text(better, worse).startswith("yes: +25.0 (")
+    assert study.difference_text(worse, better).startswith("no: -25.0 (")
+    assert study.difference_text(better, better) == "open: +0.0 (0.0 to 0.0)"
+    # Two seeds that agree tell no more than one: the same clips are drawn for both.
+    assert study.mean_text(better) == study.mean_text(better[:1])
+
+
+def test_a_claim_is_told_once_both_rows_are_there(tmp_path):
+    right = [{budget: np.ones(4, bool) for budget in (128, 64, 32)}]
+    wrong = [{budget: np.zeros(4, bool) for budget in (128, 64, 32)}]
+    found = {row.name: [] for row in method_study.ROWS} | {method_study.FIXED: wrong}
+    method_study.write(found, tmp_path)
+    assert method_study.FIXED in (tmp_path / "study.md").read_text()
+    assert len((tmp_path / "claims.md").read_text().splitlines()) == 2
+    method_study.write(found | {method_study.SINGLE: right}, tmp_path)
+    *_, line = (tmp_path / "claims.md").read_text().splitlines()
+    assert line.count("yes: +100.0 (100.0 to 100.0)") == 3
+    assert line.startswith("| 1 | Flux-Single > Fixed grid")
+
+
+def test_every_row_is_a_recipe_in_a_folder_of_its_own():
+    for row in method_study.ROWS:
+        load_config(f"configs/demo.py:{row.recipe},seed=1", list(row.flags))
+    assert len({row.folder for row in method_study.ROWS}) == len(method_study.ROWS)
+    named = {name for claim in method_study.CLAIMS for name in (claim.better, claim.worse)}
+    assert named <= {row.name for row in method_study.ROWS}
+
+
+def test_hits_of_a_search_are_those_of_the_reporting_split(tmp_path):
+    (tmp_path / "search").mkdir()
+    lines = [
+        {"about": {}},
+        {"split": "report", "first": 2, "cell": "a", "found": "1-"},
+        {"split": "choose", "first": 0, "cell": "a", "found": "1111"},
+        {"split": "report", "first": 0, "cell": "a", "found": "15"},
+    ]
+    text = "".join(f"{checksums.to_line(line)}\n" for line in lines)
+    (tmp_path / "search" / "cells.jsonl").write_text(text)
+    right = adaptive_study.right_of_cells(tmp_path)
+    assert {cell: own.tolist() for cell, own in right.items()} == {"a": [True, False, True, False]}
+
+
+def test_what_costs_more_is_not_chosen():
+    right = np.ones(2, bool)
+    ways = {"a": (1.0, 0.5, lambda: right), "b": (2.0, 0.9, lambda: right)}
+    assert adaptive_study.best(ways, 1.0).name == "a"
+    assert adaptive_study.best(ways, 2.0).name == "b"
+    assert adaptive_study.best(ways, 0.5) is None
