@@ -56,6 +56,7 @@ from fluxvit_jax.evaluation.evaluate import NothingReadableError
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.objectives.base import Objective, objective_class
 from fluxvit_jax.training import wording
+from fluxvit_jax.training.compile_time import describe_compile_time
 from fluxvit_jax.training.goodput import Goodput
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.nonfinite import NonfiniteSteps
@@ -526,7 +527,6 @@ def compile_step(setup: Setup, state: Tree) -> ProfiledStep:
     It refuses batches of other shapes, so there is one program for all grids, and another one for
     steps that show images.
     """
-    say("compiling the training step, once; a large network takes minutes")
     step_fns = {capacity(setup.grids): _compiled(setup, state, setup.objective, setup.grids)}
     if setup.image_grids:
         objective = make_objective(setup.config, setup.image_grids, platform_of(setup.mesh))
@@ -543,8 +543,11 @@ def _compiled(
     begin = time.monotonic()
     train_step = make_train_step(setup.config, objective, setup.optimizer, setup.mesh)
     batch = abstract_batch(setup.config, grids, setup.mesh)
-    compiled = train_step.lower(state, setup.frozen, batch).compile()
     images = " of images" if grids == setup.image_grids else ""
+    lowered = train_step.lower(state, setup.frozen, batch)
+    expected = describe_compile_time(lowered, platform_of(setup.mesh))
+    say(f"compiling the training step{images}, once: {expected}, unless it is kept from before")
+    compiled = lowered.compile()
     say(
         f"1 compiled training step{images} for {len(grids)} grids, capacity P={capacity(grids)}, "
         f"in {time.monotonic() - begin:.0f} s"
