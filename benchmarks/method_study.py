@@ -53,10 +53,10 @@ NO_SELECTOR = "Flux-Single, selector none"
 
 ROWS = (
     Row(FIXED, "fixed"),
-    Row(NO_SELECTOR, "single,selector=none"),
     Row(SINGLE, "single"),
-    Row(NO_ALIGNMENT, "multi,align=0"),
     Row(MULTI, "multi"),  # groups by the rule: four where frames divide by four, else two
+    Row(NO_ALIGNMENT, "multi,align=0"),
+    Row(NO_SELECTOR, "single,selector=none"),
     Row(RANDOM, "multi,selector=random"),
     Row(TUBE, "multi,selector=tube"),
     Row(DYNAMIC["l1"], "multi,selector=dynamic_l1"),
