@@ -5,7 +5,7 @@ thresholds at once: the numbers of right answers and of videos that go on are cu
 over the confidences. What is left is the Pareto front of accuracy and mean cost.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -93,6 +93,38 @@ def front(
         for found in sweep.longer([], max_steps):
             best = pareto([*best, *found])
     return best
+
+
+def surely_ahead(
+    found: Sequence[Found], entries: Sequence[Entry], labels: np.ndarray
+) -> list[Found]:
+    """A front without the cascades that are hardly better than a single cell of no higher cost.
+
+    The best of thousands of thresholds is flattered. A cascade stays if it is right more often than
+    the most accurate of these cells by more than one standard error of the difference, which is
+    paired by video: the one-standard-error rule (Breiman et al., 1984), in favor of the simpler.
+
+    found: of `front`, for these entries and labels.
+    """
+    by_step = {(entry.step.cell, entry.step.views): entry for entry in entries}
+    right_of = {key: own.probabilities.argmax(axis=1) == labels for key, own in by_step.items()}
+
+    def ask(cascade: Cascade) -> Callable[[int, np.ndarray], np.ndarray]:
+        own = [by_step[step.cell, step.views].probabilities for step in cascade.steps]
+        return lambda number, videos: own[number][videos]
+
+    def stays(one: Found) -> bool:
+        within = [key for key, own in by_step.items() if own.cost <= one.cost * (1 + 1e-9)]
+        if len(one.steps) == 1 or not within:
+            return True
+        answers = one.cascade.run(len(labels), ask(one.cascade)).probabilities
+        best = max((right_of[key] for key in within), key=np.sum)
+        gain = (answers.argmax(axis=1) == labels).astype(float) - best
+        error = gain.std(ddof=1) / np.sqrt(len(gain))
+        return bool(gain.mean() > error * (1 + 1e-9))  # they are equal where one video is gained
+
+    singles = [_single(entry, labels) for entry in entries]
+    return pareto([*singles, *filter(stays, found)])
 
 
 def pareto(found: Iterable[Way]) -> list[Way]:

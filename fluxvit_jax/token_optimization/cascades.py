@@ -89,6 +89,8 @@ def find(
 ) -> list[Found]:
     """The front of cascades of cells on the choosing split, at most `MOST`, by rising cost.
 
+    Without those that are hardly better than single cells: see `fitting.surely_ahead`.
+
     Of more, the best within each of `MOST` costs that rise by equal factors.
 
     table: of that split; costs: GFLOPs of one view at each cell, and their part that ranks patches.
@@ -107,7 +109,8 @@ def find(
         for cell in cells
         for at, views in enumerate(view_counts)
     ]
-    found = fitting.front(entries, table.labels, max_steps)
+    front = fitting.front(entries, table.labels, max_steps)
+    found = fitting.surely_ahead(front, entries, table.labels)
     within = np.geomspace(found[0].cost, found[-1].cost, MOST) * (1 + 1e-9)
     best = np.searchsorted([one.cost for one in found], within, side="right") - 1
     return [found[i] for i in np.unique(best)]

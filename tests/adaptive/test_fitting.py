@@ -116,3 +116,36 @@ def test_steps_rise_in_cost_and_do_not_fall_in_budget():
         costs = [{e.step.cell: e.cost for e in entries}[s.cell] for s in one.cascade.steps]
         assert costs == sorted(costs)
         assert "cell-0" not in [s.cell for s in one.cascade.steps] or len(costs) == 1
+
+
+def two_cells(first_right: list[bool], last_right: list[bool], sure: list[bool]):
+    """A cheap and a dear cell with known answers, and one as cheap as a cascade of them."""
+    labels = np.zeros(len(sure), int)
+
+    def entry(name: str, right: list[bool], cost: float, sure: list[bool]) -> Entry:
+        own = np.where(sure, 0.9, 0.6)
+        table = np.stack([np.where(right, own, 1 - own), np.where(right, 1 - own, own)], axis=1)
+        step = Step(budget=8, frames=4, resolution=28, head=0, cell=name)
+        return Entry(step=step, probabilities=table.astype(np.float32), cost=cost)
+
+    return [entry("cheap", first_right, 1.0, sure), entry("dear", last_right, 3.0, sure)], labels
+
+
+@pytest.mark.parametrize(("gained", "stays"), [(1, False), (2, True)])
+def test_a_cascade_that_is_hardly_better_than_a_cell_does_not_stay(gained, stays):
+    """Of 40 videos the dear cell mends one (no more than a standard error), or two."""
+    doubtful = [number < gained for number in range(40)]
+    first = [not own for own in doubtful]
+    entries, labels = two_cells(first, [True] * 40, first)
+    found = fitting.front(entries, labels, confidences=["probability"])
+    assert {len(one.steps) for one in found} == {1, 2}
+    kept = fitting.surely_ahead(found, entries, labels)
+    assert any(len(one.steps) == 2 for one in kept) == stays
+    if not stays:  # the dear cell, which the cascade had beaten, is back
+        assert [one.steps[0].cell for one in kept] == ["cheap", "dear"]
+
+
+def test_single_cells_stay():
+    entries, labels = make_entries(0)
+    singles = fitting.front(entries, labels, max_steps=1)
+    assert fitting.surely_ahead(singles, entries, labels) == singles
