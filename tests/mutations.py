@@ -478,6 +478,20 @@ MUTATIONS = {
             (f"{AUGMENT}::test_large_frames_are_brought_to_320_first",),
         ),
         Mutation(
+            "broken-copies-are-left-out",
+            "data/shrink.py",
+            "                _copy(source, unfinished, target)\n                return error",
+            "                return error",
+            ("data/test_shrink.py::test_copies_are_the_videos_with_fewer_pixels",),
+        ),
+        Mutation(
+            "every-copy-is-finished",
+            "data/shrink.py",
+            "        and target.stat().st_mtime_ns == source.stat().st_mtime_ns\n",
+            "",
+            ("data/test_shrink.py::test_the_same_command_goes_on",),
+        ),
+        Mutation(
             "clip-charged-for-one-killed-worker",
             "data/supervised_workers.py",
             "if clip and clip == self._killed_at:",
@@ -963,6 +977,15 @@ MUTATIONS = {
             'np.searchsorted(cuts[kind][:-1], sure, side="right") + 1',
             (
                 f"{CASCADES}/test_fitting.py::test_nothing_beats_the_front_and_it_keeps_what_it_promises",
+            ),
+        ),
+        Mutation(
+            "flattered-cascades-stay",
+            "adaptive/fitting.py",
+            "gain.mean() > error * (1 + 1e-9)",
+            "gain.mean() > 0",
+            (
+                f"{CASCADES}/test_fitting.py::test_a_cascade_that_is_hardly_better_than_a_cell_does_not_stay",
             ),
         ),
         Mutation(
