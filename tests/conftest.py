@@ -39,17 +39,22 @@ MOST_RESIDENT = 3 << 30  # bytes of a process of the tests, above which it forge
 LONGEST = (
     "training/test_train.py",
     "distributed/test_two_processes.py",
-    "token_optimization/test_search.py",
-    "training/test_pretrain.py",
-    "training/test_trouble.py",
     "training/test_clip.py",
+    "training/test_pretrain.py",
+    "token_optimization/test_search.py",
     "training/test_chat.py",
-    "data/test_pipeline.py",
+    "training/test_trouble.py",
     "benchmarks/test_demo.py",
+    "data/test_pipeline.py",
+    "doctor/test_doctor.py",
     "preflight/test_preflight.py",
+    "objectives/test_flux_clip.py",
     "distributed/test_mesh.py",
+    "objectives/test_base.py",
     "objectives/test_flux_umt.py",
     "evaluation/test_evaluate.py",
+    "test_docs.py",
+    "benchmarks/test_gpu.py",
 )
 
 
