@@ -1,16 +1,21 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
+import contextlib
+import ctypes
 import fcntl
+import gc
+import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jaxtyping
 import pytest
+from ml_collections import ConfigDict
 
 from tests import type_checks
 
@@ -18,6 +23,7 @@ from tests import type_checks
 CHECKED = ["fluxvit_jax.models", "fluxvit_jax.objectives"]
 jaxtyping.install_import_hook(CHECKED, f"{type_checks.__name__}.check")
 
+from fluxvit_jax.training import setup, train, train_step  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.start import sitecustomize  # noqa: E402, F401
 
@@ -28,21 +34,27 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *tiny.QUICK
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+MOST_RESIDENT = 3 << 30  # bytes of a process of the tests, above which it forgets its programs
 # The files that take longest, to be run first: two processes then end at about the same time.
 LONGEST = (
     "training/test_train.py",
     "distributed/test_two_processes.py",
-    "token_optimization/test_search.py",
-    "training/test_pretrain.py",
-    "training/test_trouble.py",
     "training/test_clip.py",
+    "training/test_pretrain.py",
+    "token_optimization/test_search.py",
     "training/test_chat.py",
-    "data/test_pipeline.py",
+    "training/test_trouble.py",
     "benchmarks/test_demo.py",
+    "data/test_pipeline.py",
+    "doctor/test_doctor.py",
     "preflight/test_preflight.py",
+    "objectives/test_flux_clip.py",
     "distributed/test_mesh.py",
+    "objectives/test_base.py",
     "objectives/test_flux_umt.py",
     "evaluation/test_evaluate.py",
+    "test_docs.py",
+    "benchmarks/test_gpu.py",
 )
 
 
@@ -88,6 +100,67 @@ def compiled(shared) -> Path:
 def tiny_data(shared) -> Path:
     """The videos and lists of `tiny.write_data`. Read only."""
     return made_once(shared / "tiny", tiny.write_data)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Equal training steps of one process are one jitted function, which JAX traces only once.
+
+    A test that resumes a run would otherwise wait ten times longer for the step's tracing than for
+    its steps. All that a step is made from tells it apart, except what only says where data are,
+    how they are read and what is done between steps.
+    """
+    elsewhere = {
+        "data": ("train", "root", "validation", "workers", "clip_seconds", "max_bad_fraction"),
+        "train": ("init_from", "max_nonfinite", "early_stopping_epochs"),
+    }
+    made: dict[tuple, Any] = {}
+
+    def key_of(config: ConfigDict, *more: Any) -> tuple:
+        told = json.loads(config.to_json())
+        for section in ("checkpoint", "log", "eval", "search"):
+            del told[section]
+        for section, fields in elsewhere.items():
+            for field in fields:
+                del told[section][field]
+        return (json.dumps(told), *more)
+
+    def make_optimizer(config: ConfigDict, steps: int, params: dict) -> Any:
+        leaves, tree = jax.tree.flatten(params)
+        key = key_of(config, steps, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+        if key not in made:
+            made[key] = optimizer_of(config, steps, params)
+        return made[key]
+
+    def make_train_step(config: ConfigDict, objective: Any, optimizer: Any, mesh: Any) -> Any:
+        key = key_of(config, objective, optimizer, mesh, train_step.accumulate)
+        if key not in made:
+            made[key] = step_of(config, objective, optimizer, mesh)
+        return made[key]
+
+    optimizer_of, step_of = setup.make_optimizer, train.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "make_optimizer", make_optimizer)
+        patch.setattr(train, "make_train_step", make_train_step)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory() -> Iterator[None]:
+    """Every program that JAX keeps takes megabytes, and each operation outside a jit is one."""
+    yield
+    if resident_bytes() > MOST_RESIDENT:
+        jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Of this process; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 class Run(NamedTuple):

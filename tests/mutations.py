@@ -629,7 +629,7 @@ MUTATIONS = {
             "objectives/flux_clip.py",
             "kept, head)\n        return to_text(pooled), pooled",
             "kept, 0)\n        return to_text(pooled), pooled",
-            (f"{CLIP}::test_each_budget_has_its_pooling_head",),
+            (f"{CLIP}::test_a_batch_in_parts_has_the_gradients_of_the_whole",),
         ),
         Mutation(
             "duplicates-are-negatives",

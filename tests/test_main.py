@@ -202,9 +202,8 @@ def test_debug_shows_where(tiny_data, compiled, tmp_path):
     assert status != 0 and "Traceback" in err and "annotations.py" in err
 
 
-def test_a_workdir_of_another_config(finished, tiny_data, compiled):
-    changed = tiny.start(tiny_data, finished.workdir, compiled, "--config.optim.b2=0.9")
-    status, _, err = outcome(changed)
+def test_a_workdir_of_another_config(finished, tiny_data, capsys):
+    status, _, err = outcome_here(capsys, tiny_data, finished.workdir, "--config.optim.b2=0.9")
     assert status == 2 and "(optim.b2: 0.999 -> 0.9)" in error_line(err)
 
 

@@ -34,10 +34,14 @@ from tests.data.videos import moving_texture, write_video
 ROOT = Path(__file__).parents[1]
 START = ROOT / "tests" / "start"
 # XLA_FLAGS of all tests: most of their time would be compiling. Programs are
-# slower and rounded otherwise. Later versions of XLA lack the second, and are quicker.
+# slower and rounded otherwise. Later versions of XLA lack the others, and are quicker.
 QUICK_TO_COMPILE = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):
-    QUICK_TO_COMPILE += ["--xla_cpu_use_fusion_emitters=false"]
+    QUICK_TO_COMPILE += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",  # parts for threads cost more than they save
+        "--xla_cpu_opt_preset=FAST_COMPILE",
+    ]
 CLASSES = 4
 TINTS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]])
 BAD = "bad.mp4"
@@ -216,7 +220,7 @@ def _random_params(config: ConfigDict, seed: int) -> dict:
     params = fluxvit.init_params(model_config(config), keys[0])
     params |= objective_class(config).init_params(config, keys[1])
     rng = np.random.default_rng(seed)  # initial biases are 0, and hide what leaves them out
-    return jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.02, x.shape)), params)
+    return jax.tree.map(lambda x: np.float32(np.asarray(x) + rng.normal(0, 0.02, x.shape)), params)
 
 
 def _write_run(workdir: Path, config: ConfigDict, params: dict) -> Path:

@@ -550,6 +550,7 @@ def stack_layers(tree: dict) -> dict:
     return jax.tree.map(stack, tree, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
+@partial(jax.jit, static_argnums=0)  # a start of training asks for the shapes again and again
 def init_params(config: FluxViTConfig, key: Key[Array, ""]) -> dict:
     """Randomly initialized parameters as a plain tree."""
     return split(FluxViT(config, nnx.Rngs(key)))[1]

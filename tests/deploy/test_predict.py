@@ -24,7 +24,7 @@ from fluxvit_jax.token_optimization.planner import read_report
 from tests import tiny
 from tests.data.videos import moving_texture, write_video
 from tests.deploy.test_pretrained import evaluated
-from tests.test_main import error_line, outcome
+from tests.test_main import error_line, outcome, outcome_here
 from tests.token_optimization.test_planner import (
     BEST,
     CHEAPEST,
@@ -333,8 +333,8 @@ def test_mistakes_are_one_line(weights, videos, tiny_data, tmp_path):
         (["--mode=predict", "--features=all"], "features.*pooled|tokens"),
     ],
 )
-def test_wrong_flags_are_one_line(tiny_data, compiled, tmp_path, flags, message):
-    status, _, err = outcome(tiny.start(tiny_data, tmp_path / "run", compiled, *flags))
+def test_wrong_flags_are_one_line(tiny_data, tmp_path, capsys, flags, message):
+    status, _, err = outcome_here(capsys, tiny_data, tmp_path / "run", *flags)
     assert status == 2 and re.search(message, error_line(err)), err
 
 
@@ -349,12 +349,11 @@ def searched(finished, tmp_path_factory):
     return tiny_search(finished, tmp_path_factory.mktemp("searched") / "run", times)
 
 
-def test_the_command_plans_by_time(searched, videos, tiny_data, compiled, tmp_path):
+def test_the_command_plans_by_time(searched, videos, tiny_data, tmp_path, capsys):
     """It says what it has chosen, then what that answers: the cell's grid, budget and head."""
     flags = ["--mode=predict", "--milliseconds=5", f"--video={videos / 'odd.mp4'}"]
-    status, out, err = outcome(
-        tiny.start(tiny_data, searched, compiled, *flags, f"--out={tmp_path}", "--top=1")
-    )
+    flags += [f"--out={tmp_path}", "--top=1"]
+    status, out, err = outcome_here(capsys, tiny_data, searched, *flags)
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0] == str(fluxvit_jax.plan(searched, milliseconds=5))

@@ -91,27 +91,35 @@ def test_the_position_table():
         name: jax.tree.map(np.zeros_like, params()[name]) for name in ("cls_token", "patch_embed")
     }
     model = network(params() | silent)
+
+    @partial(jax.jit, static_argnums=0)
+    def embedded(sides):
+        places = int(np.prod(sides))
+        grid, limits = jnp.asarray([sides], jnp.int32), golden.limits_of(sides)
+        position = model.position(grid, jnp.arange(places)[None], limits)
+        return model.embed(jnp.zeros((1, 1 + places, fluxvit.PATCH_VALUES)), position)
+
     for video in ABOUT["videos"].values():
         _, sides = golden.patches_of(STORED[video["x"]])
-        index = jnp.arange(np.prod(sides))[None]
-        patches = jnp.zeros((1, 1 + np.prod(sides), fluxvit.PATCH_VALUES))
-        grid, limits = jnp.asarray([sides], jnp.int32), golden.limits_of(sides)
-        found = model.embed(patches, model.position(grid, index, limits))
-        np.testing.assert_allclose(found, STORED[video["pos_embed"]], rtol=0, atol=3e-5)
+        np.testing.assert_allclose(embedded(sides), STORED[video["pos_embed"]], rtol=0, atol=3e-5)
 
 
 def test_the_constants_in_norms():
     """With inputs so small that they show."""
-    model, x = network(), jnp.asarray(STORED["eps.x"])
-    first = blocks.unstack(model.blocks, 0)
-    found = {
-        "rmsnorm": first.norm1(x),
-        "layernorm": model.pool.norm_q(x),
-        "block0": first(x, None, 0.0, None),
-        "pool": model.pool(x, None),
-        "pool_attn": model.pool.weights(x, None)[:, None],
-    }
-    for name, own in found.items():
+    model = network()
+
+    @jax.jit
+    def parts(x):
+        first = blocks.unstack(model.blocks, 0)
+        return {
+            "rmsnorm": first.norm1(x),
+            "layernorm": model.pool.norm_q(x),
+            "block0": first(x, None, 0.0, None),
+            "pool": model.pool(x, None),
+            "pool_attn": model.pool.weights(x, None)[:, None],
+        }
+
+    for name, own in parts(STORED["eps.x"]).items():
         official = STORED[f"eps.{name}"]
         np.testing.assert_allclose(own, official, rtol=0, atol=1e-5 * np.abs(official).max())
 
@@ -137,12 +145,13 @@ def test_padding_of_clips_counts_for_nothing():
     valid = np.arange(64)[None] < np.array([[64], [50]])
     kept = Selection(jnp.asarray(index), jnp.asarray(valid))
     model, limits = network(), golden.limits_of(sides)
-    masked = model.features(
-        fluxvit.gather_tokens(jnp.asarray(patches), kept),
-        model.position(jnp.asarray([sides]), kept.token_index, limits),
-        kept,
-        (5,),
-    )
+
+    @jax.jit
+    def features(patches):
+        position = model.position(jnp.asarray([sides]), kept.token_index, limits)
+        return model.features(fluxvit.gather_tokens(patches, kept), position, kept, (5,))
+
+    masked = features(patches)
     alone = run(patches[1:], index[1:, :50], sides, sides, (5,))
     np.testing.assert_allclose(masked.pooled[1:], alone.pooled, rtol=0, atol=1e-5)
     np.testing.assert_allclose(masked.attention[1, :50], alone.attention[0], rtol=0, atol=1e-6)

@@ -73,7 +73,7 @@ def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
     """The loss compares all clips of a batch, wherever they lie."""
     process = start(
         *(tiny_data, tmp_path / "run", compiled, *MESH, "--config.data.validation="),
-        *("--config.checkpoint.every_steps=1000",),
+        *("--config.checkpoint.every_steps=1000", "--config.train.epochs=2"),
         devices=4,
     )
     _, log = process.communicate()
@@ -83,7 +83,10 @@ def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
 
 def test_it_is_preflighted(tiny_data, compiled, tmp_path):
     options = ("--mode=preflight", "--config.preflight.topology=cpu:4", *MESH)
-    options += ("--config.eval.settings=((24,6,42),)",)
+    options += (
+        "--config.eval.settings=((24,6,42),)",
+        "--config.preflight.find_max_batch_size=False",
+    )
     process = start(tiny_data, tmp_path, compiled, *options)
     out, log = process.communicate()
     assert process.returncode == 0, out + log

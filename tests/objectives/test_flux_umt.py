@@ -190,14 +190,14 @@ def trained() -> tuple[dict, dict]:
     make = make_network(teacher, nnx.Rngs(0))
     rng = np.random.default_rng(0)
 
-    def shaken(leaf):
-        return np.float32(rng.normal(0, 0.1, leaf.shape))
+    def plus_noise(leaf):
+        return jnp.asarray(np.asarray(leaf) + np.float32(rng.normal(0, 0.1, leaf.shape)))
 
     student = fluxvit.init_params(model_config(config), jax.random.key(0))
     student |= FluxUMT.init_params(config, jax.random.key(1))
     assert jax.tree.structure(student) == jax.tree.structure(shapes)
-    frozen = jax.tree.map(lambda x: x + shaken(x), nnx.to_pure_dict(nnx.state(make, nnx.Param)))
-    return jax.tree.map(lambda x: x + shaken(x), student), frozen
+    frozen = jax.tree.map(plus_noise, nnx.to_pure_dict(nnx.state(make, nnx.Param)))
+    return jax.tree.map(plus_noise, student), frozen
 
 
 @cache
@@ -332,8 +332,12 @@ def test_the_student_may_score():
     by_student = lesson(clips(), distill__selector_features="student").token_index
     assert (np.sort(by_student, axis=1) != np.sort(lesson(clips()).token_index, axis=1)).any()
     model = fluxvit.from_params(own.student, {k: v for k, v in params.items() if k != "decoders"})
-    patches = fluxvit.normalize(jnp.asarray(clips()["patches"]))
-    alone = model.select(patches, jnp.asarray(clips()["grid"]), 32, own.limits).token_index
+
+    @jax.jit
+    def select(patches, grid):
+        return model.select(fluxvit.normalize(patches), grid, 32, own.limits).token_index
+
+    alone = select(clips()["patches"], clips()["grid"])
     np.testing.assert_array_equal(np.sort(by_student, axis=1), np.sort(alone, axis=1))
 
 

@@ -27,6 +27,7 @@ from fluxvit_jax.training import train
 from tests import limited, tiny
 from tests.data.bad_readers import REASONS, open_fatal
 from tests.evaluation.test_evaluate import random_params
+from tests.test_main import outcome_here
 
 VIDEOS = {"choose": 16, "report": 13}
 # All cells of the tiny recipe: 24 of (4 x 42, 6 x 28, 6 x 42), 12 of all four grids; one of the
@@ -303,11 +304,14 @@ def copy_of(finished, tmp_path: Path, name: str) -> Path:
     return workdir
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_report(finished, tiny_data, compiled, tmp_path):
+def test_killed_at_any_moment_it_ends_in_the_same_report(
+    finished, tiny_data, compiled, tmp_path, capsys
+):
     whole = copy_of(finished, tmp_path, "whole")
-    process = start(tiny_data, whole, compiled)
-    out, log = process.communicate()
-    assert process.returncode == 0, log
+    status, out, log = outcome_here(
+        capsys, tiny_data, whole, "--mode=search", "--config.search.frames=4"
+    )
+    assert status == 0, log
     assert "gain, 95 %" in out and "report.html" in out
     assert "warning: The cells are chosen on videos that training may have seen" in log
     lines = (whole / "search" / FILE).read_text().count("\n")
@@ -529,10 +533,10 @@ def test_results_of_another_checkpoint_are_refused(found, tiny_data, tmp_path):
         run(tiny_data, tmp_path, other)
 
 
-def test_a_wrong_command_line_is_one_line(finished, tiny_data, compiled, tmp_path):
+def test_a_wrong_command_line_is_one_line(finished, tiny_data, tmp_path, capsys):
     workdir = copy_of(finished, tmp_path, "wrong")
-    process = start(tiny_data, workdir, compiled, "--config.search.budgets=(9999,)")
-    _, log = process.communicate()
-    assert process.returncode == 2
+    options = ("--mode=search", "--config.search.budgets=(9999,)")
+    status, _, log = outcome_here(capsys, tiny_data, workdir, *options)
+    assert status == 2
     assert log.splitlines()[-1].startswith("error: config.search.budgets: no grid can fill 9999")
     assert textwrap.shorten(log, 10_000).count("Traceback") == 0

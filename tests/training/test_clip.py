@@ -94,15 +94,15 @@ def test_other_captions_are_other_data(trained, tiny_data, captions, tmp_path):
         train.train(config, trained)
 
 
-def test_images_have_steps_of_their_own(tiny_data, captions, tmp_path, capfd):
+def test_images_have_steps_of_their_own(finished, captions, text_file, tmp_path, capfd):
     entries = json.loads(captions.read_text())
     for number in range(16):
         name = str(tmp_path / f"{number}.png")
         cv2.imwrite(name, np.full((40, 50, 3), 15 * number, np.uint8))
         entries.append({"image": name, "caption": f"gray {number}"})
     (tmp_path / "both.json").write_text(json.dumps(entries))
-    changes = {"train__epochs": 2, "train__budgets": (24,), "eval__settings": ((24, 6, 42),)}
-    config = tiny.make_clip(tmp_path / "both.json", "/", **changes)
+    changes = {"train__epochs": 2, "eval__settings": ((24, 6, 42),)}
+    config = frozen_config(tmp_path / "both.json", "/", text_file, finished.workdir, **changes)
     assert train.train(config, tmp_path / "run") == 0
     err = capfd.readouterr().err
     assert "compiled training step for 20 grids" in err
@@ -141,6 +141,7 @@ def frozen_config(captions, tiny_data, text_file, start, **changes):
     own = {
         **{"clip__train_text": False, "clip__text_encoder": str(text_file)},
         **{"train__freeze": "backbone", "train__init_from": str(start), "train__epochs": 1},
+        "train__budgets": (24,),
     }
     return tiny.make_clip(captions, tiny_data, **own | changes)
 

@@ -1,5 +1,7 @@
 """Whole runs of distillation: they learn, go on after a kill, and fine-tuning starts from them."""
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -47,12 +49,12 @@ def data(tiny_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tiny_data, data, compiled, tmp_path_factory):
-    """A finished run, by the program."""
+    """A finished run, and what it wrote to stderr."""
     workdir = tmp_path_factory.mktemp("pretrained") / "run"
-    process = start(tiny_data, data, workdir, compiled)
-    _, log = process.communicate()
-    assert process.returncode == 0, log
-    return SimpleNamespace(workdir=workdir, log=log)
+    config = tiny.make_pretraining(tiny_data, data.teacher, data__train=data.mixture)
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        assert train.train(config, workdir) == 0
+    return SimpleNamespace(workdir=workdir, log=log.getvalue())
 
 
 def start(tiny_data, data, workdir, compiled, *options):

@@ -21,7 +21,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.training import metrics
 from fluxvit_jax.training.train import train
 from tests import limited, tiny
-from tests.test_main import error_line, outcome
+from tests.test_main import error_line, outcome, outcome_here
 from tests.training.test_train import KILLED
 
 # --- A killed worker. That of training is in test_train.py.
@@ -136,12 +136,12 @@ def test_predict_to_a_full_disk_is_one_line(finished, tiny_data, small_disk, vid
 
 
 @pytest.mark.parametrize("small_disk", [65536], indirect=True)
-def test_an_evaluation_on_a_read_only_disk_is_printed(finished, tiny_data, compiled, small_disk):
+def test_an_evaluation_on_a_read_only_disk_is_printed(finished, tiny_data, small_disk, capsys):
     """Nothing that was computed is lost."""
     workdir = shutil.copytree(finished.workdir, small_disk / "run")
     before = content_of(workdir)
     limited.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    status, out, err = outcome(tiny.start(tiny_data, workdir, compiled, "--mode=evaluate"))
+    status, out, err = outcome_here(capsys, tiny_data, workdir, "--mode=evaluate")
     assert status == 2, err
     assert "run: Read-only file system; make it writable and start the same" in error_line(err)
     assert "top-1" in out and content_of(workdir) == before
