@@ -1516,6 +1516,20 @@ MUTATIONS = {
             "                pass  # a",
             ("deploy/test_chat.py::test_a_follow_up_after_an_end",),
         ),
+        Mutation(
+            "first-end-ends-all-answers",
+            "deploy/chat_batches.py",
+            "(number < answer_tokens) & ~jnp.all(ended)",
+            "(number < answer_tokens) & ~jnp.any(ended)",
+            ("deploy/test_chat.py::test_several_at_once_are_answered_as_one_by_one",),
+        ),
+        Mutation(
+            "padding-of-a-batch-seen",
+            "deploy/chat_batches.py",
+            "model.new_cache(begin, S + answer_tokens)",
+            "model.new_cache(0 * begin, S + answer_tokens)",
+            ("deploy/test_chat.py::test_several_at_once_are_answered_as_one_by_one",),
+        ),
     ],
     "chat-text": [
         Mutation(

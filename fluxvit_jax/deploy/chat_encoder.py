@@ -1,20 +1,32 @@
 """What a language model reads of a video: FluxViT's kept tokens, merged and projected."""
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.mesh import (
+    compiler_options,
+    device_put_global,
+    mesh_over_fsdp,
+    platform_of,
+    put_rows,
+    traced_on_mesh,
+)
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.objectives import flux_chat
+from fluxvit_jax.objectives.flux_chat import CONNECTOR, FluxChat
 from fluxvit_jax.objectives.flux_chat_weights import Projection
 
 Tree = dict[str, Any]
@@ -26,17 +38,22 @@ class ChatEncoder:
     Attributes:
         merge: tokens of the network that become one of the language model.
         width: channels of these.
+
+    mesh: the devices, which split clips and parameters; by default the first one alone.
     """
 
-    def __init__(self, projection: Projection, dtype: str = "float32"):
+    def __init__(self, projection: Projection, dtype: str = "float32", mesh: Mesh | None = None):
         config = projection.config
+        self._mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
         self.merge: int = config.chat.merge
         self.width: int = projection.connector["fc2"]["bias"].shape[0]
         self._in_time = config.chat.order == "time"
-        network = flux_chat.encoder_config(config, jax.default_backend())
+        network = flux_chat.encoder_config(config, platform_of(self._mesh))
         self._network = replace(network, dtype=dtype)
-        self._params = jax.device_put(flux_chat.encoder_params(projection.network, network))
-        self._connector = jax.device_put(projection.connector)
+        params = flux_chat.encoder_params(projection.network, network)
+        params |= {CONNECTOR: projection.connector}
+        shardings = partition_rules.shardings(params, self._mesh, FluxChat.partition_rules)
+        self._params = device_put_global(params, shardings)
 
     def __call__(self, frames: np.ndarray, tokens: int) -> jax.Array:
         """The tokens of a clip, [N, width], in the order of the video.
@@ -45,7 +62,11 @@ class ChatEncoder:
 
         Raises UserError for a budget below `merge`.
         """
-        T, side = len(frames), frames.shape[1] // PATCH
+        return self.encode(frames[None], tokens)[0]
+
+    def encode(self, clips: np.ndarray, tokens: int) -> jax.Array:
+        """The same of several clips: [B, N, width] of uint8 [B, T, side, side, 3]."""
+        T, side = clips.shape[1], clips.shape[2] // PATCH
         budget = min(tokens, T * side * side)
         if budget < self.merge:
             raise UserError(
@@ -54,8 +75,8 @@ class ChatEncoder:
         program = _Program(
             self._network, Grid(T, side, side), self.width, budget, self.merge, self._in_time
         )
-        patches = jnp.asarray(patchify(frames))[None]
-        return _encode(program, self._params, self._connector, patches)[0]
+        patches = np.stack([patchify(frames) for frames in clips])
+        return _compiled(program, self._mesh)(self._params, put_rows(patches, self._mesh))
 
 
 class _Program(NamedTuple):
@@ -69,15 +90,26 @@ class _Program(NamedTuple):
     in_time: bool
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(program: _Program, params: Tree, connector: Tree, patches: jax.Array) -> jax.Array:
-    """Tokens [B, N, width] of patches uint8 [B, P, 588]."""
+@lru_cache
+def _compiled(program: _Program, mesh: Mesh) -> Wrapped:
+    """The jitted program: (params, patches uint8 [B, P, 588]) -> tokens [B, N, width]."""
+
+    def encode(params: Tree, patches: jax.Array) -> jax.Array:
+        return _encode(program, params, patches)
+
+    return jax.jit(traced_on_mesh(encode, mesh), compiler_options=compiler_options(mesh))
+
+
+def _encode(program: _Program, params: Tree, patches: jax.Array) -> jax.Array:
     grid, network = program.grid, program.network
     limits = GridLimits(*grid, grid.tokens)
+    params = dict(params)
+    projector = flux_chat.connector_of(network, program.width, params.pop(CONNECTOR))
     model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), params)
     grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
     normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
-    kept = model.select(normalized, grids, program.budget, limits, jax.random.key(0))
+    # One key for every clip: what is drawn of it depends on no other.
+    keys = jnp.broadcast_to(jax.random.key(0), (len(patches),))
+    kept = model.select(normalized, grids, program.budget, limits, keys)
     tokens = flux_chat.features(model, patches, grids[:1], kept, limits)
-    projector = flux_chat.connector_of(network, program.width, connector)
     return flux_chat.project(projector, tokens, program.merge, network.heads, program.in_time)

@@ -163,17 +163,7 @@ class FluxChat(Objective):
     @classmethod
     def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:
         """The language model, in the compute dtype."""
-        if trains_llm(config):
-            return {}
-        tree = {LLM: language_model_files.shapes(llm_config(config))}
-        partition_rules.check(tree, mesh, "the language model", cls.partition_rules)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, jnp.dtype(config.model.dtype), sharding=sharding
-            ),
-            tree,
-            partition_rules.shardings(tree, mesh, cls.partition_rules),
-        )
+        return {} if trains_llm(config) else {LLM: llm_shapes(llm_config(config), mesh)}
 
     @classmethod
     def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
@@ -300,6 +290,23 @@ def trains_llm(config: ConfigDict) -> bool:
 def llm_config(config: ConfigDict) -> LanguageModelConfig:
     """The language model in the compute dtype. Raises UserError as `read_config`."""
     return language_model_files.read_config(config.chat.llm).in_dtype(config.model.dtype)
+
+
+def llm_shapes(config: LanguageModelConfig, mesh: Mesh | AbstractMesh) -> Tree:
+    """Shapes of the language model in its compute dtype, and how the mesh shares it.
+
+    Raises UserError if a side of the mesh does not divide it.
+    """
+    tree = {LLM: language_model_files.shapes(config)}
+    partition_rules.check(tree, mesh, "the language model", FluxChat.partition_rules)
+    sharded = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(config.dtype), sharding=sharding
+        ),
+        tree,
+        partition_rules.shardings(tree, mesh, FluxChat.partition_rules),
+    )
+    return sharded[LLM]
 
 
 def encoder_config(config: ConfigDict, platform: str = "") -> FluxViTConfig:
