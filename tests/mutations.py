@@ -820,8 +820,8 @@ MUTATIONS = {
         Mutation(
             "patience-from-the-last-of-equals",
             "training/validation.py",
-            "key=lambda one: (one[1], -one[0])",
-            "key=lambda one: (one[1], one[0])",
+            "key=lambda one: (sign * one[1], -one[0])",
+            "key=lambda one: (sign * one[1], one[0])",
             ("training/test_train.py::test_patience_is_counted_from_the_best_step",),
         ),
     ],

@@ -13,7 +13,7 @@ from fluxvit_jax.data.host_share import Arrays
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.patches import PATCH_VALUES
-from fluxvit_jax.data.reading import reading_video
+from fluxvit_jax.data.reading import part_of, reading_video
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import Views, cut_views, read_frames
 from fluxvit_jax.grids import Grid
@@ -49,7 +49,7 @@ class EvaluationVideos:
                 with reading_video(self.source, number, self.quarantine) as record:
                     name, label = record.id, record.label
                     with self.open_video(record.video) as opened:
-                        views = self._views(opened)
+                        views = self._views(part_of(record, opened))
             except DecodeError as error:
                 name, failure = error.path, error.reason
                 if self.source.labels is not None:  # what is in quarantine is not opened

@@ -5,7 +5,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
@@ -22,9 +21,7 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid
-from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
-from fluxvit_jax.models.token_selection import GridLimits
+from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.objectives import flux_chat
 from fluxvit_jax.objectives.flux_chat import CONNECTOR, FluxChat
 from fluxvit_jax.objectives.flux_chat_weights import Projection
@@ -101,15 +98,7 @@ def _compiled(program: _Program, mesh: Mesh) -> Wrapped:
 
 
 def _encode(program: _Program, params: Tree, patches: jax.Array) -> jax.Array:
-    grid, network = program.grid, program.network
-    limits = GridLimits(*grid, grid.tokens)
-    params = dict(params)
+    network, params = program.network, dict(params)
     projector = flux_chat.connector_of(network, program.width, params.pop(CONNECTOR))
-    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), params)
-    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
-    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
-    # One key for every clip: what is drawn of it depends on no other.
-    keys = jnp.broadcast_to(jax.random.key(0), (len(patches),))
-    kept = model.select(normalized, grids, program.budget, limits, keys)
-    tokens = flux_chat.features(model, patches, grids[:1], kept, limits)
+    tokens = flux_chat.features_on_grid(network, params, patches, program.grid, program.budget)
     return flux_chat.project(projector, tokens, program.merge, network.heads, program.in_time)

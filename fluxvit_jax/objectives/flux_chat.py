@@ -28,6 +28,7 @@ from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import blocks, connector, fluxvit, language_model, padded_sequence
 from fluxvit_jax.models.connector import Connector
 from fluxvit_jax.models.flops import connector_macs, language_model_macs
@@ -38,6 +39,7 @@ from fluxvit_jax.objectives import next_token_loss
 from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Fields,
+    Measure,
     Objective,
     check_without_classes,
     multi_budget_value_and_grad,
@@ -49,6 +51,8 @@ Tree = dict[str, Any]
 
 OBJECTIVE = "flux_chat"
 CONNECTOR, LLM = "connector", "llm"  # names among the parameters
+TEXTS = ("text", "labels", "place")  # arrays of a batch
+LOSS = "loss_"  # of validation, before the budget
 
 
 @register(OBJECTIVE)
@@ -112,10 +116,6 @@ class FluxChat(Objective):
             raise UserError('config.train.freeze: flux_chat trains no video network; set it "all"')
         if config.data.holdout_fraction:
             raise UserError("config.data.holdout_fraction: flux_chat leaves no videos out; set 0")
-        if config.data.validation:
-            raise UserError(
-                "config.data.validation: flux_chat is not evaluated on the way; leave it empty"
-            )
         if config.model.selector.rounding != "exact":
             raise UserError("config.model.selector.rounding: flux_chat takes exact budgets only")
         depth = VARIANTS[config.model.variant].depth
@@ -194,6 +194,17 @@ class FluxChat(Objective):
         return source
 
     @classmethod
+    def open_validation(cls, config: ConfigDict, training: Source) -> Source:
+        """Likewise; what they leave out of a text is not measured either."""
+        source = open_conversations(config.data.validation, config.data.root, config.chat.template)
+        cls.text_arrays(config).check(source)
+        return source
+
+    @classmethod
+    def measure(cls, config: ConfigDict) -> Measure:
+        return Measure(LOSS, "loss of a token", falls=True)
+
+    @classmethod
     def text_arrays(cls, config: ConfigDict) -> ChatTexts:
         chat = config.chat
         return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
@@ -232,7 +243,7 @@ class FluxChat(Objective):
         video_network = encoder_params(frozen, self.network)
         with jax.named_scope(FROZEN_SCOPE):
             kept = self._mapped(self._select, video_network, clips)
-        texts = {name: batch[name] for name in ("text", "labels", "place")}
+        texts = {name: batch[name] for name in TEXTS}
         total = next_token_loss.labels_counted(batch["labels"])
         added = {name: params[name] for name in (CONNECTOR, LLM) if name in params}
 
@@ -244,7 +255,7 @@ class FluxChat(Objective):
             with jax.named_scope(FROZEN_SCOPE):
                 features = self._mapped(self._features, video_network, own)
             losses, hits = self._mapped(
-                lambda params, clips: self._scores(params | _llm_of(frozen), clips),
+                lambda params, clips: self.scores(params | _llm_of(frozen), clips),
                 params,
                 texts | {"features": features},
             )
@@ -271,8 +282,12 @@ class FluxChat(Objective):
         grids = clips["grid"][:: self.group]
         return features(model, clips["patches"], grids, clips["kept"], self.limits)
 
-    def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
-        """Of each clip the sum of its answer's losses and the number of its hits."""
+    def scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
+        """Of each clip the sum of its answer's losses and the number of its hits, float32 [B].
+
+        params: projector and language model; clips: the arrays of `TEXTS`, and "features" [B, N, C]
+        of the video network.
+        """
         llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
         projector = connector_of(self.network, self.llm.width, params[CONNECTOR])
         video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
@@ -343,6 +358,23 @@ def features(
     )
     position = model.position(grid, ordered.token_index, limits)
     return model.encode(tokens, position, ordered)[:, 1:]
+
+
+def features_on_grid(
+    network: FluxViTConfig, params: Tree, patches: jax.Array, grid: Grid, budget: int
+) -> jax.Array:
+    """The same of the patches that a budget keeps of clips on one grid.
+
+    network, params: of the encoder, see `encoder_config` and `encoder_params`.
+    """
+    limits = GridLimits(*grid, grid.tokens)
+    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), params)
+    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
+    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
+    # One key for every clip: what is drawn of it depends on no other.
+    keys = jnp.broadcast_to(jax.random.key(0), (len(patches),))
+    kept = model.select(normalized, grids, budget, limits, keys)
+    return features(model, patches, grids[:1], kept, limits)
 
 
 def connector_of(network: FluxViTConfig, width: int, params: Tree) -> Connector:

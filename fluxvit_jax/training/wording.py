@@ -88,15 +88,16 @@ def describe_end(setup: Setup, validation: Validation, step: int) -> str:
 def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
     """The accuracy of the best checkpoint, and what to type next."""
     objective = objective_class(config)
-    measure, word = objective.measure(config)
+    measure = objective.measure(config)
     lines = []
     step = best_step(workdir)
     if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
-        shares = [
-            f"{value:.2%} at {name.removeprefix(measure)} tokens"
+        values = [
+            f"{value:{'.4g' if measure.falls else '.2%'}} at {name.removeprefix(measure.start)} "
+            "tokens"
             for name, value in numbers.items()
-            if name.startswith(measure)
+            if name.startswith(measure.start)
         ]
-        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
+        lines = [f"best checkpoint: step {step}, {measure.word} {', '.join(values)}"]
     commands = objective.next_commands(config, os.fspath(workdir))
     return "\n".join([*lines, "next:", *(f"  python -m fluxvit_jax.{own}" for own in commands)])
