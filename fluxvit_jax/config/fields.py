@@ -370,6 +370,9 @@ FIELDS: dict[str, Field] = {
         "projector+llm",
         help="what learns; a frozen language model is in no checkpoint",
     ),
+    "chat.step_budgets": one_of(
+        "all", "one", help="which of train.budgets a step trains: all of them, or one, in turn"
+    ),
     "chat.layer": Field(
         -2, "block of the video network, from the end, whose tokens are projected", negative
     ),
@@ -595,6 +598,7 @@ ADDED = (
     "clip.least_temperature",
     "chat.llm",
     "chat.train",
+    "chat.step_budgets",
     "chat.layer",
     "chat.merge",
     "chat.order",

@@ -96,6 +96,18 @@ class Objective:
         """
         raise NotImplementedError
 
+    def turns(self) -> "dict[str, Objective]":
+        """Objectives of which each step takes another one, in this order, by names for people.
+
+        Most have a single one, itself.
+        """
+        return {"": self}
+
+    @classmethod
+    def step_budgets(cls, config: ConfigDict) -> tuple[int, ...]:
+        """The budgets that one step trains; where steps differ, those of the largest step."""
+        return tuple(config.train.budgets)
+
     def weighted(self, class_weights: Sequence[float]) -> "Objective":
         """The objective with weighted classes in the loss (`train.class_weights`).
 

@@ -63,9 +63,10 @@ class FluxChat(Objective):
     The loss of a budget is the mean over all labels of the whole batch, as in the official code;
     the losses of the budgets are added.
 
-    budgets: decreasing. group: clips that share a grid. parts: of a batch, in which it goes through
-    the networks. merge: tokens of a budget that become one. in_time: whether merged tokens are in
-    the order of the video. train_llm: whether the language model is trained.
+    budgets: decreasing. by_turns: whether each step trains one of them, in turn. group: clips that
+    share a grid. parts: of a batch, in which it goes through the networks. merge: tokens of a
+    budget that become one. in_time: whether merged tokens are in the order of the video. train_llm:
+    whether the language model is trained.
     """
 
     labelled: ClassVar[bool] = False
@@ -89,6 +90,7 @@ class FluxChat(Objective):
     llm: LanguageModelConfig
     limits: GridLimits
     budgets: tuple[int, ...]
+    by_turns: bool
     group: int
     parts: int
     merge: int
@@ -102,6 +104,7 @@ class FluxChat(Objective):
             llm=llm_config(config),
             limits=limits,
             budgets=tuple(config.train.budgets),
+            by_turns=config.chat.step_budgets == "one",
             group=config.data.clips_per_grid,
             parts=config.train.grad_accum_steps,
             merge=config.chat.merge,
@@ -222,7 +225,7 @@ class FluxChat(Objective):
         """The language model counts twice where it is frozen: gradients pass through it."""
         llm = llm_config(config)
         trained = frozen = attention = 0.0
-        for budget in config.train.budgets:
+        for budget in cls.step_budgets(config):
             tokens = budget // config.chat.merge
             trained += connector_macs(encoder_config(config).width, llm.width, tokens)
             all_macs, attention_only = language_model_macs(
@@ -234,6 +237,17 @@ class FluxChat(Objective):
                 frozen += 2 * all_macs
                 attention += 2 * attention_only
         return trained, frozen, attention
+
+    def turns(self) -> dict[str, Objective]:
+        """One budget each, if they take turns, the largest first."""
+        if not self.by_turns:
+            return {"": self}
+        return {f"{budget} tokens": replace(self, budgets=(budget,)) for budget in self.budgets}
+
+    @classmethod
+    def step_budgets(cls, config: ConfigDict) -> tuple[int, ...]:
+        budgets = tuple(config.train.budgets)
+        return budgets[:1] if config.chat.step_budgets == "one" else budgets
 
     def value_and_grad(self, params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """As in `Objective`; `frozen` holds the video network and may hold the language model."""

@@ -20,6 +20,8 @@ def describe_run(setup: Setup) -> str:
     classes = f" of {config.model.classes} classes" if labelled else ""
     validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
     budgets = ", ".join(map(str, config.train.budgets))
+    if len(setup.objective.turns()) > 1:
+        budgets += " in turn, one a step"
     tokens = [grid.tokens for grid in grids]
     return "\n".join(
         [

@@ -200,8 +200,20 @@ def test_a_batch_in_parts_is_the_whole(trained, config, tmp_path):
     assert_same_steps(tmp_path / "run", trained)
 
 
+def test_budgets_by_turns(config, trained, tmp_path):
+    """A step has the loss of its budget alone, which is that of a step with all of them."""
+    own = config.copy_and_resolve_references()
+    own.chat.step_budgets, own.train.epochs = "one", 1
+    assert train.train(own, tmp_path / "run") == 0
+    found = lines(tmp_path / "run")
+    names = [[n for n in line if n.startswith("answer_")] for line in found]
+    assert names == [["answer_24"], ["answer_12"], ["answer_24"], ["answer_12"]]
+    assert found[0]["answer_24"] == pytest.approx(lines(trained)[0]["answer_24"], rel=1e-5)
+    assert all(line["loss"] == line[name] for line, (name,) in zip(found, names, strict=True))
+
+
 def test_images_have_steps_of_their_own(config, tmp_path, capfd):
-    """They have fewer tokens than the budgets."""
+    """They have fewer tokens than the budgets, which take turns without them, resumed or not."""
     entries = json.loads(Path(config.data.train).read_text())
     for number in range(16):
         name = str(tmp_path / f"{number}.png")
@@ -210,10 +222,21 @@ def test_images_have_steps_of_their_own(config, tmp_path, capfd):
     (tmp_path / "both.json").write_text(json.dumps(entries))
     own = config.copy_and_resolve_references()
     own.data.train, own.data.root = str(tmp_path / "both.json"), "/"
-    own.train.budgets, own.train.epochs = (24,), 1
+    own.data.validation = ""
+    own.chat.step_budgets, own.train.epochs, own.log.every_steps = "one", 1, 5
     assert train.train(own, tmp_path / "run") == 0
-    assert "compiled training step of images for 2 grids" in capfd.readouterr().err
-    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
+    log = capfd.readouterr().err
+    for what in ("24 tokens for ", "12 tokens for ", "images for 2 grids"):
+        assert f"compiled training step of {what}" in log
+    found = lines(tmp_path / "run")
+    assert all(np.isfinite(line["loss"]) for line in found)
+    first = {line["step"]: "answer_24" in line for line in found}
+    # Every third step shows images. After each fifth step every kind of step has a line.
+    assert first == {1: True, 2: False, 3: True, 5: False, 6: True}
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    assert train.train(own, tmp_path / "run") == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_language_model_can_be_trained_too(config, tmp_path):
