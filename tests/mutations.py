@@ -1526,7 +1526,7 @@ MUTATIONS = {
         Mutation(
             "padding-of-a-batch-seen",
             "deploy/chat_batches.py",
-            "model.new_cache(begin, S + answer_tokens)",
+            "model.new_cache(begin + padding, S + answer_tokens)",
             "model.new_cache(0 * begin, S + answer_tokens)",
             ("deploy/test_chat.py::test_several_at_once_are_answered_as_one_by_one",),
         ),

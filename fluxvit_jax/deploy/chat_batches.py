@@ -18,6 +18,7 @@ from jax.stages import Wrapped
 from fluxvit_jax.data.chat_templates import VIDEO
 from fluxvit_jax.distributed.mesh import compiler_options, put_rows, replicated, traced_on_mesh
 from fluxvit_jax.models import fluxvit, language_model
+from fluxvit_jax.models.arrays import take_rows
 from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
 from fluxvit_jax.objectives.next_token_loss import with_video
 
@@ -32,6 +33,7 @@ def answer_ids(
     params: Tree,
     mesh: Mesh,
     videos: jax.Array,
+    lengths: np.ndarray,
     prompts: Sequence[np.ndarray | None],
     answer_tokens: int,
     ends: Sequence[int],
@@ -40,7 +42,7 @@ def answer_ids(
 
     Args:
       params: of the language model, on the mesh.
-      videos: what it reads of each video, [B, N, D].
+      videos: what it reads of each video, [B, N, D]; lengths: int [B], how much of it is real.
       prompts: ids of each, one of which is `VIDEO`; None for a row that is only padding.
       answer_tokens: of an answer, at most; fewer where the model's context ends.
       ends: the ids that end an answer.
@@ -56,9 +58,10 @@ def answer_ids(
         begin[row] = T - len(ids)
         text[row, begin[row] :] = np.where(ids == VIDEO, 0, ids)
         place[row] = begin[row] + np.argmax(ids == VIDEO)
-        limit[row] = config.context - (len(ids) - 1 + videos.shape[1])
+        limit[row] = config.context - (len(ids) - 1 + lengths[row])
     program = _program(config, mesh, answer_tokens, tuple(ends))
-    found = program(params, videos, *(put_rows(x, mesh) for x in (text, place, begin, limit)))
+    arrays = (text, place, begin, limit, lengths.astype(np.int32))
+    found = program(params, videos, *(put_rows(x, mesh) for x in arrays))
     return [[int(token) for token in row if token != ENDED] for row in np.asarray(found)]
 
 
@@ -66,10 +69,10 @@ def answer_ids(
 def _program(
     config: LanguageModelConfig, mesh: Mesh, answer_tokens: int, ends: tuple[int, ...]
 ) -> Wrapped:
-    """The jitted program: (params, videos, text, place, begin, limit) -> ids [B, answer_tokens].
+    """The jitted program: (params, videos, text, place, ..) -> ids int32 [B, answer_tokens].
 
     text: int32 [B, T]; place: of the video in it; begin: of the first token after padding; limit:
-    the most tokens of each answer.
+    the most tokens of each answer; lengths: of the videos. All but the text are int32 [B].
     """
 
     def answers(
@@ -79,11 +82,14 @@ def _program(
         place: jax.Array,
         begin: jax.Array,
         limit: jax.Array,
+        lengths: jax.Array,
     ) -> jax.Array:
         model: LanguageModel = fluxvit.from_params(language_model.graphdef(config), params)
-        x = with_video(model.embed(text), videos, place)
+        x = with_video(model.embed(text), videos, place, lengths)
         B, S, _ = x.shape
-        hidden, memory = model.extend(x, model.new_cache(begin, S + answer_tokens))
+        padding = videos.shape[1] - lengths  # at the end; it is moved to the beginning
+        x = take_rows(x, (jnp.arange(S) - padding[:, None]) % S)
+        hidden, memory = model.extend(x, model.new_cache(begin + padding, S + answer_tokens))
 
         def found_at(number: int | jax.Array, hidden: jax.Array, ended: jax.Array) -> tuple:
             """The next token, and whether each text has ended before it."""

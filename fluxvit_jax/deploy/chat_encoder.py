@@ -25,6 +25,7 @@ from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.objectives import flux_chat
 from fluxvit_jax.objectives.flux_chat import CONNECTOR, FluxChat
 from fluxvit_jax.objectives.flux_chat_weights import Projection
+from fluxvit_jax.objectives.frame_times import VideoTokens
 
 Tree = dict[str, Any]
 
@@ -35,6 +36,7 @@ class ChatEncoder:
     Attributes:
         merge: tokens of the network that become one of the language model.
         width: channels of these.
+        frame_times: whether the language model was trained with the times of frames between.
 
     mesh: the devices, which split clips and parameters; by default the first one alone.
     """
@@ -44,7 +46,8 @@ class ChatEncoder:
         self._mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
         self.merge: int = config.chat.merge
         self.width: int = projection.connector["fc2"]["bias"].shape[0]
-        self._in_time = config.chat.order == "time"
+        self.frame_times: bool = config.chat.frame_times
+        self._order = flux_chat.token_order(config)
         network = flux_chat.encoder_config(config, platform_of(self._mesh))
         self._network = replace(network, dtype=dtype)
         params = flux_chat.encoder_params(projection.network, network)
@@ -59,10 +62,10 @@ class ChatEncoder:
 
         Raises UserError for a budget below `merge`.
         """
-        return self.encode(frames[None], tokens)[0]
+        return self.encode(frames[None], tokens).tokens[0]
 
-    def encode(self, clips: np.ndarray, tokens: int) -> jax.Array:
-        """The same of several clips: [B, N, width] of uint8 [B, T, side, side, 3]."""
+    def encode(self, clips: np.ndarray, tokens: int) -> VideoTokens:
+        """The same of several clips, uint8 [B, T, side, side, 3], with the tokens' frames."""
         T, side = clips.shape[1], clips.shape[2] // PATCH
         budget = min(tokens, T * side * side)
         if budget < self.merge:
@@ -70,7 +73,7 @@ class ChatEncoder:
                 f"--tokens={tokens}: {self.merge} tokens are merged into one; ask for more"
             )
         program = _Program(
-            self._network, Grid(T, side, side), self.width, budget, self.merge, self._in_time
+            self._network, Grid(T, side, side), self.width, budget, self.merge, self._order
         )
         patches = np.stack([patchify(frames) for frames in clips])
         return _compiled(program, self._mesh)(self._params, put_rows(patches, self._mesh))
@@ -84,21 +87,23 @@ class _Program(NamedTuple):
     width: int
     budget: int
     merge: int
-    in_time: bool
+    order: str
 
 
 @lru_cache
 def _compiled(program: _Program, mesh: Mesh) -> Wrapped:
-    """The jitted program: (params, patches uint8 [B, P, 588]) -> tokens [B, N, width]."""
+    """The jitted program: (params, patches uint8 [B, P, 588]) -> tokens, [B, N, width]."""
 
-    def encode(params: Tree, patches: jax.Array) -> jax.Array:
+    def encode(params: Tree, patches: jax.Array) -> VideoTokens:
         return _encode(program, params, patches)
 
     return jax.jit(traced_on_mesh(encode, mesh), compiler_options=compiler_options(mesh))
 
 
-def _encode(program: _Program, params: Tree, patches: jax.Array) -> jax.Array:
+def _encode(program: _Program, params: Tree, patches: jax.Array) -> VideoTokens:
     network, params = program.network, dict(params)
     projector = flux_chat.connector_of(network, program.width, params.pop(CONNECTOR))
-    tokens = flux_chat.features_on_grid(network, params, patches, program.grid, program.budget)
-    return flux_chat.project(projector, tokens, program.merge, network.heads, program.in_time)
+    found = flux_chat.features_on_grid(network, params, patches, program.grid, program.budget)
+    return flux_chat.project(
+        projector, VideoTokens(*found), program.merge, network.heads, program.order
+    )

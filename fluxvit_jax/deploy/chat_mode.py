@@ -139,6 +139,7 @@ def _answers(
     budget, frames, side = chat.setting(options.tokens)
     clips = np.zeros((batch_size, frames, side, side, 3), np.uint8)
     asked: list[FirstQuestion | None] = [None] * batch_size
+    times: list[np.ndarray | None] = [None] * batch_size
     errors: dict[int, UserError] = {}
     for row, path in enumerate(videos):
         try:
@@ -146,9 +147,9 @@ def _answers(
         except UserError as error:
             errors[row] = error
         else:
-            clips[row] = clip.frames
+            clips[row], times[row] = clip.frames, clip.times
             asked[row] = FirstQuestion(options.question, message=message)
-    found = chat.ask_each(clips, asked, budget)
+    found = chat.ask_each(clips, asked, budget, times=times)
     return [errors.get(row, found[row]) for row in range(len(videos))]
 
 

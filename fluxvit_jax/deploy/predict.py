@@ -327,8 +327,10 @@ class _Job(NamedTuple):
         arrays: dict[str, Any] = {}
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
             if self.chat_encoder:
-                seen = np.asarray(self.chat_encoder(clip.frames, budget), np.float32)
-                arrays |= {f"llm_{budget}": seen}
+                video = self.chat_encoder.encode(clip.frames[None], budget)
+                arrays |= {f"llm_{budget}": np.asarray(video.tokens[0], np.float32)}
+                if self.chat_encoder.frame_times:
+                    arrays |= {f"seconds_{budget}": clip.times[np.asarray(video.frame[0])]}
             else:
                 arrays |= features(self.model, clip, budget, self.features, self.head)
         path = self.out / f"{storage.display_name(name)}.npz"

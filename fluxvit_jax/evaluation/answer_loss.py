@@ -4,6 +4,7 @@ It is that of training, the mean over all labels, on the clips of an evaluation:
 each video on the grid of a setting. A video that cannot be read counts in no mean.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,10 @@ from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.chat_templates import IGNORED
 from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.data.views import Views, views_of
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
     compiler_options,
@@ -82,7 +85,11 @@ def measure(
     """
     config = config.copy_and_resolve_references()
     config.eval.clips = config.eval.crops = 1
-    settings, texts_of = settings_of(config), FluxChat.text_arrays(config)
+    settings, views = settings_of(config), views_of(config)
+    texts_of = [
+        dataclasses.replace(FluxChat.text_arrays(config), frames=frames)
+        for frames in (setting.grid.frames * config.chat.frame_times for setting in settings)
+    ]
     objectives = [_objective(config, setting, mesh) for setting in settings]
     programs = [
         _program(objective, setting, mesh)
@@ -92,21 +99,25 @@ def measure(
 
     def take(batch: dict[str, np.ndarray]) -> None:
         numbers = np.maximum(batch["video"], 0)  # of padding: any text, whose labels do not count
-        texts = texts_of([source[int(number)] for number in numbers], numbers, config.seed)
+        records = [source[int(number)] for number in numbers]
         read = (batch["video"] >= 0) & (batch["failure"] == "")
-        texts["labels"] = np.where(read[:, None], texts["labels"], IGNORED)
-        counted = (texts["labels"][:, 1:] >= 0).sum(axis=1)
-        sharded = shard_batch(texts, mesh)
         found = []
-        for k, program in enumerate(programs):
-            patches = shard_batch({"patches": batch[f"patches{k}"][:, 0]}, mesh)
-            found.append([local_rows(x) for x in program(params, sharded | patches)])
+        for k, (program, setting) in enumerate(zip(programs, settings, strict=True)):
+            times = [
+                clip_times(views, setting, int(length), float(rate))
+                for length, rate in zip(batch["length"], batch["frame_rate"], strict=True)
+            ]
+            texts = texts_of[k](records, numbers, config.seed, times)
+            texts["labels"] = np.where(read[:, None], texts["labels"], IGNORED)
+            counted = (texts["labels"][:, 1:] >= 0).sum(axis=1)
+            clips = texts | {"patches": batch[f"patches{k}"][:, 0]}
+            losses, hits = program(params, shard_batch(clips, mesh))
+            found.append((local_rows(losses), local_rows(hits), counted))
         rows.extend(
             (
                 int(number),
                 str(batch["id"][row]),
                 str(batch["failure"][row]),
-                int(counted[row]),
                 [[float(x[row]) for x in own] for own in found],
             )
             for row, number in enumerate(batch["video"])
@@ -123,11 +134,10 @@ def measure(
     if len(failures) == len(videos):
         reason = failures[0]["reason"]
         raise NothingReadableError(config.data.validation, len(videos), source[0], reason)
-    labels = max(1, sum(counted for *_, counted, _ in videos))
-    sums = np.sum([found for *_, found in videos], axis=0) / labels
+    sums = np.sum([found for *_, found in videos], axis=0)
     budgets = {
-        str(setting.budget): {"loss": float(loss), "top1": float(hits)}
-        for setting, (loss, hits) in zip(settings, sums, strict=True)
+        str(setting.budget): {"loss": loss / max(1, counted), "top1": hits / max(1, counted)}
+        for setting, (loss, hits, counted) in zip(settings, sums.tolist(), strict=True)
     }
     warning = None
     if len(failures) > config.data.max_bad_fraction * len(videos):
@@ -136,6 +146,13 @@ def measure(
             f"{first_of(failures)}"
         )
     return AnswerLoss({"budgets": budgets, "failures": failures, "warning": warning})
+
+
+def clip_times(views: Views, setting: Setting, length: int, rate: float) -> ClipTimes:
+    """The times of a setting's clip of a video with `length` frames, `rate` a second."""
+    if not rate:
+        return ClipTimes(0.0, np.zeros(setting.grid.frames))
+    return ClipTimes(length / rate, views.numbers(length, setting.grid)[0] / rate)
 
 
 def _objective(config: ConfigDict, setting: Setting, mesh: Mesh) -> FluxChat:
@@ -152,10 +169,11 @@ def _program(objective: FluxChat, setting: Setting, mesh: Mesh) -> Wrapped:
     def scores(params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
         prepared = fluxvit.prepare_params(fluxvit.network_params(params), network)
         encoder = flux_chat.encoder_params(prepared, network)
-        features = flux_chat.features_on_grid(
+        features, frame = flux_chat.features_on_grid(
             network, encoder, batch["patches"], setting.grid, budget
         )
-        clips = {name: batch[name] for name in TEXTS} | {"features": features}
+        clips = {name: batch[name] for name in TEXTS if name in batch}
+        clips |= {"features": features, "frame": frame}
         return objective.scores({name: params[name] for name in (CONNECTOR, LLM)}, clips)
 
     by_clip = batch_sharding(mesh)

@@ -158,7 +158,9 @@ def answered(
             ]
             asked = [first_question(row[0], form) if row and not row[1] else None for row in rows]
             with enough_memory(too_large):
-                texts = chat.ask_each(batch["clip"], asked, tokens, mvbench.NEW_TOKENS[form])
+                texts = chat.ask_each(
+                    batch["clip"], asked, tokens, mvbench.NEW_TOKENS[form], list(batch["times"])
+                )
             pairs = zip(rows, texts, strict=True)
             yield [_answer(*row, text, form) for row, text in pairs if row]
 

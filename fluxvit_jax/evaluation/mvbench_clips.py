@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from fluxvit_jax.data.augmentation import resize_clip
-from fluxvit_jax.data.clips import middle_square
+from fluxvit_jax.data.clips import Clip, middle_square
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.host_share import Arrays
 from fluxvit_jax.data.images import open_clip
@@ -25,7 +25,8 @@ class QuestionClips:
     """The clips of questions: item i is that of question i, and padding beyond the last.
 
     An item has number: int64 [1], -1 for padding; failure: str [1], why the video cannot be read,
-    else ""; clip: uint8 [1, frames, side, side, 3], zeros without a video.
+    else ""; clip: uint8 [1, frames, side, side, 3], zeros without a video; times: float64 [1,
+    frames], the seconds of its frames, from the beginning of what is asked about, or zeros.
 
     squeeze: whether whole frames become the square, and not their middle. quarantine: videos that
     are not to be read, by path; see `supervised_workers`.
@@ -41,12 +42,14 @@ class QuestionClips:
         return len(self.questions)
 
     def __getitem__(self, number: int) -> Arrays:
-        clip, failure = np.zeros((self.frames, self.side, self.side, 3), np.uint8), ""
+        square, failure = np.zeros((self.frames, self.side, self.side, 3), np.uint8), ""
+        times = np.zeros(self.frames)
         if number < len(self.questions):
             question = self.questions[number]
             try:
                 with reading(question.video, self.quarantine):
-                    clip = self._square(read_middles(question, self.frames))
+                    clip = read_middles(question, self.frames)
+                    square, times = self._square(clip.frames), clip.times
             except DecodeError as error:
                 failure = error.reason
         else:
@@ -54,7 +57,8 @@ class QuestionClips:
         return {
             "number": np.array([number], np.int64),
             "failure": np.array([failure], np.str_),
-            "clip": clip[None],
+            "clip": square[None],
+            "times": times[None],
         }
 
     def _square(self, pixels: np.ndarray) -> np.ndarray:
@@ -63,8 +67,8 @@ class QuestionClips:
         return middle_square(pixels, self.side)
 
 
-def read_middles(question: Question, frames: int) -> np.ndarray:
-    """The official frames of a question's video: uint8 [frames, height, width, 3].
+def read_middles(question: Question, frames: int) -> Clip:
+    """The official frames of a question's video, at their size.
 
     Raises DecodeError.
     """
@@ -77,10 +81,18 @@ def read_middles(question: Question, frames: int) -> np.ndarray:
                 question.video, "names no frame rate, and a part of it is asked about"
             )
         numbers = mvbench.segment_middles(len(video) - 1, frames, rate or 1.0, question.seconds)
-        return video.read(numbers)
+        return Clip(video.read(numbers), numbers, _times(question, numbers, rate))
 
 
-def _read_folder(question: Question, frames: int) -> np.ndarray:
+def _times(question: Question, numbers: np.ndarray, rate: float | None) -> np.ndarray:
+    """Seconds of frames from the beginning of what is asked about; zeros without a rate."""
+    if not rate:
+        return np.zeros(len(numbers))
+    begin = question.seconds[0] if question.seconds else 0.0
+    return np.maximum(numbers / rate - begin, 0.0)
+
+
+def _read_folder(question: Question, frames: int) -> Clip:
     """The same of a folder of frames, 00001.jpg and so on."""
     assert question.frame_rate is not None
     folder = Path(question.video)
@@ -94,4 +106,4 @@ def _read_folder(question: Question, frames: int) -> np.ndarray:
         if pixels is None:
             raise DecodeError(question.video, f"its frame {number:05}.jpg cannot be read")
         found.append(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-    return np.stack(found)
+    return Clip(np.stack(found), numbers, _times(question, numbers - 1, question.frame_rate))

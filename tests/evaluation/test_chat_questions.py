@@ -150,7 +150,7 @@ def test_the_frames_are_the_official_ones_of_videos_and_folders(tiny_data, tmp_p
     for number in range(1, 9):
         pixels = np.full((16, 16, 3), 20 * number, np.uint8)
         cv2.imwrite(str(tmp_path / "frames" / f"{number:05}.jpg"), pixels)
-    found = read_middles(question, 4)
+    found = read_middles(question, 4).frames
     numbers = mvbench.segment_middles(8, 4, 3.0, None, 1)
     np.testing.assert_allclose(found[:, 0, 0, 0], 20 * numbers, atol=2)
 

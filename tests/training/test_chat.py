@@ -14,10 +14,11 @@ import safetensors.numpy
 
 from fluxvit_jax.checkpoints.checkpointer import best_step, restore_params
 from fluxvit_jax.convert import language_model_files
+from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.clips import middle_square
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.frame_sampling import test_frames as spread_frames
-from fluxvit_jax.deploy.chat import load_chat
+from fluxvit_jax.deploy.chat import FirstQuestion, load_chat
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import graphdef
@@ -104,18 +105,23 @@ def test_validation_measures_the_loss_and_ranks_checkpoints(trained, config):
     assert describe_result(config, trained).startswith(
         f"best checkpoint: step {best['step']}, loss of a token {best['loss_24']:.4g} at 24 tokens"
     )
-    # By hand: each answer alone, with the tokens that a chat about the video reads.
-    chat = load_chat(trained)
+    assert best["loss_24"] == pytest.approx(loss_by_hand(trained, config), rel=1e-5)
+    assert best["loss_12"] != best["loss_24"]
+
+
+def loss_by_hand(workdir, config):
+    """At 24 tokens: each answer alone, with the tokens that a chat about the video reads."""
+    chat = load_chat(workdir)
     texts = flux_chat.FluxChat.text_arrays(config)
     source = flux_chat.FluxChat.open_validation(config, flux_chat.FluxChat.open_training(config))
     model = fluxvit.from_params(graphdef(chat._llm_config), chat._llm)
     losses = []
     for number in (0, 1, 3, 4):
         record = source[number]
-        clip = clip_of(record, frames=4)
-        text = texts([record], np.array([number]), 0)
+        clip, times = clip_of(record, frames=4)
+        text = texts([record], np.array([number]), 0, [ClipTimes(0.0, np.zeros(4))])
         place = int(text["place"][0])
-        video = chat.about(clip, 24).tokens
+        video = chat.about(clip, 24, times=times).tokens
         embedded = model.embed(text["text"])[0]
         x = jnp.concatenate([embedded[:place], video, embedded[place + 1 :]])
         scores = jax.nn.log_softmax(model.logits(model.encode(x[None])))[0]
@@ -123,17 +129,45 @@ def test_validation_measures_the_loss_and_ranks_checkpoints(trained, config):
             if slot and label >= 0:
                 before = slot - 1 + (len(video) - 1 if slot > place else 0)
                 losses.append(-float(scores[before, label]))
-    assert best["loss_24"] == pytest.approx(np.mean(losses), rel=1e-5)
-    assert best["loss_12"] != best["loss_24"]
+    return np.mean(losses)
 
 
 def clip_of(record, frames):
-    """Frames of a video or of its part in seconds, evenly spread, the middle square."""
+    """Frames of a video or of its part, evenly spread, the middle square, and their seconds."""
     with Video(record.video) as video:
         start, end = record.seconds or (0, len(video) / video.frame_rate)
         first = int(start * video.frame_rate)
         count = min(len(video) - first, max(1, int((end - start) * video.frame_rate)))
-        return middle_square(video.read(first + spread_frames(count, frames)), 42)
+        numbers = spread_frames(count, frames)
+        return middle_square(video.read(first + numbers), 42), numbers / video.frame_rate
+
+
+def test_times_of_frames_in_training_validation_and_chat(config, trained, tiny_data, tmp_path):
+    own = config.copy_and_resolve_references()
+    own.chat.frame_times, own.train.epochs = True, 1
+    workdir = tmp_path / "run"
+    assert train.train(own, workdir) == 0
+    assert lines(workdir)[0]["answer_24"] != lines(trained)[0]["answer_24"]
+    (found,) = lines(workdir, "validation")
+    assert found["loss_24"] == pytest.approx(loss_by_hand(workdir, own), rel=1e-5)
+    # A batch in which one video does not tell its times.
+    chat = load_chat(workdir)
+    clips, times = zip(*(chat_clip(chat, tiny_data, number) for number in range(2)), strict=True)
+    alone = [
+        chat.about(clips[0], 24, times=times[0]),
+        chat.about(clips[1], 24),
+    ]
+    assert len(alone[0].tokens) > len(alone[1].tokens) == 8
+    asked = [FirstQuestion("What is it?"), FirstQuestion("And what is it not?")]
+    together = chat.ask_each(np.stack(clips), asked, 24, 12, [times[0], None])
+    assert together == [
+        own.ask(question.text, 12) for own, question in zip(alone, asked, strict=True)
+    ]
+
+
+def chat_clip(chat, folder, number):
+    clip, _ = chat.read(folder / f"{number}.mp4", 24)
+    return clip.frames, clip.times
 
 
 def test_only_the_projector_is_trained_and_the_language_model_is_in_no_checkpoint(trained):
@@ -267,6 +301,10 @@ def test_another_language_model_is_refused_on_resume(trained, config, tmp_path):
     "changes, message",
     [
         ({"chat__llm": ""}, "no language model: add --config.chat.llm=FOLDER"),
+        (
+            {"chat__frame_times": True, "chat__order": "official"},
+            "takes tokens in the order of the video; chat.order is official, set it to time",
+        ),
         ({"chat__layer": -9}, "config.chat.layer: -9, and Ti has 2 blocks; -2 is the first"),
         ({"chat__merge": 5}, "config.chat.merge: 24 tokens of train.budgets do not divide by 5"),
         ({"train__freeze": "none"}, 'flux_chat trains no video network; set it "all"'),
