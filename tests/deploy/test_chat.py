@@ -220,6 +220,20 @@ def test_what_the_language_model_reads_is_written(workdir, loaded, tiny_data, tm
             np.testing.assert_allclose(found[f"llm_{tokens}"], own, rtol=1e-6)
 
 
+def test_a_chat_has_no_classes_to_predict(workdir, tiny_data, tmp_path):
+    options = predict.Options(
+        str(workdir / "checkpoints" / "0"), str(tmp_path), (24,), "", None, str(tiny_data / "0.mp4")
+    )
+    with pytest.raises(UserError, match=r"is a video chat and has no classes; ask .* --mode=chat"):
+        predict.run(options)
+    (workdir / "config.json").rename(tmp_path / "config.json")
+    try:
+        with pytest.raises(UserError, match="was pre-trained and has no classes; fine-tune it"):
+            predict.run(options)
+    finally:
+        (tmp_path / "config.json").rename(workdir / "config.json")
+
+
 @pytest.mark.parametrize("file", ["projector.safetensors", "mm_projector.bin"])
 def test_the_projector_under_its_official_names(workdir, tmp_path, file):
     if file.endswith(".bin"):
