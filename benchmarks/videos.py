@@ -41,6 +41,8 @@ def write_videos(
 class PlainVideo:
     """The loop that one writes first with PyAV: decode from the start, convert what is wanted."""
 
+    frame_rate = 0.0  # nothing here asks for times
+
     def __init__(self, path: str | os.PathLike):
         self._container = av.open(path)
 
@@ -66,6 +68,8 @@ class PlainVideo:
 
 class DecordVideo:
     """decord with one thread, as data loaders use it."""
+
+    frame_rate = 0.0
 
     def __init__(self, path: str | os.PathLike):
         import decord

@@ -67,10 +67,12 @@ def get_config(argument: str = "base") -> ConfigDict:
 
     config.chat.llm = REQUIRED  # base: Qwen2.5-7B-Instruct
     config.chat.train = "projector"  # table
+    config.chat.step_budgets = "one"  # chosen: three steps in the time of one with all budgets
     config.chat.layer = -2  # base
     config.chat.merge = 16  # base: 256 tokens of a frame become 16
     config.chat.order = "time"  # base leaves the order of merging, where halves keep it anyway
     config.chat.template = "plain"  # base
+    config.chat.time_message = True  # base, in inference; "plain" has no place for it
     config.chat.labels = "answers"
     config.chat.text_tokens = 128  # base: up to 8192; captions are short
 

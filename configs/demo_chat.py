@@ -51,6 +51,7 @@ def get_config(argument: str = "multi") -> ConfigDict:
     config.chat.layer = -1
     config.chat.merge = 8  # 16, 8 and 4 tokens
     config.chat.text_tokens = 44
+    config.chat.time_message = False  # it does not fit; no text was trained with it
     config.optim.learning_rate = 2e-3
     config.optim.weight_decay = 0.0
     return config

@@ -33,13 +33,13 @@ ABOUT = {
 _NETWORK = ("seed", "model", "data", "parallel")
 SECTIONS = {
     "train": (*_NETWORK, "train", "distill", "clip", "chat", "optim", "eval", "checkpoint", "log"),
-    "evaluate": (*_NETWORK, "clip", "eval"),
+    "evaluate": (*_NETWORK, "clip", "chat", "eval"),
     "search": (*_NETWORK, "eval", "search"),
     "cache": (*_NETWORK, "train", "distill"),
     "preflight": (*_NETWORK, "train", "distill", "clip", "chat", "optim", "eval", "preflight"),
     "predict": ("eval",),
     "export": ("eval",),
-    "chat": (),
+    "chat": ("eval", "parallel"),
 }
 EXAMPLES = {
     "train": (

@@ -169,7 +169,8 @@ def _run_chat(options: "flags.FlagValues", weights: str, out: str, tokens: Seque
             tokens=tokens[0] if tokens else None,
             question=options.question,
             dtype=options.dtype,
-        )
+        ),
+        options.config,
     )
 
 

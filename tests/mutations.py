@@ -834,8 +834,8 @@ MUTATIONS = {
         Mutation(
             "patience-from-the-last-of-equals",
             "training/validation.py",
-            "key=lambda one: (one[1], -one[0])",
-            "key=lambda one: (one[1], one[0])",
+            "key=lambda one: (sign * one[1], -one[0])",
+            "key=lambda one: (sign * one[1], one[0])",
             ("training/test_train.py::test_patience_is_counted_from_the_best_step",),
         ),
     ],
@@ -1538,6 +1538,20 @@ MUTATIONS = {
             "                self._unread = []  # a",
             "                pass  # a",
             ("deploy/test_chat.py::test_a_follow_up_after_an_end",),
+        ),
+        Mutation(
+            "first-end-ends-all-answers",
+            "deploy/chat_batches.py",
+            "(number < answer_tokens) & ~jnp.all(ended)",
+            "(number < answer_tokens) & ~jnp.any(ended)",
+            ("deploy/test_chat.py::test_several_at_once_are_answered_as_one_by_one",),
+        ),
+        Mutation(
+            "padding-of-a-batch-seen",
+            "deploy/chat_batches.py",
+            "model.new_cache(begin + padding, S + answer_tokens)",
+            "model.new_cache(0 * begin, S + answer_tokens)",
+            ("deploy/test_chat.py::test_several_at_once_are_answered_as_one_by_one",),
         ),
     ],
     "chat-text": [

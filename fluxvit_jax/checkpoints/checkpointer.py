@@ -37,7 +37,9 @@ Tree = Any
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
-BEST = "top1"  # the metric that chooses the best step: validation accuracy, or mAP in its place
+# The metric that chooses the best step: validation accuracy, or in its place mAP, or a loss with a
+# minus.
+BEST = "top1"
 NO_CHECKPOINT, ALL_DAMAGED = -1, -2  # instead of a step
 
 

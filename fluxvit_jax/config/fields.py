@@ -370,6 +370,9 @@ FIELDS: dict[str, Field] = {
         "projector+llm",
         help="what learns; a frozen language model is in no checkpoint",
     ),
+    "chat.step_budgets": one_of(
+        "all", "one", help="which of train.budgets a step trains: all of them, or one, in turn"
+    ),
     "chat.layer": Field(
         -2, "block of the video network, from the end, whose tokens are projected", negative
     ),
@@ -378,6 +381,16 @@ FIELDS: dict[str, Field] = {
     ),
     "chat.order": one_of(
         "time", "official", help="of merged tokens: as in the video, or as merging leaves them"
+    ),
+    "chat.frame_times": Field(
+        False, 'a text such as "2.5s" stands before the tokens of each frame; takes chat.order=time'
+    ),
+    # Official: in the later stages of training and in inference. Stage 1 ("plain") has no question
+    # that it could stand in.
+    "chat.time_message": Field(
+        True,
+        "a first question begins with the length of the video and the number of frames; in "
+        'training with "qwen"',
     ),
     "chat.template": one_of(
         "plain",
@@ -595,9 +608,12 @@ ADDED = (
     "clip.least_temperature",
     "chat.llm",
     "chat.train",
+    "chat.step_budgets",
     "chat.layer",
     "chat.merge",
     "chat.order",
+    "chat.frame_times",
+    "chat.time_message",
     "chat.template",
     "chat.labels",
     "chat.text_tokens",
@@ -706,4 +722,16 @@ def upgraded(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif name in FIELDS and FIELDS[name].step and isinstance(value, list | tuple):
             value = "..".join(map(str, value))
         result[key] = value
+    if not prefix:
+        _forgo_time_message(result)
     return result
+
+
+def _forgo_time_message(values: dict[str, Any]) -> None:
+    """Sets `chat.time_message` of a stored config from before there was that field.
+
+    Conversations, where it has a place, were learned without the message then.
+    """
+    chat = values.get("chat", {})
+    if values.get("train", {}).get("objective") == "flux_chat" and chat.get("template") == "qwen":
+        chat.setdefault("time_message", False)

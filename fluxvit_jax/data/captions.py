@@ -8,7 +8,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,18 +24,35 @@ _DELETED = re.compile(r"[,.'!?\"()*#:;~]")
 _JOINTS = str.maketrans("-/", "  ")
 
 
+class ClipTimes(NamedTuple):
+    """seconds: length of a video, or of the part of it that a clip is of, 0 where it is not known.
+
+    frames: float [T], the seconds at which the frames of the clip are shown, from its beginning.
+    """
+
+    seconds: float
+    frames: np.ndarray
+
+
 @runtime_checkable
 class TextArrays(Protocol):
     """Makes arrays, [B, ...], of the texts of B samples; pickles, for worker processes."""
 
     def __call__(
-        self, records: Sequence["Record"], samples: np.ndarray, seed: int
+        self,
+        records: Sequence["Record"],
+        samples: np.ndarray,
+        seed: int,
+        times: Sequence[ClipTimes],
     ) -> dict[str, np.ndarray]:
         """samples: int64 [B], the number of each, by which a text is drawn."""
 
 
 def clip_texts(
-    records: Sequence["Record"], samples: np.ndarray, seed: int
+    records: Sequence["Record"],
+    samples: np.ndarray,
+    seed: int,
+    times: Sequence[ClipTimes] = (),
 ) -> dict[str, np.ndarray]:
     """What contrastive learning needs of captioned records.
 

@@ -13,7 +13,7 @@ from fluxvit_jax.data.host_share import Arrays
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.patches import PATCH_VALUES
-from fluxvit_jax.data.reading import reading_video
+from fluxvit_jax.data.reading import part_of, reading_video
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import Views, cut_views, read_frames
 from fluxvit_jax.grids import Grid
@@ -42,6 +42,7 @@ class EvaluationVideos:
 
     def __getitem__(self, number: int) -> Arrays:
         label: Label = () if self.multi_hot else 0
+        length, rate = 0, 0.0
         video, name, failure, views = -1, "", "", None
         if number < len(self.source):
             video = number
@@ -49,7 +50,9 @@ class EvaluationVideos:
                 with reading_video(self.source, number, self.quarantine) as record:
                     name, label = record.id, record.label
                     with self.open_video(record.video) as opened:
-                        views = self._views(opened)
+                        part = part_of(record, opened)
+                        views = self._views(part)
+                        length, rate = len(part), part.frame_rate or 0.0
             except DecodeError as error:
                 name, failure = error.path, error.reason
                 if self.source.labels is not None:  # what is in quarantine is not opened
@@ -59,6 +62,8 @@ class EvaluationVideos:
             "id": np.array([name], np.str_),
             "label": label_array([label], self.multi_hot),
             "failure": np.array([failure], np.str_),
+            "length": np.array([length], np.int64),
+            "frame_rate": np.array([rate], np.float64),
         }
         if views is None:
             shape = (self.views.count,)

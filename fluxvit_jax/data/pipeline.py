@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
-from fluxvit_jax.data.captions import TextArrays, clip_texts
+from fluxvit_jax.data.captions import ClipTimes, TextArrays, clip_texts
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
 from fluxvit_jax.data.decoding import DecodeError
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
@@ -54,6 +54,8 @@ REPLACEMENTS = 8
 
 # Items that a worker can be ahead, the one that it is making included. Each lies in shared memory.
 BUFFERED_ITEMS = 4
+
+TimedClip = tuple[np.ndarray, ClipTimes]  # uint8 [T, size, size, 3]
 
 
 @runtime_checkable
@@ -188,6 +190,7 @@ def evaluation_batches(
       id: str [b], its id in the source.
       label: int32 [b]; with `train.multi_label` multi-hot uint8 [b, classes].
       failure: str [b], why the video could not be read (its patches are zeros then); else "".
+      length: int64 [b], frames of the video; frame_rate: float64 [b], per second; 0: not known.
       patches0, patches1, ...: uint8 [b, V, P, 588] for each of `grids`, where P is its tokens.
 
     All hosts yield the same number of batches; the last one is padded.
@@ -396,13 +399,15 @@ class TrainGroups:
         order = self._image_order if turn.images else self._order
         patches = np.zeros((self.group, capacity(grids), PATCH_VALUES), np.uint8)
         records: list[Record] = []
+        times: list[ClipTimes] = []
         failures: list[str] = []
         for first in range(0, self.group, self.repeats):
             rows = slice(first, first + self.repeats)
             position = int(positions[first]) // self.repeats
             clips, record, failure = self._read_or_replace(order, position, samples[rows], grid)
-            for target, clip in zip(patches[rows], clips, strict=True):
+            for target, (clip, own_times) in zip(patches[rows], clips, strict=True):
                 target[: grid.tokens] = patchify(clip)
+                times.append(own_times)
             records += [record] * self.repeats
             failures += [failure] * self.repeats
         return {
@@ -412,12 +417,12 @@ class TrainGroups:
             "index": samples,
             "failure": np.array(failures, np.str_),
             **(self.clip_data.read(samples) if self.clip_data else {}),
-            **self.texts(records, samples, self.seed),
+            **self.texts(records, samples, self.seed, times),
         }
 
     def _read_or_replace(
         self, order: Any, position: int, samples: np.ndarray, grid: Grid
-    ) -> tuple[list[np.ndarray], Record, str]:
+    ) -> tuple[list[TimedClip], Record, str]:
         """Clips of a video's samples, its record, and a line for each video that failed before."""
         failures: list[str] = []
         for video in self._candidates(order, position):
@@ -442,18 +447,24 @@ class TrainGroups:
         others = rng.choice(among, min(REPLACEMENTS + 1, len(among)), replace=False)
         yield from [int(other) for other in others if other != video][:REPLACEMENTS]
 
-    def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[np.ndarray]:
-        """An augmented clip uint8 [T, size, size, 3] for each sample, from one decode."""
+    def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[TimedClip]:
+        """An augmented clip for each sample, from one decode."""
         rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
         augment = self.augment if record.flip else self._augment_unflipped
         with self.open_video(record.video) as opened:
             first, end = segment_of(record, opened)
+            rate = opened.frame_rate
             indices = [first + train_frames(end - first, grid.frames, rng) for rng in rngs]
             frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
         size = grid.rows * PATCH
+        period = 1 / rate if rate else 0.0
         clips = np.split(frames, len(rngs))
         return [
-            augment_clip(clip, size, augment, rng) for clip, rng in zip(clips, rngs, strict=True)
+            (
+                augment_clip(clip, size, augment, rng),
+                ClipTimes((end - first) * period, (own - first) * period),
+            )
+            for clip, rng, own in zip(clips, rngs, indices, strict=True)
         ]
 
 

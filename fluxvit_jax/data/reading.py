@@ -1,9 +1,11 @@
 """Reading the videos of a source, which may hang or crash the process that does."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.decoding import DecodeError, Video
@@ -57,6 +59,33 @@ def segment_of(record: Record, video: Video | Image) -> tuple[int, int]:
     if end > length:
         raise DecodeError(record.id, f"has {length} frames, and the list names {first} to {end}")
     return first, end
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """The frames of a video from `first` to before `end`, numbered from 0."""
+
+    video: Video | Image
+    first: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    def frame_rate(self) -> float | None:
+        return self.video.frame_rate
+
+    def read(self, indices: Sequence[int] | np.ndarray, *size: Any) -> np.ndarray:
+        """As `Video.read`."""
+        return self.video.read(np.asarray(indices) + self.first, *size)
+
+
+def part_of(record: Record, video: Video | Image) -> Any:
+    """What a record is about, all of its video or a `VideoPart`. Raises as `segment_of`."""
+    if record.segment is None and not record.seconds:
+        return video
+    return VideoPart(video, *segment_of(record, video))
 
 
 def reasons_unreadable(

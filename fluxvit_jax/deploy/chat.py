@@ -7,47 +7,70 @@ video.ask("What happens?"), video.ask("And then?")
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fluxvit_jax.convert.config_json import Setting
 from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids, time_message
+from fluxvit_jax.data.chat_texts import time_ids
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
-from fluxvit_jax.data.clips import read_clip
+from fluxvit_jax.data.clips import Clip, read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
+from fluxvit_jax.deploy.chat_batches import PROMPT_STEP, answer_ids
 from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.mesh import mesh_over_fsdp, put_rows
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import nearest_head
 from fluxvit_jax.models import fluxvit, language_model
 from fluxvit_jax.models.language_model import Cache, LanguageModel, LanguageModelConfig
-from fluxvit_jax.objectives import flux_chat_weights
+from fluxvit_jax.objectives import flux_chat, flux_chat_weights
 from fluxvit_jax.objectives.flux_chat_weights import ChatWeights
+from fluxvit_jax.objectives.frame_times import VideoTokens
 
 ANSWER_TOKENS = 256  # of an answer, at most
-# Prompts are padded, and caches made, in multiples, so that few programs are compiled.
-PROMPT_STEP, CACHE_STEP = 64, 512
+CACHE_STEP = 512  # caches are of multiples, so that few programs are compiled
 
 Tree = dict[str, Any]
 
 
-def load_chat(path: storage.PathLike, llm: storage.PathLike = "", dtype: str = "float32") -> "Chat":
+class FirstQuestion(NamedTuple):
+    """A first question about a video.
+
+    answer_start: how the answer begins; what is returned goes on from there. message: what the
+    question begins with, such as `chat_templates.time_message`.
+    """
+
+    text: str
+    answer_start: str = ""
+    message: str = ""
+
+
+def load_chat(
+    path: storage.PathLike,
+    llm: storage.PathLike = "",
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> "Chat":
     """The video chat of a run that `configs/chat.py` trained.
 
     Args:
         path: its workdir or one of its steps.
         llm: folder of the language model, if it is no longer where the run had it.
         dtype: of the computation, "float32" or "bfloat16".
+        mesh: the devices that share it, see `distributed.mesh`; by default the first one alone.
 
     Raises UserError: there are no such weights, or the language model is missing or another one.
     """
-    return Chat(flux_chat_weights.read(path, os.fspath(llm), dtype), dtype)
+    mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
+    return Chat(flux_chat_weights.read(path, os.fspath(llm), dtype, mesh), dtype, mesh)
 
 
 class Chat:
@@ -59,10 +82,12 @@ class Chat:
         tokenizer: that of the language model.
     """
 
-    def __init__(self, weights: ChatWeights, dtype: str):
-        self.encoder = ChatEncoder(weights.projection, dtype)
+    def __init__(self, weights: ChatWeights, dtype: str, mesh: Mesh):
+        """mesh: that on which the language model of `weights` is."""
+        self.encoder = ChatEncoder(weights.projection, dtype, mesh)
         self._llm_config = weights.llm_config
-        self._llm = jax.device_put(weights.llm)
+        self._llm, self._mesh = weights.llm, mesh
+        self._time_message: bool = weights.projection.config.chat.time_message
         self.tokenizer = ChatTokenizer(weights.llm_folder)
         self.settings: list[Setting] = [
             tuple(one) for one in weights.projection.config.eval.settings
@@ -78,6 +103,83 @@ class Chat:
         """The answer to a question about a video; see `open` and `Conversation.stream`."""
         return self.open(video, tokens).ask(question, answer_tokens)
 
+    def ask_each(
+        self,
+        clips: np.ndarray,
+        questions: Sequence[FirstQuestion | None],
+        tokens: int,
+        answer_tokens: int = ANSWER_TOKENS,
+        times: Sequence[np.ndarray | None] | None = None,
+    ) -> list[str | UserError]:
+        """The answers to one question about each of several clips, as `Conversation.ask` gives it.
+
+        A question that is too long for the language model has an error in place of an answer, and
+        None, for a clip that only fills the batch, has "".
+
+        clips: uint8 [B, T, side, side, 3]; tokens: the budget; times: of the frames of each, as in
+        `about`. A new B, T, side or budget compiles a new program.
+
+        Raises UserError for a budget below `chat.merge`.
+        """
+        videos, lengths = self._read(clips, tokens, times or [None] * len(clips))
+        prompts = [self._first_prompt(own) if own else None for own in questions]
+        errors: dict[int, UserError] = {}
+        for row, ids in enumerate(prompts):
+            try:
+                if ids is not None:
+                    self.check_length(len(ids) - 1 + int(lengths[row]), int(lengths[row]))
+            except UserError as error:
+                errors[row], prompts[row] = error, None
+        found = answer_ids(
+            self._llm_config,
+            self._llm,
+            self._mesh,
+            videos,
+            lengths,
+            prompts,
+            answer_tokens,
+            self.tokenizer.end_tokens,
+        )
+        texts = ["".join(self.tokenizer.stream(ids)) for ids in found]
+        return [errors.get(row, text) for row, text in enumerate(texts)]
+
+    def _read(
+        self, clips: np.ndarray, tokens: int, times: Sequence[np.ndarray | None]
+    ) -> tuple[jax.Array, np.ndarray]:
+        """What the language model reads of clips, [B, N, D], and how much of each is real, [B]."""
+        video, (B, T) = self.encoder.encode(clips, tokens), clips.shape[:2]
+        if not self.encoder.frame_times:
+            return video.tokens, np.full(B, video.tokens.shape[1])
+        unknown = np.zeros(T)
+        ids = [time_ids(unknown if own is None else own, self.tokenizer, T) for own in times]
+        read, lengths = _with_times(
+            self._llm_config, self._llm, video, put_rows(np.stack(ids), self._mesh)
+        )
+        return read, np.asarray(lengths)
+
+    def _first_prompt(self, question: FirstQuestion) -> np.ndarray:
+        """The ids after which an answer goes on."""
+        tokenizer = self.tokenizer
+        ids = prompt_ids([], question.text, tokenizer, question.message)
+        start = tokenizer.encode(tokenizer.no_thoughts + question.answer_start)
+        return np.concatenate([ids, np.array(start, np.int32)])
+
+    def check_length(self, length: int, of_video: int) -> None:
+        """Raises UserError if nothing fits into the language model after a prompt of `length`.
+
+        of_video: how many of its tokens are of the video.
+        """
+        context = self._llm_config.context
+        if length < context:
+            return
+        # Video tokens, before they are merged, with which half of the context would be left.
+        fitting = max(context // 2 - (length - of_video), 1) * self.encoder.merge
+        raise UserError(
+            f"the conversation is too long: {length} tokens, {of_video} of them of the "
+            f"video, where the language model takes {context} with the answer; ask for fewer "
+            f"tokens of the video, such as --tokens={fitting}, or begin again"
+        )
+
     def open(self, video: str | os.PathLike, tokens: int | None = None) -> "Conversation":
         """A conversation about a video, which is read and encoded here and not again.
 
@@ -85,26 +187,43 @@ class Chat:
 
         Raises UserError: a file that is no video, or a budget below `chat.merge`.
         """
-        budget, frames, resolution = self._setting(tokens)
+        clip, message = self.read(video, tokens)
+        return self.about(clip.frames, self.setting(tokens)[0], message, clip.times)
+
+    def read(self, video: str | os.PathLike, tokens: int | None = None) -> tuple[Clip, str]:
+        """What `open` shows of a video, and what its first question begins with.
+
+        Raises UserError: a file that is no video.
+        """
+        _, frames, resolution = self.setting(tokens)
         try:
             with Video(video) as opened:
                 clip = read_clip(opened, frames, resolution)
                 seconds = len(opened) / opened.frame_rate if opened.frame_rate else 0.0
         except DecodeError as error:
             raise UserError(str(error)) from error
-        message = time_message(seconds, frames, training=False) if seconds else ""
-        return self.about(clip.frames, budget, message)
+        is_told = seconds and self._time_message
+        return clip, time_message(seconds, frames, training=False) if is_told else ""
 
-    def about(self, frames: np.ndarray, tokens: int, message: str = "") -> "Conversation":
+    def about(
+        self,
+        frames: np.ndarray,
+        tokens: int,
+        message: str = "",
+        times: np.ndarray | None = None,
+    ) -> "Conversation":
         """A conversation about frames, uint8 [T, side, side, 3], at a budget.
 
-        message: what the first question begins with, such as `chat_templates.time_message`.
+        message: what the first question begins with, such as `chat_templates.time_message`; times:
+        the second of each frame, which `chat.frame_times` has told; without them no time is.
 
         Raises UserError for a budget below `chat.merge`.
         """
-        return Conversation(self, self.encoder(frames, tokens), message)
+        read, (length,) = self._read(frames[None], tokens, [times])
+        return Conversation(self, read[0, :length], message)
 
-    def _setting(self, tokens: int | None) -> Setting:
+    def setting(self, tokens: int | None) -> Setting:
+        """(tokens, frames, pixels) at which a video is seen; see `open`."""
         if tokens is None:
             return self.settings[0]
         nearest = nearest_head(tokens, [budget for budget, *_ in self.settings])
@@ -116,7 +235,8 @@ class Conversation:
 
     Attributes:
         history: the questions so far, with their answers.
-        tokens: what the language model reads of the video, [N, D].
+        tokens: what the language model reads of the video, [N, D], with the texts of
+            `chat.frame_times`.
     """
 
     def __init__(self, chat: Chat, tokens: jax.Array, message: str = ""):
@@ -188,14 +308,8 @@ class Conversation:
 
         That is `answer_tokens`, or what the language model still takes.
         """
-        context = self._chat._llm_config.context
-        if length >= context:
-            raise UserError(
-                f"the conversation is too long: {length} tokens, {len(self.tokens)} of them of the "
-                f"video, where the language model takes {context} with the answer; ask for fewer "
-                f"tokens of the video, such as --tokens={self._fitting(length)}, or begin again"
-            )
-        answer_tokens = min(answer_tokens, context - length)
+        self._chat.check_length(length, len(self.tokens))
+        answer_tokens = min(answer_tokens, self._chat._llm_config.context - length)
         needed = length + PROMPT_STEP + answer_tokens
         missing = needed - self._cache.keys.shape[2]
         if missing > 0:
@@ -206,12 +320,6 @@ class Conversation:
                 values=jnp.pad(self._cache.values, grow),
             )
         return answer_tokens
-
-    def _fitting(self, length: int) -> int:
-        """Video tokens, before they are merged, with which half of the context would be left."""
-        chat = self._chat
-        spare = chat._llm_config.context // 2 - (length - len(self.tokens))
-        return max(spare, 1) * chat.encoder.merge
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,6 +333,14 @@ def _model(config: LanguageModelConfig, params: Tree) -> LanguageModel:
 def _embed(config: LanguageModelConfig, params: Tree, ids: np.ndarray) -> jax.Array:
     """Embeddings [L, D] of ids, int [L]."""
     return _model(config, params).embed(jnp.asarray(ids, jnp.int32)[None])[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_times(
+    config: LanguageModelConfig, params: Tree, video: VideoTokens, times: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `flux_chat.with_times_of`."""
+    return flux_chat.with_times_of(_model(config, params), video, times)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

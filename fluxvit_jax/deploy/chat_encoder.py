@@ -1,21 +1,31 @@
 """What a language model reads of a video: FluxViT's kept tokens, merged and projected."""
 
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Wrapped
 
 from fluxvit_jax.data.patches import patchify
+from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.mesh import (
+    compiler_options,
+    device_put_global,
+    mesh_over_fsdp,
+    platform_of,
+    put_rows,
+    traced_on_mesh,
+)
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid
-from fluxvit_jax.models import fluxvit
-from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig
-from fluxvit_jax.models.token_selection import GridLimits
+from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.objectives import flux_chat
+from fluxvit_jax.objectives.flux_chat import CONNECTOR, FluxChat
 from fluxvit_jax.objectives.flux_chat_weights import Projection
+from fluxvit_jax.objectives.frame_times import VideoTokens
 
 Tree = dict[str, Any]
 
@@ -26,17 +36,24 @@ class ChatEncoder:
     Attributes:
         merge: tokens of the network that become one of the language model.
         width: channels of these.
+        frame_times: whether the language model was trained with the times of frames between.
+
+    mesh: the devices, which split clips and parameters; by default the first one alone.
     """
 
-    def __init__(self, projection: Projection, dtype: str = "float32"):
+    def __init__(self, projection: Projection, dtype: str = "float32", mesh: Mesh | None = None):
         config = projection.config
+        self._mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
         self.merge: int = config.chat.merge
         self.width: int = projection.connector["fc2"]["bias"].shape[0]
-        self._in_time = config.chat.order == "time"
-        network = flux_chat.encoder_config(config, jax.default_backend())
+        self.frame_times: bool = config.chat.frame_times
+        self._order = flux_chat.token_order(config)
+        network = flux_chat.encoder_config(config, platform_of(self._mesh))
         self._network = replace(network, dtype=dtype)
-        self._params = jax.device_put(flux_chat.encoder_params(projection.network, network))
-        self._connector = jax.device_put(projection.connector)
+        params = flux_chat.encoder_params(projection.network, network)
+        params |= {CONNECTOR: projection.connector}
+        shardings = partition_rules.shardings(params, self._mesh, FluxChat.partition_rules)
+        self._params = device_put_global(params, shardings)
 
     def __call__(self, frames: np.ndarray, tokens: int) -> jax.Array:
         """The tokens of a clip, [N, width], in the order of the video.
@@ -45,17 +62,21 @@ class ChatEncoder:
 
         Raises UserError for a budget below `merge`.
         """
-        T, side = len(frames), frames.shape[1] // PATCH
+        return self.encode(frames[None], tokens).tokens[0]
+
+    def encode(self, clips: np.ndarray, tokens: int) -> VideoTokens:
+        """The same of several clips, uint8 [B, T, side, side, 3], with the tokens' frames."""
+        T, side = clips.shape[1], clips.shape[2] // PATCH
         budget = min(tokens, T * side * side)
         if budget < self.merge:
             raise UserError(
                 f"--tokens={tokens}: {self.merge} tokens are merged into one; ask for more"
             )
         program = _Program(
-            self._network, Grid(T, side, side), self.width, budget, self.merge, self._in_time
+            self._network, Grid(T, side, side), self.width, budget, self.merge, self._order
         )
-        patches = jnp.asarray(patchify(frames))[None]
-        return _encode(program, self._params, self._connector, patches)[0]
+        patches = np.stack([patchify(frames) for frames in clips])
+        return _compiled(program, self._mesh)(self._params, put_rows(patches, self._mesh))
 
 
 class _Program(NamedTuple):
@@ -66,18 +87,23 @@ class _Program(NamedTuple):
     width: int
     budget: int
     merge: int
-    in_time: bool
+    order: str
 
 
-@partial(jax.jit, static_argnums=0)
-def _encode(program: _Program, params: Tree, connector: Tree, patches: jax.Array) -> jax.Array:
-    """Tokens [B, N, width] of patches uint8 [B, P, 588]."""
-    grid, network = program.grid, program.network
-    limits = GridLimits(*grid, grid.tokens)
-    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), params)
-    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
-    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
-    kept = model.select(normalized, grids, program.budget, limits, jax.random.key(0))
-    tokens = flux_chat.features(model, patches, grids[:1], kept, limits)
-    projector = flux_chat.connector_of(network, program.width, connector)
-    return flux_chat.project(projector, tokens, program.merge, network.heads, program.in_time)
+@lru_cache
+def _compiled(program: _Program, mesh: Mesh) -> Wrapped:
+    """The jitted program: (params, patches uint8 [B, P, 588]) -> tokens, [B, N, width]."""
+
+    def encode(params: Tree, patches: jax.Array) -> VideoTokens:
+        return _encode(program, params, patches)
+
+    return jax.jit(traced_on_mesh(encode, mesh), compiler_options=compiler_options(mesh))
+
+
+def _encode(program: _Program, params: Tree, patches: jax.Array) -> VideoTokens:
+    network, params = program.network, dict(params)
+    projector = flux_chat.connector_of(network, program.width, params.pop(CONNECTOR))
+    found = flux_chat.features_on_grid(network, params, patches, program.grid, program.budget)
+    return flux_chat.project(
+        projector, VideoTokens(*found), program.merge, network.heads, program.order
+    )

@@ -7,14 +7,21 @@ answer is printed; of a folder of videos, one JSON object a line, in `OUT/answer
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fluxvit_jax.config.fields import FIELDS
 from fluxvit_jax.data.annotations import videos_below
-from fluxvit_jax.deploy.chat import Chat, Conversation, load_chat
+from fluxvit_jax.deploy.chat import Chat, Conversation, FirstQuestion, load_chat
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.devices import enough_memory
+from fluxvit_jax.distributed.mesh import make_mesh, mesh_over_fsdp, round_up_to_shards
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.reports.wording import count
 
@@ -33,8 +40,11 @@ class Options(NamedTuple):
     dtype: str | None = None
 
 
-def run(options: Options) -> int:
+def run(options: Options, config: ConfigDict | None = None) -> int:
     """Answers questions; returns the exit status, 0.
+
+    config: a recipe, if one was given: its `parallel.mesh` and `eval.batch_size` then hold. Without
+        one, all devices share one copy of the networks.
 
     Raises UserError: no such weights, language model or video; a folder without a question, or
     with no video that can be read.
@@ -44,9 +54,12 @@ def run(options: Options) -> int:
         raise UserError(f"--video={options.video}: no such file or folder")
     if source.is_dir() and not options.question:
         raise UserError(f"--video={options.video}: a folder needs one question for all: --question")
-    chat = load_chat(options.checkpoint, options.llm, options.dtype or "float32")
+    mesh = make_mesh(config) if config else mesh_over_fsdp(jax.devices())
+    chat = load_chat(options.checkpoint, options.llm, options.dtype or "float32", mesh)
     if source.is_dir():
-        return _answer_folder(chat, Path(options.video), options)
+        wanted = config.eval.batch_size if config else FIELDS["eval.batch_size"].default
+        batch_size = round_up_to_shards(wanted, mesh)
+        return _answer_folder(chat, Path(options.video), options, batch_size)
     begin = time.perf_counter()
     conversation = chat.open(options.video, options.tokens)
     _tell(f"{options.video}: read and encoded in {time.perf_counter() - begin:.1f} s, "
@@ -85,29 +98,59 @@ def _say_answer(conversation: Conversation, question: str) -> None:
     _tell(f"first word after {first:.2f} s{rate}")
 
 
-def _answer_folder(chat: Chat, folder: Path, options: Options) -> int:
+def _answer_folder(chat: Chat, folder: Path, options: Options, batch_size: int) -> int:
     """The answer about each video of a folder, or why it cannot be read, a JSON object a line."""
     videos = videos_below(folder)
     if not videos:
         raise UserError(f"--video={folder}: holds no videos")
     out, failed = Path(options.out), 0
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ANSWERS).open("w") as file:
-        for path in tqdm(videos, desc="answering", disable=None):
-            row = {"video": storage.display_name(path.relative_to(folder))}
-            try:
-                row["answer"] = chat.ask(path, options.question, options.tokens)
-            except UserError as error:
-                row["error"] = str(error)
-                failed += 1
-            line = json.dumps(row, ensure_ascii=False)
-            print(line, flush=True)
-            file.write(f"{line}\n")
+    too_large = (
+        f"config.eval.batch_size: {batch_size} videos at once are more than the devices' memory "
+        "takes; add a recipe, such as --config=mvbench, and a lower --config.eval.batch_size"
+    )
+    with (
+        (out / ANSWERS).open("w") as file,
+        tqdm(total=len(videos), desc="answering", unit="video", disable=None) as bar,
+    ):
+        for first in range(0, len(videos), batch_size):
+            part = videos[first : first + batch_size]
+            with enough_memory(too_large):
+                answers = _answers(chat, part, options, batch_size)
+            for path, answer in zip(part, answers, strict=True):
+                row = {"video": storage.display_name(path.relative_to(folder))}
+                row["error" if isinstance(answer, UserError) else "answer"] = str(answer)
+                failed += isinstance(answer, UserError)
+                line = json.dumps(row, ensure_ascii=False)
+                print(line, flush=True)
+                file.write(f"{line}\n")
             file.flush()
+            bar.update(len(part))
     if failed == len(videos):
         raise UserError(f"--video={folder}: none of {count(failed, 'video')} was answered: {line}")
     _tell(f"{count(len(videos) - failed, 'answer')}, {failed} failed, in {out / ANSWERS}")
     return 0
+
+
+def _answers(
+    chat: Chat, videos: Sequence[Path], options: Options, batch_size: int
+) -> list[str | UserError]:
+    """The answer about each of up to `batch_size` videos, or why there is none."""
+    budget, frames, side = chat.setting(options.tokens)
+    clips = np.zeros((batch_size, frames, side, side, 3), np.uint8)
+    asked: list[FirstQuestion | None] = [None] * batch_size
+    times: list[np.ndarray | None] = [None] * batch_size
+    errors: dict[int, UserError] = {}
+    for row, path in enumerate(videos):
+        try:
+            clip, message = chat.read(path, options.tokens)
+        except UserError as error:
+            errors[row] = error
+        else:
+            clips[row], times[row] = clip.frames, clip.times
+            asked[row] = FirstQuestion(options.question, message=message)
+    found = chat.ask_each(clips, asked, budget, times=times)
+    return [errors.get(row, found[row]) for row in range(len(videos))]
 
 
 def _tell(line: str) -> None:

@@ -24,6 +24,9 @@ from tqdm import tqdm
 
 from fluxvit_jax.adaptive.cascade import Cascade
 from fluxvit_jax.adaptive.planner import plan_cascade
+from fluxvit_jax.checkpoints import download
+from fluxvit_jax.checkpoints.workdir import read_config
+from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.convert.config_json import Setting, describe_assumption
 from fluxvit_jax.data.annotations import read_class_names, videos_below
 from fluxvit_jax.data.clips import Clip, read_clips
@@ -37,7 +40,7 @@ from fluxvit_jax.deploy.windows import read_windows, seconds_of, windows_of
 from fluxvit_jax.distributed import devices, storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, nearest_head
-from fluxvit_jax.objectives import flux_chat_weights
+from fluxvit_jax.objectives import flux_chat, flux_chat_weights
 from fluxvit_jax.reports.spreadsheet import cell
 from fluxvit_jax.reports.wording import count
 from fluxvit_jax.token_optimization import planner
@@ -327,8 +330,10 @@ class _Job(NamedTuple):
         arrays: dict[str, Any] = {}
         for (budget, *_), clip in zip(self.settings, clips, strict=True):
             if self.chat_encoder:
-                seen = np.asarray(self.chat_encoder(clip.frames, budget), np.float32)
-                arrays |= {f"llm_{budget}": seen}
+                video = self.chat_encoder.encode(clip.frames[None], budget)
+                arrays |= {f"llm_{budget}": np.asarray(video.tokens[0], np.float32)}
+                if self.chat_encoder.frame_times:
+                    arrays |= {f"seconds_{budget}": clip.times[np.asarray(video.frame[0])]}
             else:
                 arrays |= features(self.model, clip, budget, self.features, self.head)
         path = self.out / f"{storage.display_name(name)}.npz"
@@ -524,6 +529,8 @@ def _text_classifier(model: PretrainedModel, options: Options) -> TextClassifier
                 f"{options.weights}: has no classes of its own; name some, such as "
                 '--classes="opening a door,closing a door"'
             )
+        if model.space is None and not options.features:
+            _check_classes(model, options)
         return None
     if options.class_names:
         raise UserError("--classes and --class_names both name classes; give one of them")
@@ -533,6 +540,26 @@ def _text_classifier(model: PretrainedModel, options: Options) -> TextClassifier
             "trained on; weights of Flux-CLIP name any, see configs/clip.py"
         )
     return model.space.classifier(options.classes)
+
+
+def _check_classes(model: PretrainedModel, options: Options) -> None:
+    """Raises UserError for a network whose classifier nothing has trained, of a run or a file."""
+    if model.config.model.classes != NO_CLASSES:
+        return
+    weights, path = options.weights, storage.path_of(download.local_copy(options.weights))
+    configs = (read_config(folder) for folder in (path, *path.parents[:2]))
+    config = next(filter(None, configs), {})
+    if config.get("train", {}).get("objective") == flux_chat.OBJECTIVE:
+        raise UserError(
+            f"{weights}: is a video chat and has no classes; ask it about the video: --mode=chat "
+            f"--checkpoint={weights} --video={options.video}, or write what its language model "
+            "reads: --features=llm"
+        )
+    raise UserError(
+        f"{weights}: was pre-trained and has no classes; fine-tune it, such as with "
+        f"--config=custom --config.train.init_from={weights}, or write its features: "
+        "--features=pooled"
+    )
 
 
 def _tell_calibration(model: PretrainedModel, options: Options) -> None:

@@ -48,6 +48,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def mesh_over_fsdp(devices: Sequence[jax.Device]) -> Mesh:
+    """Devices that split one copy of the parameters."""
+    shape = (1, len(devices), 1)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
 def mesh_shape(config: ConfigDict, devices: int) -> tuple[int, int, int]:
     """The sides of the mesh over `devices` devices; a side of -1 takes all that are left.
 
@@ -178,6 +184,12 @@ def _put(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
     shape = (shards * rows, *array.shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), shard)
+
+
+def put_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """An array [B, ...] of the only host, split by row if its rows divide, else on every device."""
+    divides = len(array) % clip_shards(mesh) == 0
+    return jax.device_put(array, batch_sharding(mesh) if divides else replicated(mesh))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:

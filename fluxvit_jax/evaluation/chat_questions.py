@@ -8,30 +8,30 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import jax
-import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.data.annotations import digest
-from fluxvit_jax.data.augmentation import resize_clip
-from fluxvit_jax.data.clips import middle_square
-from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.data.images import open_clip
-from fluxvit_jax.deploy.chat import Chat
+from fluxvit_jax.data.host_share import HostShare
+from fluxvit_jax.data.pipeline import Batches
+from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.deploy.chat import Chat, FirstQuestion
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.devices import enough_memory
+from fluxvit_jax.distributed.mesh import make_mesh, round_up_to_shards
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import mvbench, retrieve
-from fluxvit_jax.evaluation.evaluate import report_words
+from fluxvit_jax.evaluation.evaluate import progress_bar, report_words
 from fluxvit_jax.evaluation.mvbench import Answer, Question
+from fluxvit_jax.evaluation.mvbench_clips import QuestionClips
 from fluxvit_jax.objectives import flux_chat_weights
+from fluxvit_jax.objectives.flux_chat_weights import ChatWeights
 
 Setting = tuple[int, int, int]  # tokens, frames, pixels
 Report = dict[str, Any]
@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: str) -> int:
 
     Returns the exit status, 0.
 
-    Raises UserError: no run of video chat, no questions, several hosts.
+    Raises UserError: no run of video chat, no questions, several hosts, a batch that does not fit.
     """
     if jax.process_count() > 1:
         raise UserError("config.eval.task: mvbench runs on one host")
@@ -63,41 +63,37 @@ def run(config: ConfigDict, workdir: str) -> int:
         )
     folder = storage.path_of(workdir)
     questions = mvbench.read_questions(config.data.validation, config.data.root or None)
+    mesh = make_mesh(config)
     llm = "" if config.chat.llm == REQUIRED else config.chat.llm
-    weights = flux_chat_weights.read(folder, llm, config.model.dtype)
-    chat = Chat(weights, config.model.dtype)
+    weights = flux_chat_weights.read(folder, llm, config.model.dtype, mesh)
     settings = [tuple(setting) for setting in config.eval.settings]
-    form, squeeze = config.eval.prompt, config.eval.resize == "squeeze"
-    about = {
-        "checkpoint": weights.projection.origin,
-        "language_model": os.path.basename(os.path.normpath(weights.llm_folder)),
-        "language_model_fingerprint": weights.llm_fingerprint,
-        "data": config.data.validation,
-        "questions": digest(str(question) for question in questions),
-        "prompt": form,
-        "resize": config.eval.resize,
-    }
+    about = _about(config, weights, questions)
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     words = f"{report_words(config.data.validation)}-mvbench"
     answers_file = folder / retrieve.FOLDER / f"{words}-{digits}-answers.jsonl"
     storage.make_folder(answers_file.parent)
-    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
-        kept = _kept(answers_file, questions)
-        todo = [
-            (setting, question)
-            for question in questions
-            for setting in settings
-            if _key(setting, question) not in kept
-        ]
-        if len(todo) < len(questions) * len(settings):
-            print(f"{len(kept)} answers are in {answers_file}; {len(todo)} are to be given")
-        with open(answers_file, "a") as file:
-            for setting, question in tqdm(todo, desc="answering", disable=None):
-                answer = ask(chat, question, setting, form, squeeze)
-                kept[_key(setting, question)] = answer
-                file.write(json.dumps(_row(setting, answer), ensure_ascii=False) + "\n")
+    kept = _kept(answers_file, questions)
+    todo = {
+        setting: [question for question in questions if _key(setting, question) not in kept]
+        for setting in settings
+    }
+    left = sum(map(len, todo.values()))
+    if left < len(questions) * len(settings):
+        print(f"{len(kept)} answers are in {answers_file}; {left} are to be given")
+    chat = Chat(weights, config.model.dtype, mesh)
+    with (
+        Watchdog(config.log.watchdog_seconds, folder) as watchdog,
+        progress_bar(left, desc="answering", unit="question") as bar,
+        open(answers_file, "a") as file,
+    ):
+        for setting, lacking in todo.items():
+            for answers in answered(chat, config, setting, lacking, mesh) if lacking else ():
+                kept |= {_key(setting, answer.question): answer for answer in answers}
+                file.writelines(_line(setting, answer) for answer in answers)
                 file.flush()
+                bar.update(len(answers))
                 watchdog.alive()
+            watchdog.pause()  # the next setting has to be compiled
     budgets = {
         str(setting[0]): {"frames": setting[1], "resolution": setting[2]}
         | mvbench.summarize([kept[_key(setting, question)] for question in questions])
@@ -110,68 +106,90 @@ def run(config: ConfigDict, workdir: str) -> int:
     return 0
 
 
-def ask(chat: Chat, question: Question, setting: Setting, form: str, squeeze: bool) -> Answer:
-    """A chat's answer at (tokens, frames, pixels), or why the video could not be read."""
-    tokens, frames, resolution = setting
-    try:
-        pixels = read_middles(question, frames)
-    except DecodeError as error:
-        return Answer(question=question, failure=error.reason)
-    if squeeze:
-        clip = resize_clip(pixels, resolution, resolution, cv2.INTER_CUBIC)
-    else:
-        clip = middle_square(pixels, resolution)
-    prompt = mvbench.prompt_of(question, form)
-    generated = chat.about(clip, tokens).ask(
-        prompt.text, mvbench.NEW_TOKENS[form], prompt.answer_start
-    )
-    return Answer(question=question, prediction=mvbench.prediction_of(generated, form))
+def _about(config: ConfigDict, weights: ChatWeights, questions: Sequence[Question]) -> Report:
+    """What the answers depend on, besides the setting."""
+    return {
+        "checkpoint": weights.projection.origin,
+        "language_model": os.path.basename(os.path.normpath(weights.llm_folder)),
+        "language_model_fingerprint": weights.llm_fingerprint,
+        "data": config.data.validation,
+        "questions": digest(str(question) for question in questions),
+        "prompt": config.eval.prompt,
+        "resize": config.eval.resize,
+    }
 
 
-def read_middles(question: Question, frames: int) -> np.ndarray:
-    """The official frames of a question's video: uint8 [frames, height, width, 3].
+def answered(
+    chat: Chat, config: ConfigDict, setting: Setting, questions: Sequence[Question], mesh: Mesh
+) -> Iterator[list[Answer]]:
+    """A chat's answers at (tokens, frames, pixels), `eval.batch_size` questions at a time.
 
-    Raises DecodeError.
+    A video that cannot be read has the reason in place of an answer.
+
+    Raises UserError: a question is too long for the language model; a batch does not fit.
     """
-    if question.frame_rate:
-        return _read_folder(question, frames)
-    with open_clip(question.video) as video:
-        rate = video.frame_rate if isinstance(video, Video) else None
-        if not rate and question.seconds:
-            raise DecodeError(
-                question.video, "names no frame rate, and a part of it is asked about"
-            )
-        numbers = mvbench.segment_middles(len(video) - 1, frames, rate or 1.0, question.seconds)
-        return video.read(numbers)
+    tokens, frames, resolution = setting
+    form = config.eval.prompt
+    quarantine: Quarantine = {}
+    clips = QuestionClips(
+        questions=questions,
+        frames=frames,
+        side=resolution,
+        squeeze=config.eval.resize == "squeeze",
+        quarantine=quarantine,
+    )
+    size = round_up_to_shards(config.eval.batch_size, mesh)
+    too_large = (
+        f"config.eval.batch_size: {size} questions at once are more than the devices' memory "
+        "takes; lower it, and the answers so far stay"
+    )
+    with Batches(
+        HostShare(clips, size),
+        size,
+        config.data.workers,
+        frames * resolution**2 * 3,
+        clip_seconds=config.data.clip_seconds,
+        quarantine=quarantine,
+    ) as batches:
+        for batch in batches:
+            rows = [
+                (questions[number], str(failure)) if number >= 0 else None
+                for number, failure in zip(batch["number"], batch["failure"], strict=True)
+            ]
+            asked = [first_question(row[0], form) if row and not row[1] else None for row in rows]
+            with enough_memory(too_large):
+                texts = chat.ask_each(
+                    batch["clip"], asked, tokens, mvbench.NEW_TOKENS[form], list(batch["times"])
+                )
+            pairs = zip(rows, texts, strict=True)
+            yield [_answer(*row, text, form) for row, text in pairs if row]
 
 
-def _read_folder(question: Question, frames: int) -> np.ndarray:
-    """The same of a folder of frames, 00001.jpg and so on."""
-    assert question.frame_rate is not None
-    folder = Path(question.video)
-    last = len(list(folder.glob("*.jpg"))) if folder.is_dir() else 0
-    if not last:
-        raise DecodeError(question.video, "is no folder of frames, 00001.jpg and so on")
-    numbers = mvbench.segment_middles(last, frames, question.frame_rate, question.seconds, 1)
-    found = []
-    for number in numbers:
-        pixels = cv2.imread(str(folder / f"{number:05}.jpg"))
-        if pixels is None:
-            raise DecodeError(question.video, f"its frame {number:05}.jpg cannot be read")
-        found.append(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
-    return np.stack(found)
+def first_question(question: Question, form: str) -> FirstQuestion:
+    """What a chat is asked, by the official prompt of `mvbench.FORMS`."""
+    prompt = mvbench.prompt_of(question, form)
+    return FirstQuestion(prompt.text, prompt.answer_start)
+
+
+def _answer(question: Question, failure: str, text: str | UserError, form: str) -> Answer:
+    if failure:
+        return Answer(question=question, failure=failure)
+    if isinstance(text, UserError):
+        raise text
+    return Answer(question=question, prediction=mvbench.prediction_of(text, form))
 
 
 def _key(setting: Setting, question: Question) -> Key:
     return Key(*setting, question.task, question.number)
 
 
-def _row(setting: Setting, answer: Answer) -> Report:
+def _line(setting: Setting, answer: Answer) -> str:
     """A line of the file of answers."""
-    return _key(setting, answer.question)._asdict() | {
+    row = _key(setting, answer.question)._asdict() | {
         "prediction": answer.prediction,
         "failure": answer.failure,
     }
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _kept(path: epath.Path, questions: Sequence[Question]) -> dict[Key, Answer]:

@@ -34,19 +34,27 @@ class Merged(NamedTuple):
     """Tokens that stand for others.
 
     tokens: [B, K, C], means of what they stand for; sizes: float32 [B, K], how many that are;
-    position: int32 [B, K], the one of each that the others were merged into.
+    position: int32 [B, K], the one of each that the others were merged into; frame: float32 [B, K],
+    the mean frame.
     """
 
     tokens: jax.Array
     sizes: jax.Array
     position: jax.Array
+    frame: jax.Array
 
 
-def merge(tokens: Float[Array, "B N C"], keep: int, heads: int) -> Merged:
+def merge(
+    tokens: Float[Array, "B N C"],
+    keep: int,
+    heads: int,
+    frame: Int[Array, "B N"] | None = None,
+) -> Merged:
     """Merges tokens until `keep` are left, in the official order.
 
     That is: in each step, those that were not merged by falling similarity, then those that others
-    could be merged into. heads: of the encoder; tokens are compared by the mean of their heads.
+    could be merged into. heads: of the encoder; tokens are compared by the mean of their heads;
+    frame: of each token, if it matters.
 
     Raises ValueError for more tokens than there are.
     """
@@ -54,7 +62,8 @@ def merge(tokens: Float[Array, "B N C"], keep: int, heads: int) -> Merged:
     if not 0 < keep <= N:
         raise ValueError(f"{N} tokens cannot be merged into {keep}")
     position = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32), (B, N))
-    merged = Merged(tokens, jnp.ones((B, N), jnp.float32), position)
+    frames = jnp.zeros((B, N)) if frame is None else jnp.asarray(frame, jnp.float32)
+    merged = Merged(tokens, jnp.ones((B, N), jnp.float32), position, frames)
     for count in merge_plan(N, keep):
         merged = _merge_step(merged, count, heads)
     return merged
@@ -64,6 +73,18 @@ def in_order(merged: Merged) -> Merged:
     """Tokens in the order that they had before they were merged."""
     order = jnp.argsort(merged.position, axis=1)
     return Merged(*(take_rows(x, order) for x in merged))
+
+
+def by_frame(merged: Merged) -> Merged:
+    """Tokens in the order of the frames that their means are nearest to, then as `in_order`."""
+    merged = in_order(merged)
+    order = jnp.argsort(nearest_frame(merged), axis=1, stable=True)
+    return Merged(*(take_rows(x, order) for x in merged))
+
+
+def nearest_frame(merged: Merged) -> Int[Array, "B K"]:
+    """The frame that the mean of each token is nearest to, from 0."""
+    return jnp.floor(merged.frame + 0.5).astype(jnp.int32)
 
 
 def merge_plan(tokens: int, keep: int) -> list[int]:
@@ -90,7 +111,9 @@ def _merge_step(merged: Merged, count: int, heads: int) -> Merged:
         partner = take_rows(partner, order[:, :count])
     sizes = _add_at(odd.sizes, partner, even.sizes)
     sums = _add_at(_weighted(odd), partner, _weighted(even))
-    into = Merged((sums / sizes[..., None]).astype(merged.tokens.dtype), sizes, odd.position)
+    frames = _add_at(odd.frame * odd.sizes, partner, even.frame * even.sizes) / sizes
+    means = (sums / sizes[..., None]).astype(merged.tokens.dtype)
+    into = Merged(means, sizes, odd.position, frames)
     return Merged(*(jnp.concatenate(pair, axis=1) for pair in zip(rest, into, strict=True)))
 
 

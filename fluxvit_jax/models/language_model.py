@@ -105,7 +105,7 @@ class LanguageModel(nnx.Module):
         """An empty cache for texts of up to `length` tokens, padding on the left included."""
         config = self.config
         shape = (config.depth, begin.shape[0], length, config.kv_heads, config.head_size)
-        empty = jnp.zeros(shape, self.dtype)
+        empty = sharding_constraints.constrain_cache(jnp.zeros(shape, self.dtype))
         return Cache(keys=empty, values=empty, length=jnp.int32(0), begin=begin)
 
     def extend(self, x: Float[Array, "B L C"], cache: Cache) -> tuple[Float[Array, "B L C"], Cache]:
@@ -188,6 +188,7 @@ class DecoderLayer(nnx.Module):
 
         visible: bool [B, L, slots]; memory: keys and values, [B, slots, kv_heads, head_size].
         """
+        x = sharding_constraints.constrain_batch(x)
         q, *new = self._qkv(x, positions)
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(old, added, length, axis=1)

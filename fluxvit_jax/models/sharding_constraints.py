@@ -53,3 +53,13 @@ def constrain_batch(x: Shaped[Array, "B *rest"]) -> Shaped[Array, "B *rest"]:
         return x
     spec = PartitionSpec(clip_axes(mesh, x.shape[0]), *[None] * (x.ndim - 1))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_cache(x: Shaped[Array, "depth B L heads D"]) -> Shaped[Array, "depth B L heads D"]:
+    """Keys or values of all layers, constrained to be split along texts and heads."""
+    mesh = ambient_mesh()
+    if mesh is None:
+        return x
+    _, B, _, heads, _ = x.shape
+    spec = PartitionSpec(None, clip_axes(mesh, B), None, head_axis(mesh, heads), None)
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -8,7 +8,7 @@ registered by importing it, for example in the recipe that trains it.
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,26 @@ from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.pipeline import ClipData, training_source
+from fluxvit_jax.data.splits import open_validation
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.token_selection import GridLimits
 
 Tree = dict[str, Any]
 Fields = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype for one clip
+
+
+class Measure(NamedTuple):
+    """What ranks the checkpoints of a run.
+
+    start: of the names of its metrics, which end in a budget; word: for people; falls: whether less
+    is better, as of a loss, which is no share.
+    """
+
+    start: str
+    word: str
+    falls: bool = False
+
 
 FROZEN_SCOPE = "teacher"  # `jax.named_scope` of the computations of frozen networks
 
@@ -81,6 +95,18 @@ class Objective:
         derives from its key, so results do not depend on sharding or accumulation.
         """
         raise NotImplementedError
+
+    def turns(self) -> "dict[str, Objective]":
+        """Objectives of which each step takes another one, in this order, by names for people.
+
+        Most have a single one, itself.
+        """
+        return {"": self}
+
+    @classmethod
+    def step_budgets(cls, config: ConfigDict) -> tuple[int, ...]:
+        """The budgets that one step trains; where steps differ, those of the largest step."""
+        return tuple(config.train.budgets)
 
     def weighted(self, class_weights: Sequence[float]) -> "Objective":
         """The objective with weighted classes in the loss (`train.class_weights`).
@@ -155,9 +181,14 @@ class Objective:
         return None
 
     @classmethod
-    def measure(cls, config: ConfigDict) -> tuple[str, str]:
-        """The beginning of the metrics that tell the best checkpoint, and their name in words."""
-        return ("map_", "mAP") if config.train.multi_label else ("top1_", "top-1")
+    def open_validation(cls, config: ConfigDict, training: Source) -> Source:
+        """The videos that `data.validation` names. Raises UserError if they cannot be used."""
+        return open_validation(config, training)
+
+    @classmethod
+    def measure(cls, config: ConfigDict) -> Measure:
+        """What validation measures first of all."""
+        return Measure("map_", "mAP") if config.train.multi_label else Measure("top1_", "top-1")
 
     @classmethod
     def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:

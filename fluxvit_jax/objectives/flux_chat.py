@@ -17,17 +17,18 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config.fields import REQUIRED
+from fluxvit_jax.config.fields import REQUIRED, numbers_of
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.chat_texts import ChatTexts
+from fluxvit_jax.data.chat_texts import TIME_TOKENS, ChatTexts
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import blocks, connector, fluxvit, language_model, padded_sequence
 from fluxvit_jax.models.connector import Connector
 from fluxvit_jax.models.flops import connector_macs, language_model_macs
@@ -38,17 +39,22 @@ from fluxvit_jax.objectives import next_token_loss
 from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Fields,
+    Measure,
     Objective,
     check_without_classes,
     multi_budget_value_and_grad,
     register,
 )
+from fluxvit_jax.objectives.frame_times import VideoTokens, with_times
 from fluxvit_jax.objectives.micro_batches import mapped
 
 Tree = dict[str, Any]
 
 OBJECTIVE = "flux_chat"
 CONNECTOR, LLM = "connector", "llm"  # names among the parameters
+TEXTS = ("text", "labels", "place", "times")  # arrays of a batch; times: of frames, if told
+BY_FRAME = "frame"
+LOSS = "loss_"  # of validation, before the budget
 
 
 @register(OBJECTIVE)
@@ -59,9 +65,10 @@ class FluxChat(Objective):
     The loss of a budget is the mean over all labels of the whole batch, as in the official code;
     the losses of the budgets are added.
 
-    budgets: decreasing. group: clips that share a grid. parts: of a batch, in which it goes through
-    the networks. merge: tokens of a budget that become one. in_time: whether merged tokens are in
-    the order of the video. train_llm: whether the language model is trained.
+    budgets: decreasing. by_turns: whether each step trains one of them, in turn. group: clips
+    that share a grid. parts: of a batch, in which it goes through the networks. merge: tokens of
+    a budget that become one. order: of merged tokens, see `token_order`. train_llm: whether the
+    language model is trained.
     """
 
     labelled: ClassVar[bool] = False
@@ -85,10 +92,11 @@ class FluxChat(Objective):
     llm: LanguageModelConfig
     limits: GridLimits
     budgets: tuple[int, ...]
+    by_turns: bool
     group: int
     parts: int
     merge: int
-    in_time: bool
+    order: str
     train_llm: bool
 
     @classmethod
@@ -98,10 +106,11 @@ class FluxChat(Objective):
             llm=llm_config(config),
             limits=limits,
             budgets=tuple(config.train.budgets),
+            by_turns=config.chat.step_budgets == "one",
             group=config.data.clips_per_grid,
             parts=config.train.grad_accum_steps,
             merge=config.chat.merge,
-            in_time=config.chat.order == "time",
+            order=token_order(config),
             train_llm=trains_llm(config),
         )
 
@@ -112,10 +121,6 @@ class FluxChat(Objective):
             raise UserError('config.train.freeze: flux_chat trains no video network; set it "all"')
         if config.data.holdout_fraction:
             raise UserError("config.data.holdout_fraction: flux_chat leaves no videos out; set 0")
-        if config.data.validation:
-            raise UserError(
-                "config.data.validation: flux_chat is not evaluated on the way; leave it empty"
-            )
         if config.model.selector.rounding != "exact":
             raise UserError("config.model.selector.rounding: flux_chat takes exact budgets only")
         depth = VARIANTS[config.model.variant].depth
@@ -123,6 +128,11 @@ class FluxChat(Objective):
             raise UserError(
                 f"config.chat.layer: {config.chat.layer}, and {config.model.variant} has {depth} "
                 f"blocks; -{depth} is the first"
+            )
+        if config.chat.frame_times and config.chat.order != "time":
+            raise UserError(
+                "config.chat.frame_times: takes tokens in the order of the video; chat.order is "
+                f"{config.chat.order}, set it to time"
             )
         fewest = config.data.grids.tokens[0]
         for budget in config.train.budgets:
@@ -163,17 +173,7 @@ class FluxChat(Objective):
     @classmethod
     def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:
         """The language model, in the compute dtype."""
-        if trains_llm(config):
-            return {}
-        tree = {LLM: language_model_files.shapes(llm_config(config))}
-        partition_rules.check(tree, mesh, "the language model", cls.partition_rules)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, jnp.dtype(config.model.dtype), sharding=sharding
-            ),
-            tree,
-            partition_rules.shardings(tree, mesh, cls.partition_rules),
-        )
+        return {} if trains_llm(config) else {LLM: llm_shapes(llm_config(config), mesh)}
 
     @classmethod
     def load_frozen(cls, config: ConfigDict, mesh: Mesh) -> Tree:
@@ -192,9 +192,11 @@ class FluxChat(Objective):
     @classmethod
     def clip_fields(cls, config: ConfigDict) -> Fields:
         tokens = config.chat.text_tokens
-        return {name: ((tokens,), "int32") for name in ("text", "labels")} | {
-            "place": ((), "int32")
-        }
+        fields: Fields = {name: ((tokens,), "int32") for name in ("text", "labels")}
+        fields["place"] = ((), "int32")
+        if frames := timed_frames(config):
+            fields["times"] = ((frames, TIME_TOKENS), "int32")
+        return fields
 
     @classmethod
     def open_training(cls, config: ConfigDict) -> Source:
@@ -204,9 +206,27 @@ class FluxChat(Objective):
         return source
 
     @classmethod
+    def open_validation(cls, config: ConfigDict, training: Source) -> Source:
+        """Likewise; what they leave out of a text is not measured either."""
+        source = open_conversations(config.data.validation, config.data.root, config.chat.template)
+        cls.text_arrays(config).check(source)
+        return source
+
+    @classmethod
+    def measure(cls, config: ConfigDict) -> Measure:
+        return Measure(LOSS, "loss of a token", falls=True)
+
+    @classmethod
     def text_arrays(cls, config: ConfigDict) -> ChatTexts:
         chat = config.chat
-        return ChatTexts(chat.llm, chat.template, chat.labels, chat.text_tokens)
+        return ChatTexts(
+            chat.llm,
+            chat.template,
+            chat.labels,
+            chat.text_tokens,
+            chat.time_message,
+            timed_frames(config),
+        )
 
     @classmethod
     def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
@@ -221,18 +241,28 @@ class FluxChat(Objective):
         """The language model counts twice where it is frozen: gradients pass through it."""
         llm = llm_config(config)
         trained = frozen = attention = 0.0
-        for budget in config.train.budgets:
+        for budget in cls.step_budgets(config):
             tokens = budget // config.chat.merge
             trained += connector_macs(encoder_config(config).width, llm.width, tokens)
-            all_macs, attention_only = language_model_macs(
-                llm, tokens + config.chat.text_tokens - 1, config.chat.text_tokens
-            )
+            whole = tokens + timed_frames(config) * TIME_TOKENS + config.chat.text_tokens - 1
+            all_macs, attention_only = language_model_macs(llm, whole, config.chat.text_tokens)
             if trains_llm(config):
                 trained += all_macs
             else:
                 frozen += 2 * all_macs
                 attention += 2 * attention_only
         return trained, frozen, attention
+
+    def turns(self) -> dict[str, Objective]:
+        """One budget each, if they take turns, the largest first."""
+        if not self.by_turns:
+            return {"": self}
+        return {f"{budget} tokens": replace(self, budgets=(budget,)) for budget in self.budgets}
+
+    @classmethod
+    def step_budgets(cls, config: ConfigDict) -> tuple[int, ...]:
+        budgets = tuple(config.train.budgets)
+        return budgets[:1] if config.chat.step_budgets == "one" else budgets
 
     def value_and_grad(self, params: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """As in `Objective`; `frozen` holds the video network and may hold the language model."""
@@ -242,7 +272,7 @@ class FluxChat(Objective):
         video_network = encoder_params(frozen, self.network)
         with jax.named_scope(FROZEN_SCOPE):
             kept = self._mapped(self._select, video_network, clips)
-        texts = {name: batch[name] for name in ("text", "labels", "place")}
+        texts = {name: batch[name] for name in TEXTS if name in batch}
         total = next_token_loss.labels_counted(batch["labels"])
         added = {name: params[name] for name in (CONNECTOR, LLM) if name in params}
 
@@ -252,11 +282,11 @@ class FluxChat(Objective):
             tokens = min(tokens, self.limits.fewest_tokens)
             own = clips | {"kept": take_prefix(kept, tokens, self.limits.fewest_tokens)}
             with jax.named_scope(FROZEN_SCOPE):
-                features = self._mapped(self._features, video_network, own)
+                features, frame = self._mapped(self._features, video_network, own)
             losses, hits = self._mapped(
-                lambda params, clips: self._scores(params | _llm_of(frozen), clips),
+                lambda params, clips: self.scores(params | _llm_of(frozen), clips),
                 params,
-                texts | {"features": features},
+                texts | {"features": features, "frame": frame},
             )
             loss = jnp.sum(losses) / total
             return loss, ({"answer": loss, "top1": jnp.sum(hits) / total}, None)
@@ -276,20 +306,32 @@ class FluxChat(Objective):
         patches = fluxvit.normalize(clips["patches"], jnp.dtype(self.network.dtype))
         return model.select(patches, clips["grid"], budget, self.limits, clips.get("key"))
 
-    def _features(self, params: Tree, clips: Tree) -> jax.Array:
+    def _features(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
         model: FluxViT = fluxvit.from_params(fluxvit.graphdef(self.network), params)
         grids = clips["grid"][:: self.group]
         return features(model, clips["patches"], grids, clips["kept"], self.limits)
 
-    def _scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
-        """Of each clip the sum of its answer's losses and the number of its hits."""
+    def scores(self, params: Tree, clips: Tree) -> tuple[jax.Array, jax.Array]:
+        """Of each clip the sum of its answer's losses and the number of its hits, float32 [B].
+
+        params: projector and language model; clips: the arrays of `TEXTS`, and "features" [B, N, C]
+        and "frame" [B, N] as `features` gives them.
+        """
         llm: LanguageModel = fluxvit.from_params(language_model.graphdef(self.llm), params[LLM])
         projector = connector_of(self.network, self.llm.width, params[CONNECTOR])
-        video = project(projector, clips["features"], self.merge, self.network.heads, self.in_time)
-        place = clips["place"]
-        embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place)
+        seen = project(
+            projector,
+            VideoTokens(clips["features"], clips["frame"]),
+            self.merge,
+            self.network.heads,
+            self.order,
+        )
+        video, length, place = seen.tokens, None, clips["place"]
+        if self.order == BY_FRAME:
+            video, length = with_times_of(llm, seen, clips["times"])
+        embeddings = next_token_loss.with_video(llm.embed(clips["text"]), video, place, length)
         hidden = llm.encode(embeddings, remat=True)
-        return next_token_loss.answer_scores(hidden, clips["labels"], place, llm.logits)
+        return next_token_loss.answer_scores(hidden, clips["labels"], place, llm.logits, length)
 
 
 def trains_llm(config: ConfigDict) -> bool:
@@ -297,9 +339,47 @@ def trains_llm(config: ConfigDict) -> bool:
     return config.chat.train == "projector+llm"
 
 
+def token_order(config: ConfigDict) -> str:
+    """Order of merged tokens: "time", "official", or for times of frames `BY_FRAME`."""
+    return BY_FRAME if config.chat.frame_times else config.chat.order
+
+
+def timed_frames(config: ConfigDict) -> int:
+    """Most frames of a training clip whose times are told; 0 if none are."""
+    if not config.chat.frame_times:
+        return 0
+    return max(numbers_of("data.grids.frames", config.data.grids.frames))
+
+
+def with_times_of(
+    llm: LanguageModel, video: VideoTokens, times: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`with_times` of texts by their ids, int32 [B, T, M], below 0 for padding."""
+    B, T, M = times.shape
+    embedded = llm.embed(jnp.maximum(times, 0).reshape(B, T * M))
+    return with_times(video, embedded.reshape(B, T, M, -1), times >= 0)
+
+
 def llm_config(config: ConfigDict) -> LanguageModelConfig:
     """The language model in the compute dtype. Raises UserError as `read_config`."""
     return language_model_files.read_config(config.chat.llm).in_dtype(config.model.dtype)
+
+
+def llm_shapes(config: LanguageModelConfig, mesh: Mesh | AbstractMesh) -> Tree:
+    """Shapes of the language model in its compute dtype, and how the mesh shares it.
+
+    Raises UserError if a side of the mesh does not divide it.
+    """
+    tree = {LLM: language_model_files.shapes(config)}
+    partition_rules.check(tree, mesh, "the language model", FluxChat.partition_rules)
+    sharded = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.dtype(config.dtype), sharding=sharding
+        ),
+        tree,
+        partition_rules.shardings(tree, mesh, FluxChat.partition_rules),
+    )
+    return sharded[LLM]
 
 
 def encoder_config(config: ConfigDict, platform: str = "") -> FluxViTConfig:
@@ -324,8 +404,10 @@ def features(
     grid: jax.Array,
     kept: Selection,
     limits: GridLimits,
-) -> jax.Array:
-    """The tokens of kept patches, [B, N, C], in the order t, h, w and without CLS.
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens of kept patches, [B, N, C], and their frames, int32 [B, N], from 0.
+
+    They are in the order t, h, w, without CLS.
 
     model: up to the block whose tokens are projected; patches: uint8 [B, P, 588]; grid: int32
     [G, 3], one for each run of B / G clips.
@@ -335,7 +417,26 @@ def features(
         fluxvit.gather_tokens(patches, ordered), jnp.dtype(model.config.dtype)
     )
     position = model.position(grid, ordered.token_index, limits)
-    return model.encode(tokens, position, ordered)[:, 1:]
+    of_frame = jnp.repeat(grid[:, 1] * grid[:, 2], len(patches) // len(grid))
+    frame = ordered.token_index // of_frame[:, None]
+    return model.encode(tokens, position, ordered)[:, 1:], frame
+
+
+def features_on_grid(
+    network: FluxViTConfig, params: Tree, patches: jax.Array, grid: Grid, budget: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same of the patches that a budget keeps of clips on one grid.
+
+    network, params: of the encoder, see `encoder_config` and `encoder_params`.
+    """
+    limits = GridLimits(*grid, grid.tokens)
+    model: FluxViT = fluxvit.from_params(fluxvit.graphdef(network), params)
+    grids = jnp.broadcast_to(jnp.asarray(grid, jnp.int32), (len(patches), 3))
+    normalized = fluxvit.normalize(patches, jnp.dtype(network.dtype))
+    # One key for every clip: what is drawn of it depends on no other.
+    keys = jnp.broadcast_to(jax.random.key(0), (len(patches),))
+    kept = model.select(normalized, grids, budget, limits, keys)
+    return features(model, patches, grids[:1], kept, limits)
 
 
 def connector_of(network: FluxViTConfig, width: int, params: Tree) -> Connector:
@@ -345,11 +446,19 @@ def connector_of(network: FluxViTConfig, width: int, params: Tree) -> Connector:
 
 
 def project(
-    projector: Connector, tokens: jax.Array, merge: int, heads: int, in_time: bool
-) -> jax.Array:
-    """What the language model reads of a video, [B, N / merge, D]; tokens: [B, N, C]."""
-    merged = connector.merge(tokens, max(1, tokens.shape[1] // merge), heads)
-    return projector((connector.in_order(merged) if in_time else merged).tokens)
+    projector: Connector, features: VideoTokens, merge: int, heads: int, order: str
+) -> VideoTokens:
+    """What the language model reads of videos, [B, N / merge, D].
+
+    features: of kept patches, see `features`; order: see `token_order`.
+    """
+    keep = max(1, features.tokens.shape[1] // merge)
+    merged = connector.merge(features.tokens, keep, heads, features.frame)
+    if order == BY_FRAME:
+        merged = connector.by_frame(merged)
+    elif order == "time":
+        merged = connector.in_order(merged)
+    return VideoTokens(projector(merged.tokens), connector.nearest_frame(merged))
 
 
 def _connector(config: ConfigDict, rngs: nnx.Rngs) -> Connector:

@@ -39,6 +39,7 @@ from fluxvit_jax.objectives import flux_clip_text
 from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Fields,
+    Measure,
     Objective,
     check_without_classes,
     multi_budget_value_and_grad,
@@ -199,8 +200,8 @@ class FluxCLIP(Objective):
         return {"text": ((CONTEXT,), "int32"), "identity": ((2,), "int32")}
 
     @classmethod
-    def measure(cls, config: ConfigDict) -> tuple[str, str]:
-        return "t2v_r1_", "text to video R@1"
+    def measure(cls, config: ConfigDict) -> Measure:
+        return Measure("t2v_r1_", "text to video R@1")
 
     @classmethod
     def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:

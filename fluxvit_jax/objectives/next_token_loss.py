@@ -18,13 +18,21 @@ SCORED_TOKENS = 32
 
 
 def with_video(
-    text: Float[Array, "B T C"], video: Float[Array, "B K C"], place: Int[Array, " B"]
+    text: Float[Array, "B T C"],
+    video: Float[Array, "B K C"],
+    place: Int[Array, " B"],
+    length: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B S C"]:
-    """Texts with a video's K tokens instead of the token at `place`: [B, T - 1 + K, C]."""
+    """Texts with a video's K tokens instead of the token at `place`: [B, T - 1 + K, C].
+
+    length: of each video, if only its first tokens are real; as many slots at the end are then of
+    no meaning.
+    """
     T, K = text.shape[1], video.shape[1]
     slots, first = jnp.arange(T - 1 + K), place[:, None]
-    in_video = (slots >= first) & (slots < first + K)
-    from_text = jnp.where(slots < first, slots, jnp.maximum(slots - K + 1, 0))
+    lengths = K if length is None else length[:, None]
+    in_video = (slots >= first) & (slots < first + lengths)
+    from_text = jnp.where(slots < first, slots, jnp.clip(slots - lengths + 1, 0, T - 1))
     from_video = jnp.clip(slots - first, 0, K - 1)
     return jnp.where(in_video[..., None], take_rows(video, from_video), take_rows(text, from_text))
 
@@ -34,15 +42,16 @@ def answer_scores(
     labels: Int[Array, "B T"],
     place: Int[Array, " B"],
     logits: Callable[[jax.Array], jax.Array],
+    length: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Sums of cross entropies over each text's labels, and how many of them are the likeliest.
 
     hidden: tokens of `with_video` after the language model's last norm; labels: of the text's
     tokens, below 0 where none is; logits: tokens to scores, float32. Scores are computed of the
-    tokens before those of the text alone, never of those within the video.
+    tokens before those of the text alone, never of those within the video. length: as there.
     """
     T = labels.shape[1]
-    K = hidden.shape[1] - T + 1
+    K = hidden.shape[1] - T + 1 if length is None else length[:, None]
     tokens = jnp.arange(T)
     slots = tokens + jnp.where(tokens > place[:, None], K - 1, 0)
     before = take_rows(hidden, jnp.maximum(slots - 1, 0))

@@ -36,6 +36,7 @@ class ModelFlops:
 def model_flops(config: ConfigDict) -> ModelFlops:
     """By the formulas of `models.flops`: matrix products, forward and twice that backward.
 
+    Of the largest step, where steps differ.
     Frozen networks, and what `train.freeze` freezes, run forward only.
     """
     model, grid = model_config(config), max(admissible_grids(config), key=lambda g: g.tokens)
@@ -43,7 +44,7 @@ def model_flops(config: ConfigDict) -> ModelFlops:
     blocks = model.depth if "blocks" in part.names else part.blocks
     trained, frozen, frozen_attention = objective_class(config).extra_macs(config)
     total = attention = 0.0
-    for budget in config.train.budgets:
+    for budget in objective_class(config).step_budgets(config):
         patches = padded_sequence.patch_budget(budget, model.cls)
         total += gflops(model, grid, budget).kept * GIGA
         attention += attention_macs(model, patches)

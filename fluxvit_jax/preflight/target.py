@@ -57,10 +57,13 @@ class Target:
         return config.data.clips_per_grid * config.train.grad_accum_steps * clip_shards(self.mesh)
 
     def compile_training(self, config: ConfigDict) -> Program:
-        """The training step of `config`, which may differ from this one in the batch size."""
+        """The training step of `config`, which may differ from this one in the batch size.
+
+        Where steps differ, it is the largest one.
+        """
         with self._announced(f"{TRAIN}, {config.train.batch_size} clips"):
             grids = admissible_grids(config)
-            objective = make_objective(config, grids, platform_of(self.mesh))
+            objective, *_ = make_objective(config, grids, platform_of(self.mesh)).turns().values()
             step = cast(Wrapped, make_train_step(config, objective, self.optimizer, self.mesh))
             batch = abstract_batch(config, grids, self.mesh)
             lowered = step.lower(self.state, self.frozen, batch)

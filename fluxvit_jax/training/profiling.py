@@ -5,7 +5,7 @@ traces itself and its devices; the other hosts run the same program.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,23 +34,23 @@ def check_profile(config: ConfigDict, workdir: epath.Path) -> None:
 class ProfiledStep:
     """The compiled training steps, with a trace of the calls for `log.profile_steps`.
 
-    step_fns: by the padded length P of their batches' patches. Close it, so that a run that ends
+    step_fn_of: the program of a step, by its number. Close it, so that a run that ends
     during the trace writes what it has.
     """
 
     def __init__(
         self,
-        step_fns: Mapping[int, Callable[..., tuple[Tree, Tree]]],
+        step_fn_of: Callable[[int], Callable[..., tuple[Tree, Tree]]],
         config: ConfigDict,
         workdir: epath.Path,
     ):
-        self._step_fns = step_fns
+        self._step_fn_of = step_fn_of
         self._steps = step_range(config.log.profile_steps) if host_index() == 0 else range(0)
         self._folder = workdir / FOLDER
         self._tracing = False
 
     def __call__(self, step: int, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        """The step of a batch, (state, frozen, batch), by its number in the trace."""
+        """A step, (state, frozen, batch), by its number."""
         traced = step in self._steps
         if traced and not self._tracing:
             jax.block_until_ready((state, batch))  # so that no earlier step is in the trace
@@ -58,7 +58,7 @@ class ProfiledStep:
             self._tracing = True
         annotation = jax.profiler.StepTraceAnnotation("train", step_num=step)
         with annotation if traced else contextlib.nullcontext():
-            results = self._step_fns[batch["patches"].shape[1]](state, frozen, batch)
+            results = self._step_fn_of(step)(state, frozen, batch)
         if traced and step == self._steps[-1]:
             jax.block_until_ready(results)
             self.close()

@@ -149,7 +149,7 @@ def open_data(config: ConfigDict) -> RunData:
             pairs = retrieve.read_pairs(config)
             validation = retrieve.source_of(pairs.videos)
         else:
-            validation = splits.open_validation(config, training)
+            validation = objective.open_validation(config, training)
         check_readable(validation, config.data.validation, config)
     elif objective.labelled or objective.captioned:
         say("no config.data.validation: the model is not evaluated on the way")

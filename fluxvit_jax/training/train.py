@@ -248,8 +248,16 @@ class Run:
         self.tools.preemption.update(int(self.stops[-1]) % NO_BATCH)
 
     def logs_at(self, step: int) -> bool:
-        """Whether the step's numbers are written."""
-        return step == self.setup.schedule.total or step % self.setup.config.log.every_steps == 0
+        """Whether the step's numbers are written: regularly, each turn's, and at the end."""
+        since = step % self.setup.config.log.every_steps
+        if step == self.setup.schedule.total or since == 0:
+            return True
+        if len(self.setup.objective.turns()) == 1:
+            return False
+        *others, own = (
+            kind_of_step(self.setup, one) for one in range(max(1, step - since), step + 1)
+        )
+        return own not in others
 
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint of the step is due, as far as this host knows."""
@@ -495,15 +503,32 @@ def open_logs(
     return BadClips(setup.workdir, start)
 
 
-def grids_of_step(setup: Setup, step: int) -> tuple[Grid, ...]:
-    """The grids that a step's clips may have: there are steps of images."""
+class StepKind(NamedTuple):
+    """Steps that are one program. images: of clips; turn: of `Objective.turns`, by number."""
+
+    images: bool
+    turn: int
+
+
+def kind_of_step(setup: Setup, step: int) -> StepKind:
+    """The kind of a step: there are steps of images, and objectives that take turns.
+
+    Images have so few tokens that the first of the objectives is theirs.
+    """
     config, source = setup.config, setup.data.training
-    if not (isinstance(source, Mixture) and setup.image_grids):
-        return setup.grids
-    groups = config.train.batch_size // config.data.clips_per_grid  # of a step
-    first, period = (step - 1) * groups, plan_groups(config, source)
-    number = (first % period if period else first) // groups
-    return setup.image_grids if turn_of_step(number, source.image_share).images else setup.grids
+    images, before = False, step - 1
+    if isinstance(source, Mixture) and setup.image_grids:
+        groups = config.train.batch_size // config.data.clips_per_grid  # of a step
+        first, period = before * groups, plan_groups(config, source)
+        number = (first % period if period else first) // groups
+        # Turns are counted without the steps of images: else some might fall on these alone.
+        images, before = turn_of_step(number, source.image_share)
+    return StepKind(images, 0 if images else before % len(setup.objective.turns()))
+
+
+def grids_of_step(setup: Setup, step: int) -> tuple[Grid, ...]:
+    """The grids that a step's clips may have."""
+    return setup.image_grids if kind_of_step(setup, step).images else setup.grids
 
 
 def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
@@ -524,32 +549,40 @@ def open_batches(setup: Setup, start: int, quarantine: Quarantine) -> Batches:
 def compile_step(setup: Setup, state: Tree) -> ProfiledStep:
     """The compiled step, on all hosts: a program must begin on all of them within seconds.
 
-    It refuses batches of other shapes, so there is one program for all grids, and another one for
-    steps that show images.
+    It refuses batches of other shapes, so there is one program for all grids, or one for each of an
+    objective's turns, and another one for steps that show images.
     """
-    step_fns = {capacity(setup.grids): _compiled(setup, state, setup.objective, setup.grids)}
+    step_fns = {
+        StepKind(False, turn): _compiled(setup, state, objective, setup.grids, name)
+        for turn, (name, objective) in enumerate(setup.objective.turns().items())
+    }
     if setup.image_grids:
         objective = make_objective(setup.config, setup.image_grids, platform_of(setup.mesh))
-        program = _compiled(setup, state, objective, setup.image_grids)
-        step_fns[capacity(setup.image_grids)] = program
+        first, *_ = objective.turns().values()
+        step_fns[StepKind(True, 0)] = _compiled(setup, state, first, setup.image_grids, "images")
     barrier()
-    return ProfiledStep(step_fns, setup.config, setup.workdir)
+    return ProfiledStep(
+        lambda step: step_fns[kind_of_step(setup, step)], setup.config, setup.workdir
+    )
 
 
 def _compiled(
-    setup: Setup, state: Tree, objective: Objective, grids: tuple[Grid, ...]
+    setup: Setup, state: Tree, objective: Objective, grids: tuple[Grid, ...], name: str
 ) -> Callable[..., tuple[Tree, Tree]]:
-    """The compiled step for clips on any of `grids`."""
+    """The compiled step for clips on any of `grids`.
+
+    name: of what it trains, where there are others.
+    """
     begin = time.monotonic()
     train_step = make_train_step(setup.config, objective, setup.optimizer, setup.mesh)
     batch = abstract_batch(setup.config, grids, setup.mesh)
-    images = " of images" if grids == setup.image_grids else ""
+    of_what = f" of {name}" if name else ""
     lowered = train_step.lower(state, setup.frozen, batch)
     expected = describe_compile_time(lowered, platform_of(setup.mesh))
-    say(f"compiling the training step{images}, once: {expected}, unless it is kept from before")
+    say(f"compiling the training step{of_what}, once: {expected}, unless it is kept from before")
     compiled = lowered.compile()
     say(
-        f"1 compiled training step{images} for {len(grids)} grids, capacity P={capacity(grids)}, "
+        f"1 compiled training step{of_what} for {len(grids)} grids, capacity P={capacity(grids)}, "
         f"in {time.monotonic() - begin:.0f} s"
     )
     return compiled

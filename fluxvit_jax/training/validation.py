@@ -9,8 +9,12 @@ from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed.hosts import compute_on_host0
 from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.watchdog import Watchdog
+from fluxvit_jax.evaluation import answer_loss
+from fluxvit_jax.evaluation.answer_loss import AnswerLoss
 from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate, settings_of
 from fluxvit_jax.evaluation.retrieve import Retrieval, measure
+from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.objectives.flux_chat import FluxChat
 from fluxvit_jax.training.kept_patches import KeptPatches
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.setup import Setup
@@ -34,10 +38,9 @@ class Validation:
         self._setup = setup
         self._metrics = metrics
         self._watchdog = watchdog
-        name = "map" if config.train.multi_label else "top1"
-        if setup.data.pairs is not None:
-            name = "t2v_r1"
-        self._metric = f"{name}_{config.eval.settings[0][0]}"  # it ranks checkpoints
+        measure = objective_class(config).measure(config)
+        self._metric = f"{measure.start}{config.eval.settings[0][0]}"  # it ranks checkpoints
+        self._falls = measure.falls
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         found = compute_on_host0(lambda: metrics_by_step(workdir, VALIDATION))
@@ -54,7 +57,7 @@ class Validation:
 
     def reason_to_stop(self) -> str:
         """Why training should stop early; "" to go on."""
-        return early_stop(self._history, self._patience, self._metric)
+        return early_stop(self._history, self._patience, self._metric, self._falls)
 
     def run(
         self,
@@ -84,16 +87,21 @@ class Validation:
         say(f"step {step}: {', '.join(f'{k} {v:.4g}' for k, v in evaluation.told().items())}")
         if warning := evaluation.report["warning"]:
             say(f"warning: step {step}: {warning}")
-        self._history.append([step, scalars[self._metric]])
-        return {BEST: scalars[self._metric]}
+        value = scalars[self._metric]
+        self._history.append([step, value])
+        return {BEST: -value if self._falls else value}
 
     def _measure(
         self, params: Tree, interrupted: Callable[[], bool], quarantine: Quarantine
-    ) -> Evaluation | Retrieval | None:
-        """Accuracy, or retrieval between videos and captions; None if `interrupted` ended it."""
+    ) -> Evaluation | Retrieval | AnswerLoss | None:
+        """Accuracy, retrieval, or the loss of answers; None if `interrupted` ended it."""
         setup, alive = self._setup, self._watchdog.alive
         config, mesh, videos = setup.config, setup.mesh, setup.data.validation
         assert videos is not None
+        if isinstance(setup.objective, FluxChat):
+            return answer_loss.measure(
+                setup.frozen | params, config, videos, mesh, alive, interrupted, quarantine
+            )
         if setup.data.pairs is None:
             return evaluate(
                 params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
@@ -118,15 +126,19 @@ class Validation:
         return self._pictures
 
 
-def early_stop(validations: Sequence[Sequence[Any]], patience: int, metric: str) -> str:
+def early_stop(
+    validations: Sequence[Sequence[Any]], patience: int, metric: str, falls: bool = False
+) -> str:
     """The reason to stop training early; "" to go on.
 
     validations: step and accuracy of each, in order; patience: steps without a better one, 0 for no
-    early stop; metric: its name for the reason.
+    early stop; metric: its name for the reason; falls: whether less of it is better.
     """
     if not patience or not validations:
         return ""
-    best_step, best = max(validations, key=lambda one: (one[1], -one[0]))
+    sign = -1 if falls else 1
+    best_step, best = max(validations, key=lambda one: (sign * one[1], -one[0]))
     if validations[-1][0] - best_step < patience:
         return ""
-    return f"because {metric} has not risen above {best:.4g} since step {best_step}"
+    moved = "fallen below" if falls else "risen above"
+    return f"because {metric} has not {moved} {best:.4g} since step {best_step}"

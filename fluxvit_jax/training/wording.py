@@ -20,6 +20,8 @@ def describe_run(setup: Setup) -> str:
     classes = f" of {config.model.classes} classes" if labelled else ""
     validation = f", {len(data.validation)} to validate on" if data.validation is not None else ""
     budgets = ", ".join(map(str, config.train.budgets))
+    if len(setup.objective.turns()) > 1:
+        budgets += " in turn, one a step"
     tokens = [grid.tokens for grid in grids]
     return "\n".join(
         [
@@ -88,15 +90,16 @@ def describe_end(setup: Setup, validation: Validation, step: int) -> str:
 def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
     """The accuracy of the best checkpoint, and what to type next."""
     objective = objective_class(config)
-    measure, word = objective.measure(config)
+    measure = objective.measure(config)
     lines = []
     step = best_step(workdir)
     if step is not None and (numbers := dict(metrics_by_step(workdir, VALIDATION)).get(step)):
-        shares = [
-            f"{value:.2%} at {name.removeprefix(measure)} tokens"
+        values = [
+            f"{value:{'.4g' if measure.falls else '.2%'}} at {name.removeprefix(measure.start)} "
+            "tokens"
             for name, value in numbers.items()
-            if name.startswith(measure)
+            if name.startswith(measure.start)
         ]
-        lines = [f"best checkpoint: step {step}, {word} {', '.join(shares)}"]
+        lines = [f"best checkpoint: step {step}, {measure.word} {', '.join(values)}"]
     commands = objective.next_commands(config, os.fspath(workdir))
     return "\n".join([*lines, "next:", *(f"  python -m fluxvit_jax.{own}" for own in commands)])

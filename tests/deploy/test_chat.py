@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import safetensors.numpy
 
 import fluxvit_jax
 from fluxvit_jax.checkpoints.checkpointer import restore_params
+from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.convert import __main__ as convert
 from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids
 from fluxvit_jax.data.clip_cost import clip_cost
 from fluxvit_jax.deploy import chat_mode, predict
+from fluxvit_jax.deploy.chat import FirstQuestion
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import graphdef
@@ -80,6 +83,29 @@ def test_answers_are_those_of_the_whole_text(loaded, tiny_data):
     assert second == answer_by_hand(loaded, conversation.tokens, so_far, ANSWER)
 
 
+def test_several_at_once_are_answered_as_one_by_one(loaded, tiny_data, monkeypatch):
+    """Of several lengths: of prompts, of answers, and by the end of the context."""
+    texts = ("What is it?", "And what? " * 5, "Why?", "What? " * 60)
+    clips = [loaded.read(tiny_data / f"{number}.mp4", 24)[0].frames for number in range(4)]
+
+    def alone(clip, text):
+        return list(loaded.about(clip, 24)._answer(text, ANSWER))
+
+    free = [alone(*pair) for pair in zip(clips[:3], texts[:3], strict=True)]
+    end = free[0][4]
+    lengths = [len(prompt_ids([], text, loaded.tokenizer)) + 7 for text in texts]
+    context = lengths[1] + 6
+    assert lengths[2] + ANSWER < context < lengths[3]
+    monkeypatch.setattr(loaded.tokenizer, "end_tokens", (end,))
+    monkeypatch.setattr(loaded, "_llm_config", replace(loaded._llm_config, context=context))
+    expected = [alone(*pair) for pair in zip(clips[:3], texts[:3], strict=True)]
+    assert len(expected[0]) < 5 and len(expected[1]) == 6 < len(expected[2])
+    asked = [*map(FirstQuestion, texts), None]
+    found = loaded.ask_each(np.stack([*clips, clips[0]]), asked, 24, ANSWER)
+    assert found[:3] == [loaded.tokenizer.decode(ids) for ids in expected]
+    assert "the conversation is too long" in str(found[3]) and found[4] == ""
+
+
 def test_a_stream_is_the_answer(loaded, tiny_data):
     conversation = loaded.open(tiny_data / "0.mp4", 24)
     pieces = list(conversation.stream("What is it?", ANSWER))
@@ -115,16 +141,23 @@ def test_from_the_command_line(workdir, tiny_data, tmp_path, capsys, monkeypatch
     assert again.startswith(out) and len(again) > len(out)
 
 
-def test_a_folder_is_answered_line_by_line(workdir, tiny_data, tmp_path, capsys):
+def test_a_folder_is_answered_line_by_line(workdir, loaded, tiny_data, tmp_path, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()
-    for name in ("0.mp4", tiny.BAD):
+    names = ("0.mp4", "1.mp4", "2.mp4", tiny.BAD)
+    for name in names:
         shutil.copy(tiny_data / name, folder)
-    options = chat_mode.Options(str(workdir), str(tmp_path), str(folder), question="What is it?")
-    assert chat_mode.run(options) == 0
+    options = chat_mode.Options(
+        str(workdir), str(tmp_path), str(folder), question="What is it?", tokens=24
+    )
+    config = default_config()
+    config.eval.batch_size = 3
+    assert chat_mode.run(options, config) == 0
     rows = [json.loads(line) for line in (tmp_path / chat_mode.ANSWERS).read_text().splitlines()]
-    assert [row["video"] for row in rows] == ["0.mp4", tiny.BAD]
-    assert rows[0]["answer"] and tiny.BAD in rows[1]["error"]
+    assert [row["video"] for row in rows] == list(names)
+    assert tiny.BAD in rows[3]["error"]
+    for row in rows[:3]:
+        assert row["answer"] == loaded.ask(folder / row["video"], "What is it?", 24)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 
 
@@ -185,6 +218,20 @@ def test_what_the_language_model_reads_is_written(workdir, loaded, tiny_data, tm
         for tokens in (24, 12):
             own = loaded.open(tiny_data / "0.mp4", tokens).tokens
             np.testing.assert_allclose(found[f"llm_{tokens}"], own, rtol=1e-6)
+
+
+def test_a_chat_has_no_classes_to_predict(workdir, tiny_data, tmp_path):
+    options = predict.Options(
+        str(workdir / "checkpoints" / "0"), str(tmp_path), (24,), "", None, str(tiny_data / "0.mp4")
+    )
+    with pytest.raises(UserError, match=r"is a video chat and has no classes; ask .* --mode=chat"):
+        predict.run(options)
+    (workdir / "config.json").rename(tmp_path / "config.json")
+    try:
+        with pytest.raises(UserError, match="was pre-trained and has no classes; fine-tune it"):
+            predict.run(options)
+    finally:
+        (tmp_path / "config.json").rename(workdir / "config.json")
 
 
 @pytest.mark.parametrize("file", ["projector.safetensors", "mm_projector.bin"])

@@ -10,7 +10,15 @@ import pytest
 from einops import rearrange
 
 from fluxvit_jax.models import blocks, fluxvit
-from fluxvit_jax.models.connector import Connector, Merged, in_order, merge, merge_plan
+from fluxvit_jax.models.connector import (
+    Connector,
+    Merged,
+    by_frame,
+    in_order,
+    merge,
+    merge_plan,
+    nearest_frame,
+)
 from tests.models.chat_golden import CHAT
 
 CASES = json.loads((CHAT / "connector.json").read_text())
@@ -85,6 +93,20 @@ def test_tokens_in_the_order_that_they_had():
     )
     halved = merge(x, 10, 2)
     np.testing.assert_array_equal(in_order(halved).tokens, halved.tokens)
+
+
+def test_merged_tokens_have_their_mean_frame():
+    """As a channel does; they come in the order of the frames that are nearest to the means."""
+    frame = jnp.repeat(jnp.arange(5), 8)[None]
+    x = jax.random.normal(jax.random.key(3), (1, 40, 16)).at[0, :, 0].set(frame[0])
+    merged = merge(x, 15, 2, frame)
+    close(merged.frame, merged.tokens[..., 0])
+    assert (merged.frame % 1 > 0).any()
+    ordered = by_frame(merged)
+    nearest = np.floor(np.asarray(merged.frame)[0] + 0.5)
+    own = np.lexsort((merged.position[0], nearest))
+    np.testing.assert_array_equal(nearest_frame(ordered)[0], nearest[own])
+    np.testing.assert_array_equal(ordered.tokens[0], np.asarray(merged.tokens)[0, own])
 
 
 def test_what_merges_is_alike():

@@ -17,6 +17,7 @@ from fluxvit_jax.models.connector import Connector, merge
 from fluxvit_jax.models.language_model import graphdef
 from fluxvit_jax.models.token_selection import GridLimits, Selection
 from fluxvit_jax.objectives import flux_chat
+from fluxvit_jax.objectives.frame_times import VideoTokens, with_times
 from fluxvit_jax.objectives.next_token_loss import answer_scores, labels_counted, with_video
 from tests import tiny
 from tests.models.chat_golden import CHAT, STAGE1, write_stage1_folder
@@ -128,7 +129,7 @@ def test_the_layer_whose_tokens_are_projected():
     model = fluxvit.from_params(
         fluxvit.graphdef(network), flux_chat.encoder_params(params, network)
     )
-    found = flux_chat.features(model, patches, grids, kept, limits)
+    found, frame = flux_chat.features(model, patches, grids, kept, limits)
 
     ordered = Selection(jnp.sort(kept.token_index), None)
     full = fluxvit.from_params(fluxvit.graphdef(whole), params)
@@ -137,3 +138,44 @@ def test_the_layer_whose_tokens_are_projected():
     expected = full.features(tokens, position, ordered, (whole.depth - 2,)).hidden_states[0, :, 1:]
     close(found, expected, 1e-6)
     np.testing.assert_array_equal(ordered.token_index[0], ordered.token_index[1])
+    np.testing.assert_array_equal(frame, ordered.token_index // 9)
+
+
+def test_texts_of_times_stand_before_the_tokens_of_their_frames():
+    """By hand: texts of several lengths, one of a frame without tokens, and one that is missing."""
+    frame = np.array([[0, 0, 2, 2, 2], [1, 1, 1, 3, 3]])
+    T, M, D = 4, 3, 2
+    keys = jax.random.split(jax.random.key(0), 2)
+    tokens = np.asarray(jax.random.normal(keys[0], (2, 5, D)))
+    texts = np.asarray(jax.random.normal(keys[1], (2, T, M, D)))
+    lengths = np.array([[1, 2, 3, 0], [2, 0, 1, 3]])
+    real = np.arange(M) < lengths[..., None]
+    found, length = with_times(VideoTokens(jnp.asarray(tokens), jnp.asarray(frame)), texts, real)
+    assert found.shape == (2, 5 + T * M, D)
+    for row in range(2):
+        expected = []
+        for t in range(T):
+            own = tokens[row, frame[row] == t]
+            expected += [*(texts[row, t, : lengths[row, t]] if len(own) else ()), *own]
+        assert length[row] == len(expected)
+        np.testing.assert_array_equal(found[row, : len(expected)], expected)
+
+
+def test_videos_of_several_lengths_in_texts(llm):
+    """A shorter one with padding is as if there were none: texts, losses and hits."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    text = jax.random.normal(keys[0], (2, 10, 48))
+    video = jax.random.normal(keys[1], (2, 7, 48))
+    labels = jax.random.randint(keys[0], (2, 10), 0, 160).at[:, :3].set(-100)
+    place, length = jnp.array([2, 5]), jnp.array([4, 7])
+
+    @jax.jit
+    def scores(text, video, labels, place, length):
+        x = with_video(text, video, place, length)
+        return answer_scores(llm.encode(x), labels, place, llm.logits, length)
+
+    found = scores(text, video, labels, place, length)
+    for row, (own, count) in enumerate(zip(place, length, strict=True)):
+        at = slice(row, row + 1)
+        alone = scores(text[at], video[at, :count], labels[at], own[None], count[None])
+        close(np.stack(found)[:, at], np.stack(alone), 1e-6)

@@ -177,6 +177,13 @@ def test_patience_is_counted_from_the_best_step(accuracies, patience, best):
     )
 
 
+def test_of_a_loss_less_is_better():
+    validations = [[4, 2.5], [8, 2.0], [12, 2.25], [16, 2.5]]
+    assert not validation.early_stop(validations[:3], 8, "loss_24", falls=True)
+    reason = validation.early_stop(validations, 8, "loss_24", falls=True)
+    assert reason == "because loss_24 has not fallen below 2 since step 8"
+
+
 def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path, capsys):
     """At a rate that changes nothing, from a list of unequal classes, whose weights are said."""
     (tmp_path / "train.csv").write_text(
