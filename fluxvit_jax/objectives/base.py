@@ -8,7 +8,7 @@ registered by importing it, for example in the recipe that trains it.
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,14 @@ Fields = dict[str, tuple[tuple[int, ...], str]]  # name -> shape and dtype for o
 class Measure(NamedTuple):
     """What ranks the checkpoints of a run.
 
-    start: of the names of its metrics, which end in a budget; word: for people; falls: whether less
-    is better, as of a loss, which is no share.
+    start: of the names of its metrics, which end in a budget; word: for people; validation: which
+    of those in `training.validation` gives it; falls: whether less is better, as of a loss, which
+    is no share.
     """
 
     start: str
     word: str
+    validation: Literal["accuracy", "retrieval", "answer_loss"] = "accuracy"
     falls: bool = False
 
 

@@ -214,7 +214,7 @@ class FluxChat(Objective):
 
     @classmethod
     def measure(cls, config: ConfigDict) -> Measure:
-        return Measure(LOSS, "loss of a token", falls=True)
+        return Measure(LOSS, "loss of a token", "answer_loss", falls=True)
 
     @classmethod
     def text_arrays(cls, config: ConfigDict) -> ChatTexts:

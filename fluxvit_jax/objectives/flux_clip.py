@@ -201,7 +201,7 @@ class FluxCLIP(Objective):
 
     @classmethod
     def measure(cls, config: ConfigDict) -> Measure:
-        return Measure("t2v_r1_", "text to video R@1")
+        return Measure("t2v_r1_", "text to video R@1", "retrieval")
 
     @classmethod
     def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:

@@ -14,7 +14,6 @@ from fluxvit_jax.evaluation.answer_loss import AnswerLoss
 from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate, settings_of
 from fluxvit_jax.evaluation.retrieve import Retrieval, measure
 from fluxvit_jax.objectives.base import objective_class
-from fluxvit_jax.objectives.flux_chat import FluxChat
 from fluxvit_jax.training.kept_patches import KeptPatches
 from fluxvit_jax.training.metrics import Metrics, Progress
 from fluxvit_jax.training.setup import Setup
@@ -38,9 +37,8 @@ class Validation:
         self._setup = setup
         self._metrics = metrics
         self._watchdog = watchdog
-        measure = objective_class(config).measure(config)
-        self._metric = f"{measure.start}{config.eval.settings[0][0]}"  # it ranks checkpoints
-        self._falls = measure.falls
+        self._measure = objective_class(config).measure(config)
+        self._metric = f"{self._measure.start}{config.eval.settings[0][0]}"
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         found = compute_on_host0(lambda: metrics_by_step(workdir, VALIDATION))
@@ -57,7 +55,7 @@ class Validation:
 
     def reason_to_stop(self) -> str:
         """Why training should stop early; "" to go on."""
-        return early_stop(self._history, self._patience, self._metric, self._falls)
+        return early_stop(self._history, self._patience, self._metric, self._measure.falls)
 
     def run(
         self,
@@ -76,7 +74,7 @@ class Validation:
         params = state["ema"] if "ema" in state else state["params"]
         self._watchdog.pause()  # until the first batch: it has to be compiled
         with progress.paused():
-            evaluation = self._measure(params, interrupted, quarantine)
+            evaluation = self._validate(params, interrupted, quarantine)
         self._watchdog.pause()  # the pictures have to be compiled as well
         if evaluation is None:
             return None
@@ -89,32 +87,30 @@ class Validation:
             say(f"warning: step {step}: {warning}")
         value = scalars[self._metric]
         self._history.append([step, value])
-        return {BEST: -value if self._falls else value}
+        return {BEST: -value if self._measure.falls else value}
 
-    def _measure(
+    def _validate(
         self, params: Tree, interrupted: Callable[[], bool], quarantine: Quarantine
     ) -> Evaluation | Retrieval | AnswerLoss | None:
         """Accuracy, retrieval, or the loss of answers; None if `interrupted` ended it."""
         setup, alive = self._setup, self._watchdog.alive
         config, mesh, videos = setup.config, setup.mesh, setup.data.validation
         assert videos is not None
-        if isinstance(setup.objective, FluxChat):
-            return answer_loss.measure(
-                setup.frozen | params, config, videos, mesh, alive, interrupted, quarantine
-            )
-        if setup.data.pairs is None:
-            return evaluate(
-                params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
-            )
-        return measure(
-            setup.frozen | params,
-            config,
-            setup.data.pairs,
-            settings_of(config),
-            mesh,
-            alive,
-            interrupted,
-            quarantine,
+        match self._measure.validation:
+            case "retrieval":
+                assert setup.data.pairs is not None
+                pairs, settings = setup.data.pairs, settings_of(config)
+                params = setup.frozen | params
+                return measure(
+                    params, config, pairs, settings, mesh, alive, interrupted, quarantine
+                )
+            case "answer_loss":
+                params = setup.frozen | params
+                return answer_loss.measure(
+                    params, config, videos, mesh, alive, interrupted, quarantine
+                )
+        return evaluate(
+            params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
         )
 
     def _kept_patches(self, failed: Quarantine) -> KeptPatches:
