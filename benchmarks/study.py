@@ -13,6 +13,7 @@ from benchmarks.demo import data_flags, run
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.caption_lists import open_captions
 from fluxvit_jax.data.class_names import KnownNames
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import results
 from fluxvit_jax.reports.confidence_intervals import Interval, mean_interval
 
@@ -100,15 +101,21 @@ def clips_of(options: argparse.Namespace, captioned: bool = False) -> Clips:
         )
     if not (options.train and options.validation):
         sys.exit("--train and --validation belong together")
-    root = options.root or options.train.parent
-    return Clips(
+    clips = Clips(
         train=options.train,
         validation=options.validation,
-        root=root,
+        root=options.root or options.train.parent,
         classes=options.classes,
         captioned=captioned,
         own=True,
     )
+    try:
+        clips.schedule(1, 0)
+        if not captioned:
+            clips.validation_labels()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    return clips
 
 
 def train(workdir: Path, recipe: str, *arguments: str) -> None:

@@ -37,6 +37,8 @@ def test_lists_of_ones_own_are_seen_as_often_as_the_demos_clips(lists):
     assert clips.validation_labels().tolist() == [2, 1, 0, 2, 1, 0]
     with pytest.raises(SystemExit, match="belong together"):
         clips_of(f"--train={lists / 'train.csv'}")
+    with pytest.raises(SystemExit, match=r"error: .*nowhere.csv"):
+        clips_of(f"--train={lists / 'nowhere.csv'}", f"--validation={lists / 'validation.csv'}")
 
 
 def test_captions_of_ones_own(tmp_path):
