@@ -6,9 +6,10 @@
 
 Rows: the ordinary way (fixed grid, every token), Flux-Single, Flux-Multi without and with alignment
 (all three with the group-dynamic selector), the other selectors, and flexible grids without any.
-Each row is trained by the demo's recipe with each seed. Grids are those of the recipe, chosen on
-other clips, so validation clips choose nothing. Written are accuracies with intervals over clips
-(95 %), and below them what the paper claims, with paired differences and whether the claim holds.
+Each row is trained by the demo's recipe with each seed and asked on the recipe's grids, which other
+clips have chosen; those of the fixed grid alone were chosen on the demo's validation clips, in its
+favor. Written are accuracies with intervals over clips (95 %), and what the paper claims, with
+paired differences and whether the claim holds.
 Finished runs are kept, so the study can be stopped and started again. About 4 minutes a run on two
 idle cores, half an hour a seed. Large videos make it longer: `python -m fluxvit_jax.data.shrink`.
 """
