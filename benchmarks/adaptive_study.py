@@ -80,8 +80,7 @@ def main() -> int:
 def searched(out: Path, clips: study.Clips, seed: int) -> Path:
     """The workdir of a seed, trained and searched."""
     workdir, recipe = out / f"seed-{seed}", f"configs/demo.py:multi,seed={seed}"
-    config = demo.get_config()
-    flags = clips.flags() + clips.schedule(config.train.epochs, config.train.warmup_epochs)
+    flags = clips.flags() + clips.schedule(demo.get_config())
     search = ["--config.eval.clips=1", "--config.eval.crops=1", "--config.search.merging=true"]
     if clips.own:
         flags.append(f"--config.data.holdout_fraction={HELD_OUT}")

@@ -83,14 +83,13 @@ def measured(
     training, validation = captions(clips)
     pairs = f"--config.data.validation={validation}"
     clip = options.out / f"clip-{row.method}-{seed}"
-    config = demo_clip.get_config(row.method)
     study.train(
         clip,
         f"configs/demo_clip.py:{row.method},seed={seed}",
         f"--config.data.train={training}",
         f"--config.data.root={clips.root}",
         f"--config.train.init_from={network}",
-        *clips.schedule(config.train.epochs, config.train.warmup_epochs),
+        *clips.schedule(demo_clip.get_config(row.method)),
         pairs,
     )
     # A plain grid is of its budget, so that every token is kept.

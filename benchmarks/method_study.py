@@ -109,7 +109,7 @@ def measured(row: Row, seed: int, clips: study.Clips, out: Path) -> study.Right:
         workdir,
         f"configs/demo.py:{row.recipe},seed={seed}",
         *clips.flags(),
-        *clips.schedule(config.train.epochs, config.train.warmup_epochs),
+        *clips.schedule(config),
         *row.flags,
     )
     return study.right_clips(workdir, config.eval.settings)

@@ -54,7 +54,7 @@ def main() -> int:
     clips = study.clips_of(options)
     if options.teacher is None:
         options.teacher = options.out / "teacher"
-        schedule = clips.schedule(*lengths(demo.get_config()))
+        schedule = clips.schedule(demo.get_config())
         study.train(options.teacher, "configs/demo.py:multi", *clips.flags(), *schedule)
     found: dict[tuple[int, str], list[study.Right]] = {}
     for seed in range(options.seeds):
@@ -71,11 +71,6 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-def lengths(config: demo.ConfigDict) -> tuple[float, float]:
-    """Epochs of training and of its warmup."""
-    return config.train.epochs, config.train.warmup_epochs
-
-
 def measured(
     row: Row, labels: int, seed: int, clips: study.Clips, options: argparse.Namespace
 ) -> study.Right:
@@ -89,7 +84,7 @@ def measured(
             f"--config.data.train={clips.train}",
             f"--config.data.root={clips.root}",
             f"--config.distill.teacher={options.teacher}",
-            *clips.schedule(*lengths(demo_pretrain.get_config())),
+            *clips.schedule(demo_pretrain.get_config()),
         )
     workdir = options.out / f"{row.method}-{row.grids or 'scratch'}-{labels}-{seed}"
     path, labeled = write_labeled(clips, labels, seed, options.out)

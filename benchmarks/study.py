@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.demo import data_flags, run
 from fluxvit_jax.data.annotations import open_source
@@ -15,6 +16,7 @@ from fluxvit_jax.data.caption_lists import open_captions
 from fluxvit_jax.data.class_names import KnownNames
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import results
+from fluxvit_jax.recipes import demo
 from fluxvit_jax.reports.confidence_intervals import Interval, mean_interval
 
 DEMO_CLIPS = 2400  # that `data.synthetic` writes to train on
@@ -51,16 +53,17 @@ class Clips:
             "--config.model.classes=0",
         ]
 
-    def schedule(self, epochs: float, warmup_epochs: float) -> list[str]:
-        """Flags for as many steps as `epochs` of the demo's clips are, evaluated at the end."""
+    def schedule(self, config: ConfigDict) -> list[str]:
+        """Flags for as many steps as a recipe takes of the demo's clips, evaluated at the end."""
         if not self.own:
             return []
         open_list = open_captions if self.captioned else open_source
         longer = DEMO_CLIPS / len(open_list(self.train, self.root))
+        epochs = max(1, round(config.train.epochs * longer))
         return [
-            f"--config.train.epochs={max(1, round(epochs * longer))}",
-            f"--config.train.warmup_epochs={warmup_epochs * longer:.3g}",
-            f"--config.eval.every_epochs={max(1, round(epochs * longer))}",
+            f"--config.train.epochs={epochs}",
+            f"--config.train.warmup_epochs={config.train.warmup_epochs * longer:.3g}",
+            f"--config.eval.every_epochs={epochs}",
         ]
 
     def validation_labels(self) -> np.ndarray:
@@ -110,7 +113,7 @@ def clips_of(options: argparse.Namespace, captioned: bool = False) -> Clips:
         own=True,
     )
     try:
-        clips.schedule(1, 0)
+        clips.schedule(demo.get_config())
         if not captioned:
             clips.validation_labels()
     except UserError as error:

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import adaptive_study, clip_study, method_study, pretrain_study, study
 from fluxvit_jax.config.loading import load_config
 from fluxvit_jax.distributed import checksums
+from fluxvit_jax.recipes import demo
 
 CLASSES = ("left", "right", "up")
 
@@ -30,7 +31,9 @@ def clips_of(*arguments):
 
 def test_lists_of_ones_own_are_seen_as_often_as_the_demos_clips(lists):
     clips = clips_of(f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}")
-    config = load_config("configs/demo.py:multi", [*clips.flags(), *clips.schedule(13, 0.7)])
+    config = load_config(
+        "configs/demo.py:multi", [*clips.flags(), *clips.schedule(demo.get_config())]
+    )
     assert config.data.root == str(lists)
     assert config.train.epochs == config.eval.every_epochs == 1040  # 31,200 of 30 clips
     assert config.train.warmup_epochs / config.train.epochs == pytest.approx(0.7 / 13, rel=1e-2)
@@ -47,7 +50,9 @@ def test_captions_of_ones_own(tmp_path):
     clips = study.Clips(
         train=path, validation=path, root=tmp_path, classes=None, captioned=True, own=True
     )
-    assert "--config.train.epochs=100" in clips.schedule(1, 0.1)
+    config = demo.get_config()
+    config.train.epochs, config.train.warmup_epochs = 1, 0.1
+    assert "--config.train.epochs=100" in clips.schedule(config)
     assert clip_study.captions(clips) == (path, path)
 
 
