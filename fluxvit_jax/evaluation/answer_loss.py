@@ -6,7 +6,7 @@ each video on the grid of a setting. A video that cannot be read counts in no me
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,8 +128,18 @@ def measure(
         take, config, source, settings, mesh, stop, quarantine, after_batch, "validating"
     ):
         return None
+    return AnswerLoss(_report(config, source, settings, gather(rows)))
+
+
+def _report(
+    config: ConfigDict, source: Source, settings: Sequence[Setting], rows: list[tuple]
+) -> dict[str, Any]:
+    """As in `AnswerLoss`, of the videos of all hosts; raises NothingReadableError.
+
+    rows: number, id, failure, and [loss, hits, labels] at each setting, of every video.
+    """
     # Hosts whose devices share clips have measured the same videos.
-    videos = list({number: own for number, *own in sorted(gather(rows))}.values())
+    videos = list({number: own for number, *own in sorted(rows)}.values())
     failures = [{"id": name, "reason": failure} for name, failure, *_ in videos if failure]
     if len(failures) == len(videos):
         reason = failures[0]["reason"]
@@ -145,7 +155,7 @@ def measure(
             f"{len(failures)} of {len(videos)} videos could not be read and are left out; "
             f"{first_of(failures)}"
         )
-    return AnswerLoss({"budgets": budgets, "failures": failures, "warning": warning})
+    return {"budgets": budgets, "failures": failures, "warning": warning}
 
 
 def clip_times(views: Views, setting: Setting, length: int, rate: float) -> ClipTimes:

@@ -96,22 +96,16 @@ class Validation:
         setup, alive = self._setup, self._watchdog.alive
         config, mesh, videos = setup.config, setup.mesh, setup.data.validation
         assert videos is not None
-        match self._measure.validation:
-            case "retrieval":
-                assert setup.data.pairs is not None
-                pairs, settings = setup.data.pairs, settings_of(config)
-                params = setup.frozen | params
-                return measure(
-                    params, config, pairs, settings, mesh, alive, interrupted, quarantine
-                )
-            case "answer_loss":
-                params = setup.frozen | params
-                return answer_loss.measure(
-                    params, config, videos, mesh, alive, interrupted, quarantine
-                )
-        return evaluate(
-            params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
-        )
+        if self._measure.validation == "accuracy":
+            return evaluate(
+                params, config, videos, mesh, interrupted, quarantine=quarantine, after_batch=alive
+            )
+        params = setup.frozen | params
+        if self._measure.validation == "answer_loss":
+            return answer_loss.measure(params, config, videos, mesh, alive, interrupted, quarantine)
+        assert setup.data.pairs is not None
+        pairs, settings = setup.data.pairs, settings_of(config)
+        return measure(params, config, pairs, settings, mesh, alive, interrupted, quarantine)
 
     def _kept_patches(self, failed: Quarantine) -> KeptPatches:
         """Made at the first validation. failed: the reason for each video that failed in it."""
