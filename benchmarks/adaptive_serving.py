@@ -41,7 +41,7 @@ def main() -> int:
     config.data.validation = options.validation or config.data.validation
     report = read_report(options.workdir)
     several = {n: own for n, own in report["cascades"].items() if len(own["steps"]) > 1}
-    name = options.cascade or max(several, key=lambda n: several[n]["choose"]["top1"])
+    name = options.cascade or max(several, key=lambda n: several[n]["choose"]["credited"])
     cascade = cascades.from_json(report["cascades"][name], name)
     singles = [Cascade((step_alone(step),)) for step in cascade.steps]
     mesh = make_mesh(config)

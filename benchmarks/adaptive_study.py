@@ -138,7 +138,7 @@ def right_of_cells(workdir: Path) -> dict[str, np.ndarray]:
     }
 
 
-# name -> (cost, top-1 on the choosing split, which reported clips are right)
+# name -> (cost, credited top-1 on the choosing split, which reported clips are right)
 Ways = dict[str, tuple[float, float, Callable[[], np.ndarray]]]
 
 
@@ -193,7 +193,7 @@ def of_cascades(
             answers = cascade.run(len(labels), lambda number, clips: tables[number][clips])
             return answers.probabilities.argmax(axis=1) == labels
 
-        ways[name] = cost, own["choose"]["top1"], right
+        ways[name] = cost, own["choose"]["credited"], right
     return ways
 
 
@@ -217,7 +217,7 @@ def of_rules(
             tables = np.stack([said(step.cell).argmax(axis=1) == labels for step in rule.steps])
             return tables[routed, np.arange(len(labels))]
 
-        ways[name] = cost, own["choose"]["top1"], right
+        ways[name] = cost, own["choose"]["credited"], right
     return ways
 
 
@@ -267,7 +267,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     ways = {}
     for name, own in report["cascades"].items():
         times = [costs[step["cell"]] for step in own["steps"]]
-        ways[name] = float(np.dot(own["choose"]["reached"], times)), own["choose"]["top1"]
+        ways[name] = float(np.dot(own["choose"]["reached"], times)), own["choose"]["credited"]
     front, line, most = sorted(ways, key=lambda name: ways[name]), [], -1.0
     for name in front:  # those that a plan may take, by the choosing split
         if ways[name][1] > most:

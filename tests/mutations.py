@@ -982,10 +982,11 @@ MUTATIONS = {
         Mutation(
             "flattered-cascades-stay",
             "adaptive/fitting.py",
-            "gain.mean() > error * (1 + 1e-9)",
-            "gain.mean() > 0",
+            "right.mean() - gain.std(ddof=1) / np.sqrt(len(gain))",
+            "right.mean()",
             (
                 f"{CASCADES}/test_fitting.py::test_a_cascade_that_is_hardly_better_than_a_cell_does_not_stay",
+                f"{CASCADES}/test_motion.py::test_rules_are_credited_with_less_than_their_accuracy",
             ),
         ),
         Mutation(

@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A cascade, its mean cost of a video, and the share of videos whose answer is right."""
+    """A cascade, its mean cost of a video, and its accuracy or what it is credited with of it."""
 
     cascade: Cascade
     cost: float
@@ -95,36 +95,39 @@ def front(
     return best
 
 
-def surely_ahead(
-    found: Sequence[Found], entries: Sequence[Entry], labels: np.ndarray
-) -> list[Found]:
-    """A front without the cascades that are hardly better than a single cell of no higher cost.
+def credited(found: Sequence[Found], entries: Sequence[Entry], labels: np.ndarray) -> list[Found]:
+    """The front of a front and the single cells, by what each is credited with.
 
-    The best of thousands of thresholds is flattered. A cascade stays if it is right more often than
-    the most accurate of these cells by more than one standard error of the difference, which is
-    paired by video: the one-standard-error rule (Breiman et al., 1984), in favor of the simpler.
+    The best of thousands of thresholds is flattered. What `right` becomes of a cascade of several
+    steps is `credit`; it stays if no cell or cascade that costs no more has as much.
 
     found: of `front`, for these entries and labels.
     """
     by_step = {(entry.step.cell, entry.step.views): entry for entry in entries}
-    right_of = {key: own.probabilities.argmax(axis=1) == labels for key, own in by_step.items()}
+    cells = [entry.probabilities.argmax(axis=1) == labels for entry in entries]
 
     def ask(cascade: Cascade) -> Callable[[int, np.ndarray], np.ndarray]:
         own = [by_step[step.cell, step.views].probabilities for step in cascade.steps]
         return lambda number, videos: own[number][videos]
 
-    def stays(one: Found) -> bool:
-        within = [key for key, own in by_step.items() if own.cost <= one.cost * (1 + 1e-9)]
-        if len(one.steps) == 1 or not within:
-            return True
+    def less_flattery(one: Found) -> Found:
         answers = one.cascade.run(len(labels), ask(one.cascade)).probabilities
-        best = max((right_of[key] for key in within), key=np.sum)
-        gain = (answers.argmax(axis=1) == labels).astype(float) - best
-        error = gain.std(ddof=1) / np.sqrt(len(gain))
-        return bool(gain.mean() > error * (1 + 1e-9))  # they are equal where one video is gained
+        return replace(one, right=credit(answers.argmax(axis=1) == labels, cells))
 
     singles = [_single(entry, labels) for entry in entries]
-    return pareto([*singles, *filter(stays, found)])
+    return pareto([*singles, *(less_flattery(one) for one in found if len(one.steps) > 1)])
+
+
+def credit(right: np.ndarray, cells: Sequence[np.ndarray]) -> float:
+    """Accuracy less one standard error of its difference, paired by video, from the best cell's.
+
+    After the one-standard-error rule (Breiman et al., 1984): what thresholds gained by a choice
+    among many must be more than chance to be preferred to a simple cell.
+
+    right: bool [n], which videos are right; cells: the same of each single cell.
+    """
+    gain = right.astype(float) - max(cells, key=np.sum)
+    return float(right.mean() - gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def pareto(found: Iterable[Way]) -> list[Way]:

@@ -7,13 +7,13 @@ the choosing split. NumPy only, as servers import it.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fluxvit_jax.adaptive.cascade import Size, Step
-from fluxvit_jax.adaptive.fitting import cuts_between, pareto
+from fluxvit_jax.adaptive.fitting import credit, cuts_between, pareto
 from fluxvit_jax.errors import UserError
 
 MAX_CUTS = 32  # thresholds tried: between any two scores up to so many, then quantiles
@@ -66,7 +66,7 @@ def from_json(own: Mapping[str, Any]) -> MotionRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundRule:
-    """A rule of a front, its mean cost of a video, and the share of right answers."""
+    """A rule of a front, its mean cost of a video, and its accuracy or what it is credited with."""
 
     rule: MotionRule
     cost: float
@@ -99,6 +99,25 @@ def front(
                 found += _sweep([*cells], steps, costs, right, cuts, bins, rising, grid)
         found = pareto(found)
     return found
+
+
+def credited(
+    found: Sequence[FoundRule],
+    steps: Sequence[Step],
+    right: Sequence[np.ndarray],
+    scores: np.ndarray,
+) -> list[FoundRule]:
+    """The front of a front by what each rule is credited with: see `fitting.credited`.
+
+    found: of `front`, for these steps, right answers and scores.
+    """
+
+    def less_flattery(one: FoundRule) -> FoundRule:
+        cells = np.stack([right[steps.index(step)] for step in one.rule.steps])
+        answers = cells[one.rule.route(scores), np.arange(len(scores))]
+        return replace(one, right=credit(answers, right))
+
+    return pareto(map(less_flattery, found))
 
 
 def _sweep(

@@ -32,7 +32,8 @@ class CascadePlan:
         sum is the worst case. milliseconds is None where no device was given.
     average_gflops, average_milliseconds: mean of the videos that the search chose on.
     reached: the share of those that reach each step.
-    top1, top1_interval, split: as in `Plan`; chose: the accuracy that it was compared by.
+    top1, top1_interval, split: as in `Plan`; chose: the accuracy on the videos that the search
+        chose on; credited: what of it cascades are compared by, see `fitting.credit`.
     over: on the reporting split, {"cell", "top1", "interval"}: by how much it is more accurate than
         the best cell for as many GFLOPs; None where that is not known.
     """
@@ -48,6 +49,7 @@ class CascadePlan:
     top1_interval: tuple[float, float] | None
     split: str
     chose: float
+    credited: float
     over: Mapping[str, Any] | None
     limits: tuple[Limit, ...]
     device: str | None
@@ -100,7 +102,8 @@ def plan(
     With one of `milliseconds`, `gflops` and `tokens` alone it is a cell: see `planner.plan`. With
     `average_milliseconds` or `average_gflops` it is a cascade whose mean cost of a video is within
     the limit; `milliseconds` and `gflops` beside it limit the worst case. Accuracy is that on the
-    videos that the search chose on; ties go to the cheaper.
+    videos that the search chose on, of a cascade less a standard error, since the best of thousands
+    of thresholds is flattered; ties go to the cheaper.
 
     Args:
         report: a workdir that was searched, its `search` folder or report.json, or the report.
@@ -180,7 +183,7 @@ def choose(report: Report, limits: Sequence[Limit], device: str | None, views: b
             f"no cascade is within {' and '.join(words)}; the cheapest, "
             f"{cheapest.name}, takes {' and '.join(takes)}"
         )
-    best = min(fitting, key=lambda own: (-own.chose, timed[own][0], own.average_gflops))
+    best = min(fitting, key=lambda own: (-own.credited, timed[own][0], own.average_gflops))
     return replace(best, why=" ".join([*_sentences(best), *report["notes"]]))
 
 
@@ -278,7 +281,7 @@ def chosen_rule(text: str, *reports: str | os.PathLike | None) -> tuple[MotionRu
             f"{file}: no rule of motion is within {text}; the cheapest takes "
             f"{_cost_words(kind, cheapest)}"
         )
-    best = max(fitting, key=lambda name: rules[name]["choose"]["top1"])
+    best = max(fitting, key=lambda name: rules[name]["choose"]["credited"])
     say = planner.amount("gflops", costs[best]["average_gflops"])
     split, accuracy = planner.accuracy_of(rules[best])
     words = planner.accuracy_words(split, accuracy["top1"], accuracy["top1_interval"])
@@ -357,6 +360,7 @@ def _of_cascade(
         top1_interval=accuracy.get("top1_interval"),
         split=split,
         chose=own["choose"]["top1"],
+        credited=own["choose"]["credited"],
         over=own["over"],
         limits=tuple(limits),
         device=device,

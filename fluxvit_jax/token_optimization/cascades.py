@@ -89,7 +89,8 @@ def find(
 ) -> list[Found]:
     """The front of cascades of cells on the choosing split, at most `MOST`, by rising cost.
 
-    Without those that are hardly better than single cells: see `fitting.surely_ahead`.
+    By what they are credited with, so that a hardly better one gives way to a single cell: see
+    `fitting.credited`.
 
     Of more, the best within each of `MOST` costs that rise by equal factors.
 
@@ -110,7 +111,7 @@ def find(
         for at, views in enumerate(view_counts)
     ]
     front = fitting.front(entries, table.labels, max_steps)
-    found = fitting.surely_ahead(front, entries, table.labels)
+    found = fitting.credited(front, entries, table.labels)
     within = np.geomspace(found[0].cost, found[-1].cost, MOST) * (1 + 1e-9)
     best = np.searchsorted([one.cost for one in found], within, side="right") - 1
     return [found[i] for i in np.unique(best)]
@@ -127,7 +128,7 @@ def describe_all(
 
     {"confidence", "steps", "gflops", "choose", "report", "over", "stopped_by_class"}: see
     `Cascade.to_json`, `step_costs`, `describe`, `gain_over` and `stopped_by_class`, the last two on
-    the reporting split.
+    the reporting split. "choose" has "credited" as well, by which plans compare.
 
     tables: of both splits; costs: as in `find`.
     """
@@ -151,7 +152,7 @@ def describe_all(
         best = max(within, key=lambda name: within[name], default=None)
         described[f"cascade-{number:02d}"] = cascade.to_json() | {
             "gflops": work,
-            CHOOSE: on_choosing,
+            CHOOSE: on_choosing | {"credited": _of_all(one.right, choosing)},
             REPORT: describe(answers, reporting, work),
             "over": best and gain_over(best, answers, reporting),
             "stopped_by_class": stopped_by_class(answers, reporting, len(cascade.steps)),
@@ -170,7 +171,7 @@ def describe_motion(
     """The rules of motion of a report by name, by rising GFLOPs: see `MotionRule.to_json`.
 
     Each with "choose" and "report": {"videos", "top1", "top1_interval", "average_gflops", "shares"
-    of the videos that each cell is asked}. All views of a video count.
+    of the videos that each cell is asked}, and "credited" of "choose". All views of a video count.
 
     scores: of the readable videos of both splits, on `grid`; costs: as in `find`.
     """
@@ -186,7 +187,8 @@ def describe_motion(
         for name, own in tables.items()
     }
     size = grid.frames, grid.resolution
-    found = motion.front(steps, dear, right[CHOOSE], scores[CHOOSE], size)
+    front = motion.front(steps, dear, right[CHOOSE], scores[CHOOSE], size)
+    found = motion.credited(front, steps, right[CHOOSE], scores[CHOOSE])
     described = {}
     for number, one in enumerate(_spread(found, MOST), 1):
         own = [steps.index(step) for step in one.rule.steps]
@@ -194,7 +196,13 @@ def describe_motion(
             name: _describe_rule(one.rule, own, right[name], scores[name], dear, tables[name])
             for name in (CHOOSE, REPORT)
         }
+        described[f"motion-{number:02d}"][CHOOSE]["credited"] = _of_all(one.right, tables[CHOOSE])
     return described
+
+
+def _of_all(right: float, table: Table) -> float:
+    """A share of the readable videos as one of all, those that failed being wrong."""
+    return right * len(table.labels) / table.videos
 
 
 def _describe_rule(

@@ -64,6 +64,22 @@ def test_nothing_beats_the_front_and_it_keeps_what_it_promises(seed):
                     )
 
 
+def test_rules_are_credited_with_less_than_their_accuracy():
+    scores, cells = np.arange(40.0), STEPS[:2]
+    right = [scores < 36, scores >= 4]  # less motion is for the first cell, more for the second
+
+    def found(threshold: float, cost: float) -> motion.FoundRule:
+        rule = MotionRule(tuple(cells), (threshold,), True, (4, 28))
+        answers = np.where(scores < threshold, right[0], right[1])
+        return motion.FoundRule(rule=rule, cost=cost, right=float(answers.mean()))
+
+    rules = [found(0.5, 1.0), found(20.0, 1.5), found(3.5, 2.0)]
+    kept = motion.credited(rules, cells, right, scores)
+    assert [one.cost for one in kept] == [1.0, 1.5]
+    gain = np.arange(40) < 4  # over the best cell
+    assert kept[1].right == pytest.approx(1.0 - gain.std(ddof=1) / 40**0.5)
+
+
 def test_the_score_is_how_much_moves(tiny_data):
     """Nothing in a still clip; twice as many moving patches score twice as much."""
     config = tiny.make_config(tiny_data)

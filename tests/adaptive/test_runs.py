@@ -97,7 +97,7 @@ def add_to_report(workdir: Path, cascade: Cascade) -> None:
     path = workdir / "search" / "report.json"
     report = json.loads(path.read_text())
     best = {"videos": 16, "top1": 1.5, "top1_interval": [0.0, 1.0]}
-    best |= {"average_gflops": 0.001, "reached": [1.0, 0.6, 0.3]}
+    best |= {"average_gflops": 0.001, "reached": [1.0, 0.6, 0.3], "credited": 1.5}
     own = {"gflops": [0.001, 0.002, 0.003], "choose": best, "report": best, "over": None}
     report["cascades"]["by-hand"] = cascade.to_json() | own | {"stopped_by_class": {"0": [3, 2, 1]}}
     path.write_text(json.dumps(report))
@@ -299,7 +299,7 @@ def test_a_search_finds_cascades_and_says_how_they_do(searched):
         assert own["report"]["reached"][-1] == stopped[-1] / VIDEOS
         if len(own["steps"]) == 1:
             cell = report["cells"][own["steps"][0]["cell"]]
-            assert own["choose"]["top1"] == cell["choose"]["top1"]
+            assert own["choose"]["top1"] == cell["choose"]["top1"] == own["choose"]["credited"]
             assert own["report"]["top1"] == cell["report"]["top1"]
             assert own["choose"]["average_gflops"] == pytest.approx(cell["gflops"])
             assert own["over"]["top1"] == 0
@@ -354,7 +354,7 @@ def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(searched.workdir, workdir)
     path = workdir / "search" / "report.json"
-    shares = {"choose": described | {"shares": [0.5, 0.5]}, "report": described}
+    shares = {"choose": described | {"shares": [0.5, 0.5], "credited": 1.0}, "report": described}
     report["motion"]["by-hand"] = rule.to_json() | shares
     path.write_text(json.dumps(report))
     config = make_config(tiny_data, eval__adaptive="motion", eval__cascade="by-hand")

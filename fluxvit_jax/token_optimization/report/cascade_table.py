@@ -24,7 +24,7 @@ def text(report: Report) -> str:
     heads += [f"ms, {html.escape(device)}" for device in report["devices"]]
     heads += ["Top-1, choosing split", "Top-1, reporting split", "Gain, points", "Over"]
     rows = [row(name, _columns(report, own)) for name, own in shown.items()]
-    best = max(shown, key=lambda name: shown[name]["choose"]["top1"])
+    best = max(shown, key=lambda name: shown[name]["choose"]["credited"])
     every = math.ceil(len(rows) / SHOWN)
     few = table("rows costs", heads, rows[::-1][::every][::-1])  # the dearest among them
     content = f'<div class="card sideways">{few}</div>\n'
