@@ -6,7 +6,14 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import adaptive_study, clip_study, method_study, pretrain_study, study
+from benchmarks import (
+    adaptive_study,
+    clip_study,
+    method_study,
+    pretrain_study,
+    recipe_study,
+    study,
+)
 from fluxvit_jax.config.loading import load_config
 from fluxvit_jax.distributed import checksums
 from fluxvit_jax.recipes import demo
@@ -99,6 +106,39 @@ def test_every_row_is_a_recipe_in_a_folder_of_its_own():
     assert len({row.folder for row in method_study.ROWS}) == len(method_study.ROWS)
     named = {name for claim in method_study.CLAIMS for name in (claim.better, claim.worse)}
     assert named <= {row.name for row in method_study.ROWS}
+
+
+def test_what_chooses_a_recipe_is_left_out_of_its_training(lists):
+    clips = clips_of(f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}")
+    left_out = []
+    for seed in range(2):
+        part = recipe_study.split(clips, seed, lists / "out")
+        trained, chosen = (
+            list(csv.DictReader(path.open(newline=""))) for path in (part.train, part.validation)
+        )
+        assert {
+            own: sum(row["label"] == own for row in chosen) for own in CLASSES
+        } == dict.fromkeys(CLASSES, 2)
+        paths = [row["path"] for row in trained + chosen]
+        assert sorted(paths) == sorted(f"train{n}.mp4" for n in range(30))
+        left_out.append({row["path"] for row in chosen})
+    assert left_out[0] != left_out[1]
+
+
+def test_the_recipe_that_is_best_over_all_budgets_and_seeds_is_chosen(tmp_path):
+    right = [{64: np.array([1, 1], bool), 32: np.array([1, 0], bool)}]
+    assert recipe_study.mean(right) == 0.75
+    recipe_study.write({"a": right}, tmp_path / "choosing.md")
+    *_, line = (tmp_path / "choosing.md").read_text().splitlines()
+    assert line.startswith("| a | 64: 100.0 (") and line.endswith("| 75.0 | 1 |")
+
+
+def test_rows_of_recipes_can_be_trained(lists):
+    clips = clips_of(f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}")
+    for row in recipe_study.ROWS:
+        flags = [f"--config.{flag}" for flag in row.flags]
+        config = load_config(recipe_study.RECIPE, [*flags, *clips.flags()])
+        assert config.eval.every_epochs <= config.train.epochs
 
 
 def test_hits_of_a_search_are_those_of_the_reporting_split(tmp_path):
