@@ -602,6 +602,13 @@ MUTATIONS = {
             (DISTILLED,),
         ),
         Mutation(
+            "a-cache-of-two-teachers",
+            "training/cache_targets.py",
+            'before.get("fingerprint", teacher) != teacher',
+            "False",
+            ("training/test_pretrain.py::test_weights_put_in_the_teachers_place_are_noticed",),
+        ),
+        Mutation(
             "masks-drawn-evenly",
             "objectives/flux_umt.py",
             'even if self.mask == "random" else attention',

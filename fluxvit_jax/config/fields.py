@@ -316,7 +316,7 @@ FIELDS: dict[str, Field] = {
         _freeze,
     ),
     # distill: of train.objective "flux_umt" only
-    "distill.teacher": Field("", "weights of the teacher"),
+    "distill.teacher": Field("", "weights of the teacher", may_change=True),
     "distill.network": one_of(
         *TEACHERS, *VARIANTS, default="InternVideo2-1B", help="network of the teacher"
     ),

@@ -10,6 +10,7 @@ Official names: facts of the released files, checked against tests/golden/full_m
 tests/golden/internvideo2/manifest.json.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -357,3 +358,16 @@ def describe_faults(faults: Mapping[str, list[str]]) -> str:
             more = f" and {len(tensors) - NAMED_AT_MOST} more" * (len(tensors) > NAMED_AT_MOST)
             parts.append(f"{kind}: {', '.join(tensors[:NAMED_AT_MOST])}{more}")
     return "; ".join(parts)
+
+
+def fingerprint(params: Mapping[str, Any]) -> str:
+    """SHA-256 of a nested dict of parameters: the paths, shapes and values as float32.
+
+    It is the same for NumPy and JAX arrays of equal values, whatever their dtype.
+    """
+    digest = hashlib.sha256()
+    for path, array in sorted(flatten(params), key=lambda item: item[0]):
+        array = np.asarray(array).astype("<f4")
+        digest.update(f"{path} {list(array.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -139,6 +139,19 @@ def read_about(folder: epath.Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def cached_teacher(config: ConfigDict) -> str:
+    """The fingerprint of the teacher that made the cache that `distill.cache` names.
+
+    Empty for a cache of an earlier version, which does not say.
+
+    Raises UserError: there is no cache, or it is damaged.
+    """
+    about = read_about(storage.path_of(config.distill.cache))
+    if about is None:
+        raise UserError(f"config.distill.cache: {config.distill.cache} holds no cache")
+    return about.get("fingerprint", "")
+
+
 def check_plan(folder: epath.Path, about: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """Raises UserError if a cache was made with another plan."""
     if differs := config_difference(about["plan"], plan):

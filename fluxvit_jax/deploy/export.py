@@ -299,7 +299,7 @@ def _report_of(model: PretrainedModel, file: Path | None) -> planner.Report | No
     if file is None:
         return None
     report = planner.read_report(file)
-    if report.get("fingerprint") != planner.fingerprint(model.params):
+    if report.get("fingerprint") != official_names.fingerprint(model.params):
         print(f"{file} is of other weights and left aside")
         return None
     return report

@@ -2,9 +2,9 @@
 
 import os
 
+from fluxvit_jax.convert import official_names
 from fluxvit_jax.deploy.pretrained import PretrainedModel, from_pretrained
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.token_optimization import planner
 
 
 def load(checkpoint: str | os.PathLike, text_encoder: str = "") -> PretrainedModel:
@@ -25,4 +25,4 @@ def checksum(model: PretrainedModel) -> str:
     assert model.space is not None  # `load` has looked
     parts = model.space.parts
     added = {"clip_head": parts.head, "text_encoder": parts.text_encoder}
-    return planner.fingerprint({**model.params, **added})
+    return official_names.fingerprint({**model.params, **added})

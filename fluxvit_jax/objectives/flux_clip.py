@@ -24,7 +24,7 @@ from fluxvit_jax.checkpoints import checkpointer, download
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.config.variants import TEXT_ENCODERS, VARIANTS
-from fluxvit_jax.convert import clip_parts
+from fluxvit_jax.convert import clip_parts, official_names
 from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.data.tokenizer import CONTEXT
 from fluxvit_jax.distributed import storage
@@ -193,7 +193,7 @@ class FluxCLIP(Objective):
     def frozen_identity(cls, config: ConfigDict) -> dict[str, str]:
         if config.clip.train_text:
             return {}
-        return {TEXT: flux_clip_text.checksum(flux_clip_text.read(config))}
+        return {TEXT: official_names.fingerprint(flux_clip_text.read(config))}
 
     @classmethod
     def clip_fields(cls, config: ConfigDict) -> Fields:

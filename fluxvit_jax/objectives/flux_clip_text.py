@@ -1,6 +1,5 @@
 """The text encoder of Flux-CLIP: its network, and its weights, frozen or to start from."""
 
-import hashlib
 from typing import Any
 
 import jax
@@ -85,12 +84,3 @@ def read(config: ConfigDict) -> Tree:
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
     checkpointer.check_fit(params, shapes(config), source)
     return params
-
-
-def checksum(params: Tree) -> str:
-    """sha256 of an encoder's parameters, whatever the file they came in."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf, np.float32).tobytes())
-    return digest.hexdigest()

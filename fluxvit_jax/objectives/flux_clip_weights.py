@@ -14,7 +14,7 @@ from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.checkpoints.workdir import read_config
 from fluxvit_jax.config.loading import from_dict
 from fluxvit_jax.config.variants import TEXT_ENCODERS
-from fluxvit_jax.convert import clip_parts, config_json
+from fluxvit_jax.convert import clip_parts, config_json, official_names
 from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
@@ -76,7 +76,7 @@ def _read_frozen(config: ConfigDict, found: RestoredCheckpoint) -> dict[str, Any
         params = flux_clip_text.read(config)
     except UserError as error:
         raise UserError(f"the text encoder of {found.step}: {error}; {moved}") from error
-    if flux_clip_text.checksum(params) != found.frozen.get(TEXT):
+    if official_names.fingerprint(params) != found.frozen.get(TEXT):
         raise UserError(
             f"{file}: is not the text encoder that {found.step} was trained with; {moved}"
         )

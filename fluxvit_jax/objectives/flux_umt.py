@@ -17,8 +17,15 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
+from fluxvit_jax.convert import official_names
 from fluxvit_jax.data.annotations import Source
-from fluxvit_jax.data.teacher_targets import CACHED, CachedTargets, Fields, open_cached_targets
+from fluxvit_jax.data.teacher_targets import (
+    CACHED,
+    CachedTargets,
+    Fields,
+    cached_teacher,
+    open_cached_targets,
+)
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.models import blocks, flops, fluxvit, padded_sequence, token_selection
 from fluxvit_jax.models.arrays import Array
@@ -40,6 +47,7 @@ from fluxvit_jax.objectives.flux_umt_teacher import (
     decoders_config,
     load_teacher,
     make_network,
+    read_teacher,
     runs_teacher,
     target_fields,
     teacher_config,
@@ -49,6 +57,7 @@ Mask = Literal["attention", "attention_topk", "random"]
 MASKS: tuple[str, ...] = get_args(Mask)
 Positions = tuple[jax.Array, jax.Array]  # of tokens, for the blocks and for the decoders
 DECODERS = "decoders"  # name of the decoders among the trained parameters
+TEACHER = "teacher"
 
 
 class TeacherTargets(NamedTuple):
@@ -174,6 +183,13 @@ class FluxUMT(Objective):
         if not runs_teacher(config):
             return {}
         return load_teacher(config, mesh, cls.partition_rules)
+
+    @classmethod
+    def frozen_identity(cls, config: ConfigDict) -> dict[str, str]:
+        if runs_teacher(config):
+            return {TEACHER: official_names.fingerprint(read_teacher(config))}
+        fingerprint = cached_teacher(config)
+        return {TEACHER: fingerprint} if fingerprint else {}
 
     @classmethod
     def head_sizes(cls, config: ConfigDict) -> set[int]:

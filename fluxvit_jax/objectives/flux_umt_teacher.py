@@ -1,7 +1,8 @@
 """The teacher of Flux-UMT and the student's decoders: networks, config checks, and weights.
 
 A teacher is an InternVideo2 (`TEACHERS`) or a FluxViT (`VARIANTS`). Its weights do not change a
-run's programs and are not saved in its checkpoints: they are read at each start.
+run's programs and are not saved in its checkpoints: they are read at each start, and a checksum in
+checkpoints and caches tells that they are still the same.
 """
 
 import dataclasses
@@ -215,14 +216,21 @@ def abstract_teacher(config: ConfigDict, mesh: Mesh | AbstractMesh, rules: Rules
 
 
 def load_teacher(config: ConfigDict, mesh: Mesh, rules: Rules) -> Tree:
-    """The teacher's parameters on the mesh.
+    """The teacher's parameters on the mesh. Raises UserError as `read_teacher`."""
+    params, abstract = read_teacher(config), abstract_teacher(config, mesh, rules)
+    say(f"the teacher is {config.distill.network} of {config.distill.teacher}")
+    cast = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), params, abstract)
+    return device_put_global(cast, jax.tree.map(lambda like: like.sharding, abstract))
+
+
+def read_teacher(config: ConfigDict) -> Tree:
+    """The teacher's parameters, numpy arrays.
 
     Raises UserError if there are no such weights, or they are for another network than that of the
     config.
     """
     network: TeacherConfig
-    source, abstract = config.distill.teacher, abstract_teacher(config, mesh, rules)
-    expected = teacher_config(config)
+    source, expected = config.distill.teacher, teacher_config(config)
     if isinstance(expected, InternVideo2Config):
         internvideo2 = teacher_files.read(source)
         params, network = internvideo2.params(), internvideo2.config
@@ -232,9 +240,7 @@ def load_teacher(config: ConfigDict, mesh: Mesh, rules: Rules) -> Tree:
         # The classifier is not used.
         params["heads"] = jax.tree.map(lambda leaf: leaf[..., :NO_CLASSES], params["heads"])
     _check_network(config, expected, network)
-    say(f"the teacher is {config.distill.network} of {source}")
-    cast = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), params, abstract)
-    return device_put_global(cast, jax.tree.map(lambda like: like.sharding, abstract))
+    return params
 
 
 def _check_network(config: ConfigDict, expected: TeacherConfig, found: TeacherConfig) -> None:

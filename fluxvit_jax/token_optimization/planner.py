@@ -7,7 +7,6 @@ measured once; that needs the weights. The rest of this module imports only the 
 and NumPy, since a server imports it as well, so JAX and what uses it are imported in functions.
 """
 
-import hashlib
 import math
 import os
 import sys
@@ -15,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fluxvit_jax.convert import official_names
 from fluxvit_jax.distributed import storage
@@ -446,22 +443,9 @@ def find_cell(report: Report, budget: int, frames: int, resolution: int, head: i
     return None
 
 
-def fingerprint(params: Mapping[str, Any]) -> str:
-    """SHA-256 of a nested dict of parameters: the paths, shapes and values as float32.
-
-    It is the same for NumPy and JAX arrays of equal values, whatever their dtype.
-    """
-    digest = hashlib.sha256()
-    for path, array in sorted(official_names.flatten(params), key=lambda item: item[0]):
-        array = np.asarray(array).astype("<f4")
-        digest.update(f"{path} {list(array.shape)}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
 def check_weights(report: Report, params: Mapping[str, Any], source: str | os.PathLike) -> None:
     """Raises UserError unless the report is of these weights. source: the report, for the line."""
-    if report.get("fingerprint") != fingerprint(params):
+    if report.get("fingerprint") != official_names.fingerprint(params):
         raise UserError(
             f"{source}: its report is of other weights ({report.get('checkpoint', 'unknown')}); "
             "name those with --checkpoint, or run --mode=search again"

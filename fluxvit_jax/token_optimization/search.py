@@ -22,6 +22,7 @@ from tqdm import tqdm
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
+from fluxvit_jax.convert import official_names
 from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
@@ -211,7 +212,7 @@ class Search:
         self._candidates = candidates(config, self._model)
         self._budgets = sorted(set(config.search.budgets), reverse=True)
         self._splits = {split.name: split for split in splits}
-        self._fingerprint = planner.fingerprint(fluxvit.network_params(weights.params))
+        self._fingerprint = official_names.fingerprint(fluxvit.network_params(weights.params))
         self._views = str(views_of(config))
         # Of the fewest tokens: how much moves is told before the first cell is asked.
         self._motion_grid = min((c.grid for c in self._candidates), key=lambda grid: grid.tokens)
@@ -225,7 +226,7 @@ class Search:
             **{f"split to {split.name} on": split.source.fingerprint for split in splits},
         }
         if classifier := zero_shot.classifier_in(weights.params):
-            about["texts"] = planner.fingerprint(classifier)
+            about["texts"] = official_names.fingerprint(classifier)
         self._results = ResultsLog(folder, about)
         self._probabilities = ProbabilityStore(folder)
         self._cascades: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.convert import official_names
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import plan_groups, train_batches, training_source
 from fluxvit_jax.data.supervised_workers import Quarantine
@@ -59,6 +60,7 @@ from fluxvit_jax.objectives.flux_umt_teacher import (
     abstract_teacher,
     check_teacher_named,
     load_teacher,
+    read_teacher,
     target_fields,
 )
 from fluxvit_jax.training.train_step import make_objective
@@ -69,7 +71,8 @@ SHARD_BYTES = 200 << 20  # approximate size of a shard
 def run(config: ConfigDict, _: str | None = None) -> int:
     """Writes the cache `config.distill.cache`; returns the exit status, 0.
 
-    Raises UserError: no teacher, no plan, a folder with the cache of another plan, a full disk.
+    Raises UserError: no teacher, no plan, a folder with the cache of another plan or teacher, a
+    full disk.
     """
     _check(config)
     with storage.write_errors(config.distill.cache):
@@ -92,12 +95,19 @@ def _run(config: ConfigDict) -> int:
             if before["finished"]:
                 say(f"{folder} is finished: {before['samples']} samples")
                 return 0
+        teacher = official_names.fingerprint(read_teacher(config))
+        if before is not None and before.get("fingerprint", teacher) != teacher:
+            raise UserError(
+                f"{folder} was begun with other weights than those that {config.distill.teacher} "
+                "holds now; put them back, or name another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(config, source, folder, groups)
     about = {
         "finished": False,
         "plan": plan,
         "teacher": config.distill.teacher,
+        "fingerprint": teacher,
         "samples": groups * config.data.clips_per_grid,
         "shards": writer.shards,
         "fields": target_fields(config),

@@ -14,13 +14,14 @@ import pytest
 
 import fluxvit_jax
 from fluxvit_jax.checkpoints.checkpointer import restore_params
+from fluxvit_jax.convert.official_names import fingerprint
 from fluxvit_jax.distributed import devices
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.models.flops import gflops
 from fluxvit_jax.token_optimization import latency, planner
 from fluxvit_jax.token_optimization.candidates import Candidate
-from fluxvit_jax.token_optimization.planner import fingerprint, plan, read_report
+from fluxvit_jax.token_optimization.planner import plan, read_report
 
 KINDS = ("milliseconds", "gflops", "tokens")
 GPU, CPU = "NVIDIA H100 80GB HBM3", "A Processor (cpu)"

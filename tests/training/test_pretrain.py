@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.convert import teacher
 from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.teacher_targets import open_cached_targets, pack
 from fluxvit_jax.distributed.mesh import make_mesh, shard_batch
@@ -330,6 +331,30 @@ def test_a_cache_of_another_teacher_is_refused(cached, tmp_path):
     config.distill.teacher = str(tmp_path / "other")
     for message in (refused(config, tmp_path), refused_by(cache_targets.run, config)):
         assert "was made by the teacher" in message and "name none" in message
+
+
+def test_weights_put_in_the_teachers_place_are_noticed(
+    cached, pretrained, tiny_data, data, tmp_path
+):
+    """By a cache that is half made and by a run that resumes; where they lie does not matter."""
+    other = tiny.write_teacher(tmp_path / "teacher")
+    workdir = Path(shutil.copytree(pretrained.workdir, tmp_path / "run"))
+    moved = tiny.make_pretraining(tiny_data, other, data__train=data.mixture)
+    assert train.train(moved, workdir) == 0  # finished, and these are the same weights
+    params = teacher.read(other)
+    state = {name: np.asarray(own) * 1.01 for name, own in params.state.items()}
+    teacher.write(teacher.Teacher(state, params.config), other)
+    folder = Path(shutil.copytree(cached.distill.cache, tmp_path / "cache"))
+    about = json.loads((folder / "cache.json").read_text())
+    half = about | {"finished": False, "teacher": str(other)}
+    (folder / "cache.json").write_text(json.dumps(half))
+    config = cached.copy_and_resolve_references()
+    config.distill.cache, config.distill.teacher = str(folder), str(other)
+    message = refused_by(cache_targets.run, config)
+    assert f"{folder} was begun with other weights than those that {other} holds now" in message
+
+    message = refused_by(train.train, moved, workdir)
+    assert "other weights of the frozen teacher" in message
 
 
 def refused_by(function, *arguments) -> str:
