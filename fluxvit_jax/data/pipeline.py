@@ -42,7 +42,6 @@ from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
-    WorkerDeathError,
     check_shared_memory,
 )
 from fluxvit_jax.data.views import views_of
@@ -54,6 +53,10 @@ REPLACEMENTS = 8
 
 # Items that a worker can be ahead, the one that it is making included. Each lies in shared memory.
 BUFFERED_ITEMS = 4
+DYING = (
+    "config.data.workers: a worker that reads data {}; lower data.workers or the batch size and "
+    "start the same command again: training goes on from its last checkpoint"
+)
 
 TimedClip = tuple[np.ndarray, ClipTimes]  # uint8 [T, size, size, 3]
 
@@ -258,6 +261,7 @@ class Batches(Iterator[Arrays]):
                 clip_seconds,
                 {} if quarantine is None else quarantine,
                 BUFFERED_ITEMS,
+                DYING,
             )
         else:
             cv2.setNumThreads(0)
@@ -312,14 +316,7 @@ class Batches(Iterator[Arrays]):
         while number not in self._arrived:
             if stop():
                 return None
-            try:
-                self._arrived |= workers.finished()
-            except WorkerDeathError as error:
-                raise UserError(
-                    f"config.data.workers: a worker that reads data {error}; lower data.workers or "
-                    "the batch size and start the same command again: training goes on from its "
-                    "last checkpoint"
-                ) from error
+            self._arrived |= workers.finished()
         item = self._arrived.pop(number)
         if isinstance(item, Exception):
             raise item

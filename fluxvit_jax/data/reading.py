@@ -13,11 +13,14 @@ from fluxvit_jax.data.images import Image, open_clip
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
-    WorkerDeathError,
     reading,
 )
 from fluxvit_jax.data.time_limit import within
-from fluxvit_jax.errors import UserError
+
+DYING = (
+    "config.data.workers: a worker that reads data {}, before any else is started; see what else "
+    "takes the memory of this machine"
+)
 
 
 @contextlib.contextmanager
@@ -106,18 +109,12 @@ def reasons_unreadable(
         for number in range(len(source)):
             yield _within(clip_seconds, why, number)
         return
-    process = SupervisedWorkers(why, 1, clip_seconds, quarantine, ahead=1)
+    process = SupervisedWorkers(why, 1, clip_seconds, quarantine, ahead=1, dying=DYING)
     with contextlib.closing(process):
         for number in range(len(source)):
             process.submit(number)
-            try:
-                while not (found := process.finished()):
-                    pass
-            except WorkerDeathError as error:
-                raise UserError(
-                    f"config.data.workers: a worker that reads data {error}, before any else is "
-                    "started; see what else takes the memory of this machine"
-                ) from error
+            while not (found := process.finished()):
+                pass
             [(_, reason)] = found
             if isinstance(reason, Exception):
                 raise reason

@@ -1,5 +1,6 @@
 """Writing the shards of a prepared folder, each by one process on its own."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,13 +19,16 @@ from fluxvit_jax.data.prepared_format import serialize
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
-    WorkerDeathError,
     reading,
 )
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 MAX_VIDEO_BYTES = 2**31 - 2**20  # a record is a protobuf message, which must stay below 2 GiB
+DYING = (
+    "a worker process {}; finished shards are kept, and the same command goes on from there; fewer "
+    "--workers need less memory"
+)
 CHECK_SHORT_SIDE = 16  # pixels: the frames are decoded only to check them, so keep them small
 
 
@@ -88,10 +92,9 @@ def _is_finished(shard: Shard) -> bool:
 def _run_workers(shards: list[Shard], workers: int, clip_seconds: float, bar: tqdm) -> None:
     quarantine: Quarantine = {}
     missing = set(range(len(shards)))
-    pool = SupervisedWorkers(
-        _NumberedShards(shards, quarantine), workers, clip_seconds, quarantine, ahead=1
-    )
-    try:
+    write = _NumberedShards(shards, quarantine)
+    pool = SupervisedWorkers(write, workers, clip_seconds, quarantine, ahead=1, dying=DYING)
+    with contextlib.closing(pool):
         for number in missing:
             pool.submit(number)
         first = bar.n
@@ -102,13 +105,6 @@ def _run_workers(shards: list[Shard], workers: int, clip_seconds: float, bar: tq
                 missing.remove(number)
                 pool.went_on()
             bar.update(min(first + pool.clips_read, bar.total) - bar.n)
-    except WorkerDeathError as error:
-        raise UserError(
-            f"a worker process {error}; finished shards are kept, and the same command goes on "
-            "from there; fewer --workers need less memory"
-        ) from None
-    finally:
-        pool.close()
 
 
 # The worker processes

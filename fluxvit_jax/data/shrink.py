@@ -33,7 +33,6 @@ from fluxvit_jax.data.frame_sampling import resized_size
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
-    WorkerDeathError,
     reading,
 )
 from fluxvit_jax.distributed import storage
@@ -45,6 +44,10 @@ KEY_FRAME_INTERVAL = 12
 CHUNK = 240  # frames in memory at a time
 FRAME_RATE = 30  # where the file does not say
 CLIP_SECONDS = 600.0
+DYING = (
+    "a worker process {}; finished copies are kept, and the same command goes on from there; fewer "
+    "--workers need less memory"
+)
 
 
 def shrink(
@@ -74,7 +77,8 @@ def shrink(
     names = _names(root, out, short_side)
     quarantine: Quarantine = {}
     copies = _Copies(root, out, names, short_side, quarantine)
-    pool = SupervisedWorkers(copies, min(workers, len(names)), clip_seconds, quarantine, ahead=2)
+    workers = min(workers, len(names))
+    pool = SupervisedWorkers(copies, workers, clip_seconds, quarantine, ahead=2, dying=DYING)
     with contextlib.closing(pool):
         unreadable = _results(pool, names)
     if len(unreadable) == len(names):
@@ -105,14 +109,7 @@ def _results(pool: SupervisedWorkers, names: list[str]) -> dict[str, str]:
         pool.submit(number)
     with tqdm(total=len(names), unit=" videos", mininterval=interval) as bar:
         while bar.n < len(names):
-            try:
-                results = pool.finished()
-            except WorkerDeathError as error:
-                raise UserError(
-                    f"a worker process {error}; finished copies are kept, and the same command "
-                    "goes on from there; fewer --workers need less memory"
-                ) from None
-            for number, reason in results:
+            for number, reason in pool.finished():
                 if isinstance(reason, Exception):
                     raise reason
                 if reason:

@@ -71,10 +71,6 @@ def check_shared_memory(setting: str, needed: int) -> None:
         )
 
 
-class WorkerDeathError(Exception):
-    """Workers die without being at fault themselves; the text continues "a worker ..."."""
-
-
 class SupervisedWorkers:
     """Processes that compute `make(number)`; see the module. Close them.
 
@@ -86,15 +82,24 @@ class SupervisedWorkers:
       quarantine: clips that are not to be read; grows. If it is part of `make` as well, workers
         read it there.
       ahead: numbers given to a worker at a time.
+      dying: line of the error if workers die again and again and it is no clip's fault, with {} for
+        how; it says what to do.
 
     Attributes:
       clips_read: number of clips that were read so far, some of them twice.
     """
 
     def __init__(
-        self, make: Make, workers: int, clip_seconds: float, quarantine: Quarantine, ahead: int
+        self,
+        make: Make,
+        workers: int,
+        clip_seconds: float,
+        quarantine: Quarantine,
+        ahead: int,
+        dying: str,
     ):
         self._clip_seconds, self._quarantine, self._ahead = clip_seconds, quarantine, ahead
+        self._dying = dying
         self._job, self._job_sizes = _pack((make, quarantine))  # pickled together: one object
         self._in_job = set(quarantine)
         self.clips_read = 0
@@ -116,7 +121,7 @@ class SupervisedWorkers:
 
         An exception that `make` raised is a result.
 
-        Raises WorkerDeathError: workers die again and again, and it is no clip's fault.
+        Raises UserError: workers die again and again, and it is no clip's fault.
         """
         self._assign()
         begin = time.monotonic()
@@ -185,7 +190,7 @@ class SupervisedWorkers:
 
     def _note_unexplained(self, worker: "_Worker", how: str) -> None:
         if self._killed_at is not None:
-            raise WorkerDeathError(how)
+            raise UserError(self._dying.format(how))
         self._killed_at = worker.clip
 
     def _replace(self, worker: "_Worker", clip: str, reason: str) -> None:

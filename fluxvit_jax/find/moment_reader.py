@@ -12,19 +12,21 @@ from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,
-    WorkerDeathError,
     check_shared_memory,
     reading,
 )
 from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.deploy.windows import read_windows, windows_of
-from fluxvit_jax.errors import UserError
 from fluxvit_jax.find.index_file import Moment, Settings
 
 # A part of a video is what a worker reads at a time, so that hours of video fit into memory and
 # a time limit is one for minutes of it.
 PART_BYTES, PART_SECONDS = 16 << 20, 64.0
 AHEAD = 2  # parts that a worker is given
+DYING = (
+    "--workers: a worker that reads videos {}; use fewer and start the same command again; what "
+    "was found stays"
+)
 
 Task = tuple[int, int, str]  # number of the video, of its part, and its path
 
@@ -66,7 +68,7 @@ def read_parts(
             yield task[0], todo.noted(task, _read_here(read, task, clip_seconds))
         return
     check_shared_memory("--workers", workers * (AHEAD + 1) * PART_BYTES)
-    pool = SupervisedWorkers(read, workers, clip_seconds, quarantine, AHEAD)
+    pool = SupervisedWorkers(read, workers, clip_seconds, quarantine, AHEAD, DYING)
     under_way = 0
     try:
         while True:
@@ -75,26 +77,14 @@ def read_parts(
                 under_way += 1
             if not under_way:
                 return
-            for task, part in _finished(pool):
+            for task, made in pool.finished():
+                if isinstance(made, Exception):
+                    raise made
                 under_way -= 1
-                yield task[0], todo.noted(task, part)
+                yield task[0], todo.noted(task, made)
             pool.went_on()
     finally:
         pool.close()
-
-
-def _finished(pool: SupervisedWorkers) -> Iterator[tuple[Task, Part]]:
-    try:
-        found = pool.finished()
-    except WorkerDeathError as error:
-        raise UserError(
-            f"--workers: a worker that reads videos {error}; use fewer and start the same command "
-            "again; what was found stays"
-        ) from error
-    for task, made in found:
-        if isinstance(made, Exception):
-            raise made
-        yield task, made
 
 
 def _read_here(read: "_Reading", task: Task, seconds: float) -> Part:

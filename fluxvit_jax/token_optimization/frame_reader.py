@@ -10,15 +10,18 @@ from ml_collections import ConfigDict
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.reading import reading_video
-from fluxvit_jax.data.supervised_workers import Quarantine, SupervisedWorkers, WorkerDeathError
+from fluxvit_jax.data.supervised_workers import Quarantine, SupervisedWorkers
 from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.data.views import Frames, Views, read_frames, views_of
-from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 
 # Frames of one video that are kept at their own size, for two chunks of videos at a time. A video
 # of more is decoded again for each grid.
 MAX_DECODED_BYTES = 1 << 30
+DYING = (
+    "config.data.workers: a worker that reads data {}; lower data.workers or eval.batch_size and "
+    "start the same command again; what was found stays"
+)
 
 # Number of the video, grids that it is read for, and the short side to scale it to; 0: not scaled.
 Task = tuple[int, tuple[Grid, ...], int]
@@ -64,7 +67,7 @@ class FrameReader:
         if workers := config.data.workers:
             ahead = math.ceil(most / workers)  # they read on while the devices work
             self._workers = SupervisedWorkers(
-                self._read, workers, self._clip_seconds, quarantine, ahead
+                self._read, workers, self._clip_seconds, quarantine, ahead, DYING
             )
 
     def __enter__(self) -> "FrameReader":
@@ -85,13 +88,7 @@ class FrameReader:
         if self._workers is None:
             return self._read_here(task)
         while task not in self._arrived:
-            try:
-                self._arrived |= self._workers.finished()
-            except WorkerDeathError as error:
-                raise UserError(
-                    f"config.data.workers: a worker that reads data {error}; lower data.workers or "
-                    "eval.batch_size and start the same command again; what was found stays"
-                ) from error
+            self._arrived |= self._workers.finished()
         self._workers.went_on()
         made = self._arrived.pop(task)
         if isinstance(made, Exception):

@@ -127,7 +127,7 @@ def test_a_crash_is_charged_to_its_clip_when_nobody_listened():
     Linux then reports a reset connection once, and only after that what the worker had said.
     """
     make = Crashing()
-    workers = SupervisedWorkers(make, 1, 0, make.quarantine, ahead=8)
+    workers = SupervisedWorkers(make, 1, 0, make.quarantine, ahead=8, dying="{}")
     with contextlib.closing(workers):
         for number in range(6):
             workers.submit(number)
