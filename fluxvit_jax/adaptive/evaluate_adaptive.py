@@ -1,14 +1,16 @@
 """`--mode=evaluate --config.eval.cascade=...`: accuracy and mean cost of an adaptive budget.
 
 That is a cascade, or with `eval.adaptive=motion` a rule of motion. Videos that go on are packed
-into full batches, so the videos a second are those of a server that is never short of videos.
+into full batches, so the videos a second are those of a server that is never short of videos. How
+many go on differs by host, so each host runs its own videos on its own devices.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -29,12 +31,18 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     device_put_global,
+    gather,
     host_count,
+    host_index,
+    local_row_indices,
+    mesh_over,
     platform_of,
     round_up_to_shards,
     say,
+    sum_over_hosts,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
@@ -79,12 +87,11 @@ def name_of(adaptive: Adaptive) -> str:
 def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
     """Evaluates `eval.cascade` on `data.validation`, as `evaluate.run_weights` does.
 
-    Returns the exit status, 0. Raises UserError: as there, there is no such cascade or rule, it is
-    of other weights, or there are several hosts.
+    Returns the exit status, 0. Raises UserError: as there, there is no such cascade or rule, or it
+    is of other weights.
     """
-    if host_count() > 1:
-        raise UserError("config.eval.cascade: is evaluated on one host; start one process")
-    adaptive = chosen(config, loaded, folder)
+    with raise_on_all_hosts():
+        adaptive = chosen(config, loaded, folder)
     source, mesh, names = evaluate.opened_validation(config, loaded)
     say(f"evaluating {loaded.origin} on {len(source)} videos: {adaptive}")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
@@ -133,14 +140,12 @@ def evaluate_adaptive(
 
     Raises UserError: none can be read, or as `evaluate.evaluate`.
     """
-    params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
-    params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
     # The grids by frames and pixels; which budget stands beside them does not matter here.
     grids = {step.grid: setting_of(step) for step in adaptive.steps}
     if isinstance(adaptive, MotionRule) and adaptive.grid not in grids:
         grids[adaptive.grid] = Setting(1, Grid.square(*adaptive.grid), 0)
     packed = _packed(adaptive, params, config, mesh)
-    videos: dict[int, dict[str, Any]] = {}
+    videos: dict[int, dict[str, Any]] = {}  # of this host, by number
     finished: list[Finished] = []
 
     def take(batch: dict[str, np.ndarray]) -> None:
@@ -148,10 +153,14 @@ def evaluate_adaptive(
         for row, number in enumerate(batch["video"].tolist()):
             if number < 0:
                 continue
-            failure = str(batch["failure"][row])
-            about = {"id": str(batch["id"][row]), "label": int(batch["label"][row])}
-            videos[number] = about | {"failure": failure}
-            if not failure:
+            videos[number] = {
+                "number": number,
+                "host": host_index(),
+                "id": str(batch["id"][row]),
+                "label": int(batch["label"][row]),
+                "failure": str(batch["failure"][row]),
+            }
+            if not videos[number]["failure"]:
                 # Copies: the memory of a batch is used again.
                 patches = {own: batch[f"patches{k}"][row].copy() for k, own in enumerate(grids)}
                 ready.append(Video(number, patches))
@@ -170,62 +179,91 @@ def evaluate_adaptive(
         "evaluating",
     )
     finished += packed.finish()
-    seconds = time.perf_counter() - start
-    if not finished:
+    seconds = max(gather([time.perf_counter() - start]))
+    for one in finished:
+        videos[one.number] |= _answer(one, videos[one.number]["label"])
+    of_all = evaluate.by_number(videos.values())
+    read = [video for video in of_all if not video["failure"]]
+    if not read:
         data = config.data.validation
-        raise evaluate.NothingReadableError(data, len(source), source[0], videos[0]["failure"])
-    return AdaptiveEvaluation(
-        _report(adaptive, config, source, videos, finished, len(source) / seconds),
-        _predictions(name_of(adaptive), videos, finished),
-        config.model.classes,
+        raise evaluate.NothingReadableError(data, len(source), source[0], of_all[0]["failure"])
+    report = _report(adaptive, config, source, of_all, len(source) / seconds)
+    own = {one.number: one.probabilities for one in finished}
+    report["budgets"][name_of(adaptive)]["calibration"] = _calibration(
+        own, read, config.model.classes
     )
+    return AdaptiveEvaluation(report, _predictions(name_of(adaptive), of_all), config.model.classes)
+
+
+def _answer(one: Finished, label: int) -> dict[str, Any]:
+    """What the hosts tell each other of an answer: JSON values."""
+    (top,) = evaluate.likeliest(one.probabilities[None])
+    (loss,) = evaluate.cross_entropy(one.probabilities[None], np.array([label]))
+    return {"top": top, "loss": float(loss), "step": int(one.step)}
+
+
+def _calibration(
+    probabilities: Mapping[int, np.ndarray], read: Sequence[dict[str, Any]], classes: int
+) -> dict[str, Any]:
+    """As `evaluate` has it for a budget. All hosts call it.
+
+    probabilities: of this host's videos, by number; read: the readable videos of all hosts.
+    """
+    labels = np.array([video["label"] for video in read])
+    first = calibration.first_half(labels)
+    own = [i for i, video in enumerate(read) if video["host"] == host_index()]
+    tables = np.array([probabilities[read[i]["number"]] for i in own]).reshape(len(own), classes)
+    return calibration.measure(tables, labels[own], first[own], sum_over_hosts)
 
 
 def _packed(
     adaptive: Adaptive, params: dict, config: ConfigDict, mesh: Mesh
 ) -> PackedCascade | PackedRule:
-    model, views = model_config(config, platform_of(mesh)), views_of(config).count
+    """mesh: of all hosts, whose rows of a batch this host runs on its own devices."""
     batch = round_up_to_shards(config.eval.batch_size, mesh)
+    rows = len(local_row_indices(mesh, batch))
+    if host_count() > 1:
+        mesh = mesh_over("data", jax.local_devices())
+    params = fluxvit.network_params(params) | zero_shot.classifier_in(params)
+    params = device_put_global(params, partition_rules.shardings(params, mesh, zero_shot.RULES))
+    model, views = model_config(config, platform_of(mesh)), views_of(config).count
+    rows = round_up_to_shards(rows, mesh)
 
     def packed(cascade: Cascade) -> PackedCascade:
-        return PackedCascade(cascade, model, params, batch, views, config.seed, mesh)
+        return PackedCascade(cascade, model, params, rows, views, config.seed, mesh)
 
     if isinstance(adaptive, Cascade):
         return packed(adaptive)
     score = scorer(model, Grid.square(*adaptive.grid), params, config.seed, mesh)
     cells = [packed(Cascade((step,))) for step in adaptive.steps]
-    return PackedRule(adaptive, score, cells, batch)
+    return PackedRule(adaptive, score, cells, rows)
 
 
 def _report(
     adaptive: Adaptive,
     config: ConfigDict,
     source: Source,
-    videos: dict[int, dict[str, Any]],
-    finished: Sequence[Finished],
+    videos: Sequence[dict[str, Any]],
     videos_per_second: float,
 ) -> dict[str, Any]:
-    probabilities = np.stack([one.probabilities for one in finished])
-    labels = np.array([videos[one.number]["label"] for one in finished])
-    ranked = np.argsort(-probabilities, axis=1, kind="stable")
-    steps = np.array([one.step for one in finished])
+    read = [video for video in videos if not video["failure"]]
+    failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
     costs, tokens = costs_until(adaptive, config)
-    failures = [
-        {"id": own["id"], "reason": own["failure"]}
-        for _, own in sorted(videos.items())
-        if own["failure"]
-    ]
-    top = [(ranked[:, :first] == labels[:, None]).any(axis=1).sum() for first in (1, TOP)]
+    steps = np.array([video["step"] for video in read])
+
+    def share_among(first: int) -> float:
+        found = [v["label"] in [label for label, _ in v["top"][:first]] for v in read]
+        return sum(found) / len(videos)
+
     row = {
-        "top1": float(top[0] / len(videos)),
-        "top5": float(top[1] / len(videos)),
-        "loss": float(np.mean(evaluate.cross_entropy(probabilities, labels))),
-        "decoded": len(finished),
+        "top1": share_among(1),
+        "top5": share_among(TOP),
+        "loss": float(np.mean([video["loss"] for video in read])),
+        "decoded": len(read),
         "failed": len(failures),
         "answered": [float((steps == number).mean()) for number in range(len(adaptive.steps))],
         "average_gflops": float(np.mean(costs[steps])),
         "average_tokens": float(np.mean(tokens[steps])),
-        "calibration": calibration.measure(probabilities, labels),
     }
     return {
         "task": name_of(adaptive),
@@ -265,18 +303,13 @@ def costs_until(adaptive: Adaptive, config: ConfigDict) -> tuple[np.ndarray, np.
     )
 
 
-def _predictions(
-    name: str, videos: dict[int, dict[str, Any]], finished: Sequence[Finished]
-) -> list[dict[str, Any]]:
+def _predictions(name: str, videos: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """As those of an evaluation, with the number of the "step" that answers, from 1."""
-    answers = {one.number: one for one in finished}
     rows = []
-    for number, own in sorted(videos.items()):
-        about = {"id": own["id"], "label": own["label"]}
-        if own["failure"]:
-            rows.append(about | {"failure": own["failure"]})
-            continue
-        answer = answers[number]
-        (top,) = evaluate.likeliest(answer.probabilities[None])
-        rows.append(about | {"step": answer.step + 1, "predictions": {name: top}})
+    for video in videos:
+        about = {"id": video["id"], "label": video["label"]}
+        if video["failure"]:
+            rows.append(about | {"failure": video["failure"]})
+        else:
+            rows.append(about | {"step": video["step"] + 1, "predictions": {name: video["top"]}})
     return rows

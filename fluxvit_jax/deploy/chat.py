@@ -26,7 +26,7 @@ from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.chat_batches import PROMPT_STEP, answer_ids
 from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.distributed import storage
-from fluxvit_jax.distributed.mesh import mesh_over_fsdp, put_rows
+from fluxvit_jax.distributed.mesh import mesh_over, put_rows
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import nearest_head
 from fluxvit_jax.models import fluxvit, language_model
@@ -69,7 +69,7 @@ def load_chat(
 
     Raises UserError: there are no such weights, or the language model is missing or another one.
     """
-    mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
+    mesh = mesh or mesh_over("fsdp", jax.devices()[:1])
     return Chat(flux_chat_weights.read(path, os.fspath(llm), dtype, mesh), dtype, mesh)
 
 

@@ -14,7 +14,7 @@ from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.mesh import (
     compiler_options,
     device_put_global,
-    mesh_over_fsdp,
+    mesh_over,
     platform_of,
     put_rows,
     traced_on_mesh,
@@ -43,7 +43,7 @@ class ChatEncoder:
 
     def __init__(self, projection: Projection, dtype: str = "float32", mesh: Mesh | None = None):
         config = projection.config
-        self._mesh = mesh or mesh_over_fsdp(jax.devices()[:1])
+        self._mesh = mesh or mesh_over("fsdp", jax.devices()[:1])
         self.merge: int = config.chat.merge
         self.width: int = projection.connector["fc2"]["bias"].shape[0]
         self.frame_times: bool = config.chat.frame_times

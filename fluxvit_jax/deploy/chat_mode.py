@@ -21,7 +21,7 @@ from fluxvit_jax.data.annotations import videos_below
 from fluxvit_jax.deploy.chat import Chat, Conversation, FirstQuestion, load_chat
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.devices import enough_memory
-from fluxvit_jax.distributed.mesh import make_mesh, mesh_over_fsdp, round_up_to_shards
+from fluxvit_jax.distributed.mesh import make_mesh, mesh_over, round_up_to_shards
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.reports.wording import count
 
@@ -54,7 +54,7 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
         raise UserError(f"--video={options.video}: no such file or folder")
     if source.is_dir() and not options.question:
         raise UserError(f"--video={options.video}: a folder needs one question for all: --question")
-    mesh = make_mesh(config) if config else mesh_over_fsdp(jax.devices())
+    mesh = make_mesh(config) if config else mesh_over("fsdp", jax.devices())
     chat = load_chat(options.checkpoint, options.llm, options.dtype or "float32", mesh)
     if source.is_dir():
         wanted = config.eval.batch_size if config else FIELDS["eval.batch_size"].default

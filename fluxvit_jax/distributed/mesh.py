@@ -48,9 +48,9 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def mesh_over_fsdp(devices: Sequence[jax.Device]) -> Mesh:
-    """Devices that split one copy of the parameters."""
-    shape = (1, len(devices), 1)
+def mesh_over(axis: str, devices: Sequence[jax.Device]) -> Mesh:
+    """All devices along one axis: "data" has copies of the parameters, "fsdp" splits one."""
+    shape = tuple(len(devices) if name == axis else 1 for name in AXES)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

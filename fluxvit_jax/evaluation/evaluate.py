@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -315,9 +315,14 @@ class _Answers:
 
     def of_all_hosts(self) -> list[dict[str, Any]]:
         """The videos in the order of their numbers. All hosts call it."""
-        # Hosts whose devices share clips have evaluated the same videos.
-        by_number = {video["number"]: video for video in gather(self._videos)}
-        return [by_number[number] for number in sorted(by_number)]
+        return by_number(self._videos)
+
+
+def by_number(videos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The videos of all hosts in the order of their "number". All hosts call it."""
+    # Hosts whose devices share clips have evaluated the same videos.
+    found = {video["number"]: video for video in gather(list(videos))}
+    return [found[number] for number in sorted(found)]
 
 
 def for_each_batch(

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+from fluxvit_jax.adaptive import cascade
+from fluxvit_jax.adaptive.cascade import Cascade, Step
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.distributed.watchdog import STATUS
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import evaluate, tasks
 from fluxvit_jax.token_optimization import latency, search
 from fluxvit_jax.training import train
 from tests import hosts, limited, tiny
@@ -297,6 +299,44 @@ def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_pa
         assert own["id"] == line["id"] and own.get("failure") == line.get("failure")
         for budget, top in own.get("predictions", {}).items():
             np.testing.assert_allclose(top, line["predictions"][budget], atol=1e-5)
+
+
+def test_a_cascade_stops_where_it_does_on_one_host(pair, tiny_data, compiled, tmp_path):
+    """How many videos go on differs by host, and so do their batches."""
+    file, found = tmp_path / "cascade.json", []
+    for name in ("alone", "pair"):
+        workdir = shutil.copytree(pair, tmp_path / name)
+        changes = {"eval__cascade": str(file), "eval__settings": ((12, 4, 28),)}
+        config = tiny.make_config(tiny_data, **options(tiny_data) | changes)
+        if name == "alone":
+            config.eval.cascade = ""
+            assert evaluate.run(config, workdir) == 0
+            _, lines = tiny.read_evaluation(workdir)
+            sure = sorted(row["predictions"]["12"][0][1] for row in lines if "failure" not in row)
+            first = Step(budget=12, frames=4, resolution=28, head=0, threshold=sum(sure[4:6]) / 2)
+            last = Step(budget=24, frames=6, resolution=42, head=0)
+            cascade.write(Cascade((first, last)), file)
+            shutil.rmtree(workdir / "evaluation")
+            config.eval.cascade = str(file)
+            assert tasks.run(config, workdir) == 0
+        else:
+            command = arguments(
+                tiny_data, workdir, "--mode=evaluate", f"--config.eval.cascade={file}"
+            )
+            both = hosts.run(tmp_path / "logs", compiled, *command)
+            assert [ended.status for ended in both] == [0, 0], both[0].err + both[1].err
+            assert "answer here" in both[0].out and "answer here" not in both[1].out
+        found.append(tiny.read_evaluation(workdir))
+    (report, predictions), (other, theirs) = found
+    assert [row.get("step") for row in predictions] == [row.get("step") for row in theirs]
+    assert {row["step"] for row in predictions if "failure" not in row} == {1, 2}
+    (own,), (their,) = (list(one["budgets"].values()) for one in (report, other))
+    for calibrated in (own["calibration"], their["calibration"]):
+        calibrated.pop("bins")
+    assert own.pop("calibration") == pytest.approx(their.pop("calibration"), rel=1e-3)
+    assert own.pop("answered") == their.pop("answered")
+    assert own == pytest.approx(their, rel=1e-4)
+    assert report["failures"] == other["failures"]
 
 
 QUICK_TIMING = """
