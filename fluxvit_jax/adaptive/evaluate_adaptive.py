@@ -140,12 +140,39 @@ def evaluate_adaptive(
 
     Raises UserError: none can be read, or as `evaluate.evaluate`.
     """
+    start = time.perf_counter()
+    videos, finished = _run(adaptive, params, config, source, mesh, after_batch)
+    seconds = max(gather([time.perf_counter() - start]))
+    for one in finished:
+        videos[one.number] |= _answer(one, videos[one.number]["label"])
+    of_all = evaluate.by_number(videos.values())
+    read = [video for video in of_all if not video["failure"]]
+    if not read:
+        data = config.data.validation
+        raise evaluate.NothingReadableError(data, len(source), source[0], of_all[0]["failure"])
+    report = _report(adaptive, config, source, of_all, len(source) / seconds)
+    own = {one.number: one.probabilities for one in finished}
+    calibrated = _calibration(own, read, config.model.classes)
+    report["budgets"][name_of(adaptive)]["calibration"] = calibrated
+    predictions = _predictions(name_of(adaptive), of_all)
+    return AdaptiveEvaluation(report, predictions, config.model.classes)
+
+
+def _run(
+    adaptive: Adaptive,
+    params: dict,
+    config: ConfigDict,
+    source: Source,
+    mesh: Mesh,
+    after_batch: Callable[[], None],
+) -> tuple[dict[int, dict[str, Any]], list[Finished]]:
+    """This host's videos by number, and the answers to those that can be read."""
     # The grids by frames and pixels; which budget stands beside them does not matter here.
     grids = {step.grid: setting_of(step) for step in adaptive.steps}
     if isinstance(adaptive, MotionRule) and adaptive.grid not in grids:
         grids[adaptive.grid] = Setting(1, Grid.square(*adaptive.grid), 0)
     packed = _packed(adaptive, params, config, mesh)
-    videos: dict[int, dict[str, Any]] = {}  # of this host, by number
+    videos: dict[int, dict[str, Any]] = {}
     finished: list[Finished] = []
 
     def take(batch: dict[str, np.ndarray]) -> None:
@@ -166,33 +193,11 @@ def evaluate_adaptive(
                 ready.append(Video(number, patches))
         finished.extend(packed.add(ready))
 
-    start = time.perf_counter()
+    settings = list(grids.values())
     evaluate.for_each_batch(
-        take,
-        config,
-        source,
-        list(grids.values()),
-        mesh,
-        lambda: False,
-        None,
-        after_batch,
-        "evaluating",
+        take, config, source, settings, mesh, lambda: False, None, after_batch, "evaluating"
     )
-    finished += packed.finish()
-    seconds = max(gather([time.perf_counter() - start]))
-    for one in finished:
-        videos[one.number] |= _answer(one, videos[one.number]["label"])
-    of_all = evaluate.by_number(videos.values())
-    read = [video for video in of_all if not video["failure"]]
-    if not read:
-        data = config.data.validation
-        raise evaluate.NothingReadableError(data, len(source), source[0], of_all[0]["failure"])
-    report = _report(adaptive, config, source, of_all, len(source) / seconds)
-    own = {one.number: one.probabilities for one in finished}
-    report["budgets"][name_of(adaptive)]["calibration"] = _calibration(
-        own, read, config.model.classes
-    )
-    return AdaptiveEvaluation(report, _predictions(name_of(adaptive), of_all), config.model.classes)
+    return videos, finished + packed.finish()
 
 
 def _answer(one: Finished, label: int) -> dict[str, Any]:
