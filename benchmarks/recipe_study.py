@@ -8,7 +8,7 @@ of each class and asked about the rest, at each of its budgets. A seed changes w
 well. The row with the highest mean over budgets and seeds, and the first row, are then trained on
 all training clips and asked about the validation clips, which choose nothing. Written are
 choosing.md and study.md, with 95 % intervals over clips. Finished runs are kept, so the study can
-be stopped and started again. With 224 clips about 6 minutes a run on two idle cores.
+be stopped and started again. It has not been run to its end.
 """
 
 import argparse
