@@ -7,7 +7,7 @@ many go on differs by host, so each host runs its own videos on its own devices.
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,13 +42,11 @@ from fluxvit_jax.distributed.mesh import (
     platform_of,
     round_up_to_shards,
     say,
-    sum_over_hosts,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import calibration, evaluate, zero_shot
+from fluxvit_jax.evaluation import evaluate, zero_shot
 from fluxvit_jax.evaluation.evaluate import Evaluation, Setting, Weights
-from fluxvit_jax.evaluation.results import TOP
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
@@ -146,13 +144,9 @@ def evaluate_adaptive(
     for one in finished:
         videos[one.number] |= _answer(one, videos[one.number]["label"])
     of_all = evaluate.by_number(videos.values())
-    read = [video for video in of_all if not video["failure"]]
-    if not read:
-        data = config.data.validation
-        raise evaluate.NothingReadableError(data, len(source), source[0], of_all[0]["failure"])
+    evaluate.check_some_readable(config, source, of_all)
     report = _report(adaptive, config, source, of_all, len(source) / seconds)
-    own = {one.number: one.probabilities for one in finished}
-    calibrated = _calibration(own, read, config.model.classes)
+    (calibrated,) = evaluate.calibrations(_kept(finished, config.model.classes), of_all)
     report["budgets"][name_of(adaptive)]["calibration"] = calibrated
     predictions = _predictions(name_of(adaptive), of_all)
     return AdaptiveEvaluation(report, predictions, config.model.classes)
@@ -201,24 +195,19 @@ def _run(
 
 
 def _answer(one: Finished, label: int) -> dict[str, Any]:
-    """What the hosts tell each other of an answer: JSON values."""
-    (top,) = evaluate.likeliest(one.probabilities[None])
-    (loss,) = evaluate.cross_entropy(one.probabilities[None], np.array([label]))
-    return {"top": top, "loss": float(loss), "step": int(one.step)}
+    """What the hosts tell each other of an answer, as `evaluate` has it for its one "budget"."""
+    probabilities = one.probabilities[None]
+    return {
+        "top": evaluate.likeliest(probabilities),
+        "loss": evaluate.cross_entropy(probabilities, np.array([label])),
+        "step": int(one.step),
+    }
 
 
-def _calibration(
-    probabilities: Mapping[int, np.ndarray], read: Sequence[dict[str, Any]], classes: int
-) -> dict[str, Any]:
-    """As `evaluate` has it for a budget. All hosts call it.
-
-    probabilities: of this host's videos, by number; read: the readable videos of all hosts.
-    """
-    labels = np.array([video["label"] for video in read])
-    first = calibration.first_half(labels)
-    own = [i for i, video in enumerate(read) if video["host"] == host_index()]
-    tables = np.array([probabilities[read[i]["number"]] for i in own]).reshape(len(own), classes)
-    return calibration.measure(tables, labels[own], first[own], sum_over_hosts)
+def _kept(finished: Sequence[Finished], classes: int) -> evaluate.Kept:
+    """The answers of this host, which may have none."""
+    tables = np.array([one.probabilities for one in finished]).reshape(len(finished), classes)
+    return evaluate.Kept([np.array([one.number for one in finished], np.int64)], [[tables]])
 
 
 def _packed(
@@ -256,14 +245,9 @@ def _report(
     costs, tokens = costs_until(adaptive, config)
     steps = np.array([video["step"] for video in read])
 
-    def share_among(first: int) -> float:
-        found = [v["label"] in [label for label, _ in v["top"][:first]] for v in read]
-        return sum(found) / len(videos)
-
     row = {
-        "top1": share_among(1),
-        "top5": share_among(TOP),
-        "loss": float(np.mean([video["loss"] for video in read])),
+        **evaluate.top_accuracies(config.model.classes, videos, 0),
+        "loss": float(np.mean([video["loss"][0] for video in read])),
         "decoded": len(read),
         "failed": len(failures),
         "answered": [float((steps == number).mean()) for number in range(len(adaptive.steps))],
@@ -316,5 +300,5 @@ def _predictions(name: str, videos: Sequence[dict[str, Any]]) -> list[dict[str, 
         if video["failure"]:
             rows.append(about | {"failure": video["failure"]})
         else:
-            rows.append(about | {"step": video["step"] + 1, "predictions": {name: video["top"]}})
+            rows.append(about | {"step": video["step"] + 1, "predictions": {name: video["top"][0]}})
     return rows

@@ -242,13 +242,10 @@ def evaluate(
     ):
         return None
     videos = answers.of_all_hosts()
-    if all(video["failure"] for video in videos):
-        raise NothingReadableError(
-            config.data.validation, len(source), source[0], videos[0]["failure"]
-        )
+    check_some_readable(config, source, videos)
     report = _report(config, source, settings, videos)
     if answers.kept is not None:
-        measured = _calibration(answers.kept, videos)
+        measured = calibrations(answers.kept, videos)
         for row, calibrated in zip(report["budgets"].values(), measured, strict=True):
             row["calibration"] = calibrated
     return Evaluation(report, _predictions(settings, videos), config.model.classes)
@@ -281,7 +278,7 @@ class _Answers:
             for setting in settings
         ]
         self._videos: list[dict[str, Any]] = []
-        self.kept = _Kept([], [[] for _ in settings]) if keep else None
+        self.kept = Kept([], [[] for _ in settings]) if keep else None
 
     def take(self, batch: dict[str, np.ndarray]) -> None:
         """Adds the videos of a batch of `pipeline.evaluation_batches`."""
@@ -316,6 +313,16 @@ class _Answers:
     def of_all_hosts(self) -> list[dict[str, Any]]:
         """The videos in the order of their numbers. All hosts call it."""
         return by_number(self._videos)
+
+
+def check_some_readable(
+    config: ConfigDict, source: Source, videos: Sequence[dict[str, Any]]
+) -> None:
+    """Raises NothingReadableError if no video could be read. videos: as `by_number` has them."""
+    if all(video["failure"] for video in videos):
+        raise NothingReadableError(
+            config.data.validation, len(source), source[0], videos[0]["failure"]
+        )
 
 
 def by_number(videos: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -571,7 +578,7 @@ def _report(
     failures = [{"id": v["id"], "reason": v["failure"]} for v in videos if v["failure"]]
     model, budgets = model_config(config), {}
     for k, (budget, grid, head) in enumerate(settings):
-        measure = _mean_average_precision if config.train.multi_label else _top_accuracies
+        measure = _mean_average_precision if config.train.multi_label else top_accuracies
         budgets[str(budget)] = {
             "frames": grid.frames,
             "resolution": grid.rows * PATCH,
@@ -595,7 +602,7 @@ def _report(
     }
 
 
-def _top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
+def top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
     """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
     read = [video for video in videos if not video["failure"]]
     pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]
@@ -615,7 +622,7 @@ def _mean_average_precision(classes: int, videos: Sequence[dict], k: int) -> dic
     return {"map": average_precision.mean(precisions), "ap": precisions}
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """Probabilities of the videos that this host has read.
 
     numbers: of the videos of each batch, int [b]; probabilities: of each setting and batch, float32
@@ -633,7 +640,7 @@ class _Kept(NamedTuple):
             own.append(rows[read])
 
 
-def _calibration(kept: _Kept, videos: Sequence[dict]) -> list[dict[str, Any]]:
+def calibrations(kept: Kept, videos: Sequence[dict]) -> list[dict[str, Any]]:
     """What `calibration.measure` finds at each setting. All hosts call it.
 
     The hosts tell each other sums alone: the probabilities of a large data set are many.
