@@ -604,7 +604,7 @@ MUTATIONS = {
         Mutation(
             "a-cache-of-two-teachers",
             "training/cache_targets.py",
-            'before.get("fingerprint", teacher) != teacher',
+            'before.get("fingerprint", fingerprint) != fingerprint',
             "False",
             ("training/test_pretrain.py::test_weights_put_in_the_teachers_place_are_noticed",),
         ),

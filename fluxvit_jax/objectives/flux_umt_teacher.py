@@ -217,7 +217,12 @@ def abstract_teacher(config: ConfigDict, mesh: Mesh | AbstractMesh, rules: Rules
 
 def load_teacher(config: ConfigDict, mesh: Mesh, rules: Rules) -> Tree:
     """The teacher's parameters on the mesh. Raises UserError as `read_teacher`."""
-    params, abstract = read_teacher(config), abstract_teacher(config, mesh, rules)
+    return put_teacher(read_teacher(config), config, mesh, rules)
+
+
+def put_teacher(params: Tree, config: ConfigDict, mesh: Mesh, rules: Rules) -> Tree:
+    """Parameters of `read_teacher` on the mesh; says whose they are."""
+    abstract = abstract_teacher(config, mesh, rules)
     say(f"the teacher is {config.distill.network} of {config.distill.teacher}")
     cast = jax.tree.map(lambda leaf, like: np.asarray(leaf, like.dtype), params, abstract)
     return device_put_global(cast, jax.tree.map(lambda like: like.sharding, abstract))

@@ -59,7 +59,7 @@ from fluxvit_jax.objectives.flux_umt import FluxUMT
 from fluxvit_jax.objectives.flux_umt_teacher import (
     abstract_teacher,
     check_teacher_named,
-    load_teacher,
+    put_teacher,
     read_teacher,
     target_fields,
 )
@@ -95,19 +95,20 @@ def _run(config: ConfigDict) -> int:
             if before["finished"]:
                 say(f"{folder} is finished: {before['samples']} samples")
                 return 0
-        teacher = official_names.fingerprint(read_teacher(config))
-        if before is not None and before.get("fingerprint", teacher) != teacher:
+        teacher = read_teacher(config)
+        fingerprint = official_names.fingerprint(teacher)
+        if before is not None and before.get("fingerprint", fingerprint) != fingerprint:
             raise UserError(
                 f"{folder} was begun with other weights than those that {config.distill.teacher} "
                 "holds now; put them back, or name another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-    writer = _Writer(config, source, folder, groups)
+    writer = _Writer(config, source, folder, groups, teacher)
     about = {
         "finished": False,
         "plan": plan,
         "teacher": config.distill.teacher,
-        "fingerprint": teacher,
+        "fingerprint": fingerprint,
         "samples": groups * config.data.clips_per_grid,
         "shards": writer.shards,
         "fields": target_fields(config),
@@ -144,8 +145,17 @@ def _check(config: ConfigDict) -> None:
 class _Writer:
     """This host's shards of a cache, each of `steps` batches of the plan."""
 
-    def __init__(self, config: ConfigDict, source: Source, folder: Path, groups: int):
+    def __init__(
+        self,
+        config: ConfigDict,
+        source: Source,
+        folder: Path,
+        groups: int,
+        teacher: dict[str, Any],
+    ):
+        """groups: of the plan; teacher: its parameters."""
         self._config, self._source, self._folder = config, source, folder
+        self._teacher = teacher
         self._samples = groups * config.data.clips_per_grid
         self._quarantine: Quarantine = {}  # clips that hung or crashed their reader
         self._fields = target_fields(config)
@@ -160,7 +170,7 @@ class _Writer:
         if not missing:
             return
         mesh = make_mesh(self._config, jax.local_devices())
-        frozen = load_teacher(self._config, mesh, FluxUMT.partition_rules)
+        frozen = put_teacher(self._teacher, self._config, mesh, FluxUMT.partition_rules)
         program = teacher_program(self._config, mesh)
 
         def targets_of(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
