@@ -183,17 +183,14 @@ def of_cascades(
 ) -> Ways:
     ways: Ways = {}
     for name, own in report["cascades"].items():
-        cascade, cost = cascades.from_json(own, name), own["choose"]["average_gflops"]
-        if kind != "gflops":
-            asked = [costs[step.cell] for step in cascade.steps]
-            cost = float(np.dot(own["choose"]["reached"], asked))
+        cascade = cascades.from_json(own, name)
 
         def right(cascade: cascades.Cascade = cascade) -> np.ndarray:
             tables = [said(step.cell) for step in cascade.steps]
             answers = cascade.run(len(labels), lambda number, clips: tables[number][clips])
             return answers.probabilities.argmax(axis=1) == labels
 
-        ways[name] = cost, own["choose"]["credited"], right
+        ways[name] = mean_cost(own, "reached", costs, kind), own["choose"]["credited"], right
     return ways
 
 
@@ -208,18 +205,22 @@ def of_rules(
     """Rules, besides single cells. Times are those of the cells alone, in favor of the rule."""
     ways: Ways = {}
     for name, own in report["motion"].items():
-        rule, cost = motion.from_json(own), own["choose"]["average_gflops"]
-        if kind != "gflops":
-            asked = [costs[step.cell] for step in rule.steps]
-            cost = float(np.dot(own["choose"]["shares"], asked))
+        rule = motion.from_json(own)
 
         def right(rule: motion.MotionRule = rule) -> np.ndarray:
             routed = rule.route(scores)
             tables = np.stack([said(step.cell).argmax(axis=1) == labels for step in rule.steps])
             return tables[routed, np.arange(len(labels))]
 
-        ways[name] = cost, own["choose"]["credited"], right
+        ways[name] = mean_cost(own, "shares", costs, kind), own["choose"]["credited"], right
     return ways
+
+
+def mean_cost(own: Mapping[str, Any], shares: str, costs: Mapping[str, float], kind: str) -> float:
+    """Of a cascade or rule in a report; shares: of the videos that each of its cells is asked."""
+    if kind == "gflops":  # what steps share is taken off
+        return own["choose"]["average_gflops"]
+    return float(np.dot(own["choose"][shares], [costs[step["cell"]] for step in own["steps"]]))
 
 
 def write(found: list[Found], out: Path) -> None:
@@ -267,8 +268,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes.plot(*zip(*sorted(cells), strict=True), marker, color=color, label=ROWS[method])
     ways = {}
     for name, own in report["cascades"].items():
-        times = [costs[step["cell"]] for step in own["steps"]]
-        ways[name] = float(np.dot(own["choose"]["reached"], times)), own["choose"]["credited"]
+        cost = mean_cost(own, "reached", costs, "milliseconds")
+        ways[name] = cost, own["choose"]["credited"]
     front, line, most = sorted(ways, key=lambda name: ways[name]), [], -1.0
     for name in front:  # those that a plan may take, by the choosing split
         if ways[name][1] > most:

@@ -13,13 +13,11 @@ two idle cores, and 5 for the teacher.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import study
-from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.recipes import demo, demo_pretrain
 
 LABELS = (20,)  # of each class; the demo's clips are ten times as many
@@ -104,18 +102,12 @@ def measured(
 
 def write_labeled(clips: study.Clips, labels: int, seed: int, out: Path) -> tuple[Path, int]:
     """A list of so many clips of each class, other ones for each seed; with how many they are."""
-    source = open_source(clips.train, clips.root)
-    names = source.class_names
     chosen = []
-    for label in sorted(set(source.labels)):
-        own = [example.id for example in source.examples if example.label == label]
+    for label, own in clips.paths_by_label().items():
         step = max(1, len(own) // labels)
-        ids = own[seed % step :: step][:labels]
-        chosen += [(path, names[label] if names else label) for path in ids]
+        chosen += [(path, label) for path in own[seed % step :: step][:labels]]
     path = out / f"labeled-{labels}-{seed}.csv"
-    out.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("path", "label"), *chosen])
+    study.write_list(path, chosen)
     return path, len(chosen)
 
 

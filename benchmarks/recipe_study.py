@@ -12,7 +12,6 @@ be stopped and started again. It has not been run to its end.
 """
 
 import argparse
-import csv
 import dataclasses
 import sys
 from collections import defaultdict
@@ -24,7 +23,6 @@ import numpy as np
 
 from benchmarks import study
 from fluxvit_jax.config.loading import load_config
-from fluxvit_jax.data.annotations import open_source
 
 LEFT_OUT = 5  # one of so many training clips of a class chooses
 RECIPE = "configs/custom.py:tiny"
@@ -80,23 +78,15 @@ def main() -> int:
 
 def split(clips: study.Clips, seed: int, out: Path) -> study.Clips:
     """The training clips as two lists: a fifth of each class, another one by seed, to choose on."""
-    source = open_source(clips.train, clips.root)
-    names = source.class_names
     rng = np.random.default_rng(seed)
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "choose": []}
-    by_class: dict[int, list[int]] = defaultdict(list)
-    for number, label in enumerate(source.labels):
-        by_class[int(label)].append(number)
-    for label, numbers in sorted(by_class.items()):
-        order, count = rng.permutation(numbers), max(1, len(numbers) // LEFT_OUT)
-        for name, own in (("choose", order[:count]), ("train", order[count:])):
-            text = names[label] if names else str(label)
-            parts[name] += [(source[int(number)].id, text) for number in own]
+    for label, own in clips.paths_by_label().items():
+        order, count = rng.permutation(own).tolist(), max(1, len(own) // LEFT_OUT)
+        parts["choose"] += [(path, label) for path in order[:count]]
+        parts["train"] += [(path, label) for path in order[count:]]
     paths = {name: out / f"{name}-{seed}.csv" for name in parts}
-    out.mkdir(parents=True, exist_ok=True)
     for name, rows in parts.items():
-        with paths[name].open("w", newline="") as file:
-            csv.writer(file).writerows([("path", "label"), *rows])
+        study.write_list(paths[name], rows)
     return dataclasses.replace(clips, train=paths["train"], validation=paths["choose"], own=True)
 
 

@@ -1,6 +1,7 @@
 """What the studies share: their clips, runs that are trained once, and intervals over clips."""
 
 import argparse
+import csv
 import dataclasses
 import statistics
 import sys
@@ -71,6 +72,22 @@ class Clips:
         names = open_source(self.train, self.root).class_names
         known = KnownNames(names, f"{self.train}") if names else None
         return np.array(open_source(self.validation, self.root, known=known).labels)
+
+    def paths_by_label(self) -> dict[str, list[str]]:
+        """The training clips of each class, by its name or number as lists have it."""
+        source = open_source(self.train, self.root)
+        names, paths = source.class_names, {}
+        for label in sorted(set(source.labels)):
+            own = [example.id for example in source.examples if example.label == label]
+            paths[names[label] if names else str(label)] = own
+        return paths
+
+
+def write_list(path: Path, clips: Sequence[tuple[str, str]]) -> None:
+    """Writes a list of (path, label)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *clips])
 
 
 def parser_of(name: str, doc: str, out: str, lists: str) -> argparse.ArgumentParser:
