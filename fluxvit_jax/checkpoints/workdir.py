@@ -15,13 +15,14 @@ from fluxvit_jax.config import versions
 from fluxvit_jax.config.fields import config_difference
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.hosts import compute_on_host0
-from fluxvit_jax.distributed.mesh import gather, host_index
+from fluxvit_jax.distributed.mesh import gather, host_index, say
 from fluxvit_jax.errors import UserError
 
 CONFIG = "config.json"
 CLASS_NAMES = "classes.txt"
 METRICS = "metrics.jsonl"
 BAD_CLIPS = "bad_clips.jsonl"
+TOLD_CLIPS = 5  # unreadable videos of a run that are said as they are met
 # All that a run, its evaluations and its search may leave in a workdir.
 OF_A_RUN = (
     CONFIG, CLASS_NAMES, METRICS, BAD_CLIPS, "checkpoints", "tensorboard", "evaluation", "search",
@@ -126,9 +127,10 @@ def metrics_by_step(workdir: epath.Path, split: str) -> list[tuple[int, dict[str
 class BadClips:
     """List of unreadable training videos, each once: `bad_clips.jsonl` of a workdir.
 
-    A line is {"step": of its first batch, "id", "reason"}. One with "skip": true is of a video that
-    hung or crashed its reader. A resumed run does not try it again; to have it tried, remove the
-    line. Host 0 writes those of all hosts. Close it; `save` is that of `atomic.LineFile`.
+    The first ones of a run are also said. A line is {"step": of its first batch, "id", "reason"}.
+    One with "skip": true is of a video that hung or crashed its reader. A resumed run does not try
+    it again; to have it tried, remove the line. Host 0 writes those of all hosts. Close it; `save`
+    is that of `atomic.LineFile`.
 
     Attributes:
         quarantine: the reasons of the videos to skip, by id; whoever reads videos adds to it.
@@ -173,6 +175,21 @@ class BadClips:
                 self._known.add(line["id"])
                 self._file = self._file or atomic.LineFile(self._path)
                 self._file.add(checksums.to_line(line))
+                self._tell(line)
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        listed = len(self._known)
+        if listed <= TOLD_CLIPS and not line.get("skip"):  # whoever skipped it has said so
+            say(f"cannot read {line['id']}, trains on another clip instead: {line['reason']}")
+        if listed == TOLD_CLIPS:
+            say(f"more clips that cannot be read are only listed, in {self._path}")
+
+    @property
+    def summary(self) -> str:
+        """How many videos are listed, and where; "" if none. Of host 0."""
+        number = len(self._known)
+        videos = "1 training video" if number == 1 else f"{number} training videos"
+        return f"{videos} could not be read: {self._path}" if number else ""
 
     def save(self) -> None:
         if self._file is not None:

@@ -20,6 +20,7 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # no public name for what it knows
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.sharding_constraints import CLIP_AXES
@@ -283,6 +284,7 @@ def _key(number: int) -> str:
 
 
 def say(message: str) -> None:
-    """Prints a line to stderr, on host 0 only."""
+    """Prints a line to stderr, on host 0 only, above a progress bar that is being drawn."""
     if host_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        tqdm.write(message, file=sys.stderr)
+        sys.stderr.flush()

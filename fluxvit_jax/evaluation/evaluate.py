@@ -558,6 +558,7 @@ def progress_bar(total: float, **options: Any) -> tqdm:
     return tqdm(
         total=total,
         leave=False,
+        position=None if terminal else 0,  # nothing moves the cursor of a file
         disable=host_index() != 0,
         mininterval=0.2 if terminal else 10,
         delay=0 if terminal else 10,

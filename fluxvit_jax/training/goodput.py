@@ -31,6 +31,7 @@ class Goodput:
         self._path = workdir / FILE
         self._spent: Seconds = dict.fromkeys(SPENT_ON, 0.0)
         self._saves: dict[str, Seconds] = {}  # step of a checkpoint -> spent until then
+        self._before = dict(self._spent)  # in earlier starts
         self._on = "start"
         self._since = time.monotonic()
 
@@ -47,6 +48,7 @@ class Goodput:
         lost = sum(spent.values()) - sum(kept.values())
         for name in SPENT_ON:
             self._spent[name] += kept[name]
+            self._before[name] = kept[name]
         self._spent["lost"] += lost
         self._saves = {saved: own for saved, own in saves.items() if int(saved) <= step}
 
@@ -75,6 +77,13 @@ class Goodput:
         """The goodput so far, between 0 and 1."""
         self.enter(self._on)
         return self._spent["step"] / max(sum(self._spent.values()), 1e-9)
+
+    @property
+    def waiting(self) -> tuple[float, float]:
+        """(seconds of steps and of waiting for their data in this start, share of the waiting)."""
+        self.enter(self._on)
+        step, wait = (self._spent[name] - self._before[name] for name in ("step", "data_wait"))
+        return step + wait, wait / max(step + wait, 1e-9)
 
     def describe(self) -> str:
         """The goodput in a line, with all that took more than a hundredth of the time."""

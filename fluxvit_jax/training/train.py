@@ -79,6 +79,8 @@ Tree = dict[str, Any]
 # Clips drawn (or an epoch, if that is less) before bad ones can stop a run: one bad file in the
 # first batch says nothing about the data.
 MIN_CLIPS_BEFORE_ABORT = 200
+ADVISED_AFTER = 30.0  # seconds of steps, which tell whether reading videos is too slow
+ADVISED_ABOVE = 0.5  # share of them spent waiting for data
 
 
 def train(
@@ -119,6 +121,8 @@ def train(
         tools.checkpoints.wait()
         goodput.write()
         say(goodput.describe())
+        if summary := run.bad_clips.summary:
+            say(summary)
         if tools.preemption.should_stop():
             say(f"stopped at step {run.saved_step}; the same command goes on from there")
         else:
@@ -159,6 +163,7 @@ class Run:
     pending: scalars of the steps since the last look at them, still on the devices.
     stops: "stop" of the latest two steps, on the devices.
     batch_comes: whether this host still gets batches.
+    advised: whether it was said that reading videos is too slow.
     """
 
     setup: Setup
@@ -175,6 +180,7 @@ class Run:
     pending: list[Tree] = field(default_factory=list)
     stops: tuple[Any, Any] = (0, 0)
     batch_comes: bool = True
+    advised: bool = False
 
     def train(self) -> None:
         """The steps that are left, until the last one or a reason to stop before it."""
@@ -304,6 +310,14 @@ class Run:
             },
         )
         self.tools.goodput.flush()
+        self.advise()
+
+    def advise(self) -> None:
+        """Says once what to do if reading videos is what takes the time."""
+        seconds, share = self.tools.goodput.waiting
+        if not self.advised and seconds > ADVISED_AFTER and share > ADVISED_ABOVE:
+            self.advised = True
+            say(wording.describe_waiting(self.setup.config, share))
 
     def validate(self, step: int) -> dict[str, float] | None:
         """As `Validation.run`."""

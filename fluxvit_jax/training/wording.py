@@ -62,6 +62,20 @@ def describe_new_schedule(setup: Setup, step: int) -> str:
     )
 
 
+def describe_waiting(config: ConfigDict, share: float) -> str:
+    """What to do about waiting for data for a share of the time."""
+    workers, cores = config.data.workers, os.cpu_count() or 1
+    cure = (
+        f"try --config.data.workers={cores} (now {workers}) and"
+        if workers < cores
+        else "train on smaller copies of the videos:"
+    )
+    return (
+        f"reading videos is slower than training on them: {share:.0%} of the time is spent "
+        f"waiting; {cure} python -m fluxvit_jax.data.shrink --help"
+    )
+
+
 def describe_finished(setup: Setup, validation: Validation, start: int) -> str:
     """What to say of a run that has nothing left to do at step `start`; "" if it has."""
     if validation.pending:

@@ -41,6 +41,17 @@ def test_every_second_is_counted_once(clock, tmp_path):
     )
 
 
+def test_waiting_is_that_of_this_start(clock, tmp_path):
+    earlier = Goodput(epath.Path(tmp_path))
+    spend(earlier, clock, compile=9, data_wait=30, step=10)
+    assert earlier.waiting == (40.0, 0.75)
+    earlier.saved(7)
+    run = Goodput(epath.Path(tmp_path))
+    run.resume(7)
+    spend(run, clock, compile=9, data_wait=1, step=4)
+    assert run.waiting == (5.0, 0.2)
+
+
 def test_what_a_kill_has_cost_is_lost(clock, tmp_path):
     killed = Goodput(epath.Path(tmp_path))
     spend(killed, clock, step=10, checkpoint=1)

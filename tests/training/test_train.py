@@ -334,8 +334,8 @@ def test_a_second_signal_acts_at_once():
 # --- Bad clips, bad numbers
 
 
-def test_bad_clips_are_listed_once_and_too_many_stop_the_run(
-    finished, tiny_data, compiled, tmp_path
+def test_bad_clips_are_listed_and_said_once_and_too_many_stop_the_run(
+    finished, tiny_data, compiled, tmp_path, capsys
 ):
     head, *rows = (tiny_data / "train.csv").read_text().splitlines()
     bad_first = tmp_path / "bad_first.csv"  # so it is met in the third step
@@ -345,6 +345,10 @@ def test_bad_clips_are_listed_once_and_too_many_stop_the_run(
     assert train.train(config, tmp_path / "run") == 0
     (bad,) = tiny.read_lines(tmp_path / "run" / "bad_clips.jsonl")
     assert bad["id"] == tiny.BAD and bad["reason"]
+    log = capsys.readouterr().err.splitlines()
+    met = f"cannot read {tiny.BAD}, trains on another clip instead: {bad['reason']}"
+    summary = f"1 training video could not be read: {tmp_path / 'run' / 'bad_clips.jsonl'}"
+    assert log.count(met) == log.count(summary) == 1 and log.index(met) < log.index(summary)
     counts = [line["bad_clips"] for line in split_of(tmp_path / "run", "train")]
     assert bad["step"] > 1 and not any(counts[: bad["step"] - 1])  # none before it was met
     assert counts[bad["step"] - 1] == config.data.repeated_aug
@@ -355,6 +359,8 @@ def test_bad_clips_are_listed_once_and_too_many_stop_the_run(
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert train.train(config, tmp_path / "run") == 0
     assert tiny.read_lines(tmp_path / "run" / "bad_clips.jsonl") == [bad]
+    log = capsys.readouterr().err.splitlines()
+    assert met not in log and summary in log
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
     unfinish(tmp_path / "run", 18)
@@ -400,6 +406,30 @@ def test_clips_to_skip_stay_listed_and_damaged_lines_do_not(tmp_path):
     assert line == {"step": 3, "id": "c: d.mp4", "reason": "hangs: not read within 60 s"} | {
         "skip": True
     }
+
+
+def test_a_run_that_waits_for_its_data_says_what_helps_once(
+    tiny_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "ADVISED_AFTER", 0.0)
+    monkeypatch.setattr(train, "ADVISED_ABOVE", -1.0)
+    monkeypatch.setattr(train.wording.os, "cpu_count", lambda: 4)
+    config = tiny.make_config(tiny_data, data__workers=0, data__validation="")
+    assert train.train(config, tmp_path / "run") == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "spent waiting" in line]
+    assert "try --config.data.workers=4 (now 0) and python -m fluxvit_jax.data.shrink" in line
+    config.data.workers = 4
+    assert "smaller copies of the videos" in train.wording.describe_waiting(config, 0.6)
+
+
+def test_many_bad_clips_are_not_all_said(tmp_path, capsys):
+    clips = train.BadClips(tmp_path, 0)
+    clips.note(1, np.array([f"{n}.mp4: cut off" for n in range(9)]))
+    clips.write()
+    log = capsys.readouterr().err.splitlines()
+    assert [line.split()[2] for line in log[:-1]] == [f"{n}.mp4," for n in range(5)]
+    assert log[-1].endswith(f"only listed, in {tmp_path / train.BAD_CLIPS}")
+    assert clips.summary.startswith("9 training videos could not be read: ")
 
 
 def test_bad_clips_are_forgotten_past_the_step_of_resume(tmp_path):
