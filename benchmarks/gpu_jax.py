@@ -18,7 +18,8 @@ from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of, shard_batch
-from fluxvit_jax.evaluation.evaluate import Setting, predictor
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import predictor
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.preflight.compiler.memory import memory_of
 from fluxvit_jax.training.optimizer import make_optimizer

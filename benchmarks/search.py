@@ -30,7 +30,7 @@ from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import make_mesh, replicated, shard_batch
 from fluxvit_jax.distributed.watchdog import Watchdog
-from fluxvit_jax.evaluation.evaluate import Weights
+from fluxvit_jax.evaluation.trained_weights import Weights
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.token_optimization.candidate_evaluator import CandidateEvaluator
 from fluxvit_jax.token_optimization.candidates import candidates

@@ -33,7 +33,8 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import make_mesh, replicated, shard_batch
-from fluxvit_jax.evaluation.evaluate import Setting, predictor
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import predictor
 from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops

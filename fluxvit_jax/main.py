@@ -78,9 +78,9 @@ def _run(options: "flags.FlagValues", argv: Sequence[str]) -> int:
     from fluxvit_jax.config.loading import flag_argument
     from fluxvit_jax.data import places
     from fluxvit_jax.distributed.compilation_cache import keep_programs
+    from fluxvit_jax.distributed.console import say
     from fluxvit_jax.distributed.hosts import check_same, joined, raise_on_all_hosts
     from fluxvit_jax.distributed.kernel_check import check_kernels
-    from fluxvit_jax.distributed.mesh import say
     from fluxvit_jax.distributed.storage import write_errors
     from fluxvit_jax.objectives.base import objective_class
     from fluxvit_jax.training.completeness import check_complete

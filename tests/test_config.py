@@ -29,7 +29,7 @@ from fluxvit_jax.config.grids import admissible_grids, search_grids
 from fluxvit_jax.config.loading import from_dict, load_config, read_recipe
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.evaluate import settings_of
+from fluxvit_jax.evaluation.settings import settings_of
 from fluxvit_jax.grids import kept_tokens
 from fluxvit_jax.models.token_selection import SELECTORS, Rounding
 from fluxvit_jax.objectives.base import check_objective

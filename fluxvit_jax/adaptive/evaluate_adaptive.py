@@ -31,6 +31,7 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     device_put_global,
@@ -41,12 +42,22 @@ from fluxvit_jax.distributed.mesh import (
     mesh_over,
     platform_of,
     round_up_to_shards,
-    say,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import evaluate, zero_shot
-from fluxvit_jax.evaluation.evaluate import Evaluation, Setting, Weights
+from fluxvit_jax.evaluation.accuracy import (
+    Kept,
+    calibrations,
+    cross_entropy,
+    likeliest,
+    top_accuracies,
+)
+from fluxvit_jax.evaluation.evaluate import Evaluation
+from fluxvit_jax.evaluation.evaluate_mode import opened_validation, report_name, tell
+from fluxvit_jax.evaluation.settings import Setting, tokens_kept
+from fluxvit_jax.evaluation.trained_weights import Weights
+from fluxvit_jax.evaluation.unreadable import check_some_readable, first_of, warn_of_failures
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
@@ -83,14 +94,14 @@ def name_of(adaptive: Adaptive) -> str:
 
 
 def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
-    """Evaluates `eval.cascade` on `data.validation`, as `evaluate.run_weights` does.
+    """Evaluates `eval.cascade` on `data.validation`, as `evaluate_mode.run_weights` does.
 
     Returns the exit status, 0. Raises UserError: as there, there is no such cascade or rule, or it
     is of other weights.
     """
     with raise_on_all_hosts():
         adaptive = chosen(config, loaded, folder)
-    source, mesh, names = evaluate.opened_validation(config, loaded)
+    source, mesh, names = opened_validation(config, loaded)
     say(f"evaluating {loaded.origin} on {len(source)} videos: {adaptive}")
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
         evaluation = evaluate_adaptive(
@@ -98,8 +109,8 @@ def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
         )
     settings = [setting_of(step) for step in adaptive.steps]
     described = json.dumps(adaptive.to_json())
-    name = evaluate.report_name(config, source, settings, loaded, described)
-    evaluate.tell(evaluation, name, config, loaded, folder, names)
+    name = report_name(config, source, settings, loaded, described)
+    tell(evaluation, name, config, loaded, folder, names)
     return 0
 
 
@@ -144,9 +155,9 @@ def evaluate_adaptive(
     for one in finished:
         videos[one.number] |= _answer(one, videos[one.number]["label"])
     of_all = evaluate.by_number(videos.values())
-    evaluate.check_some_readable(config, source, of_all)
+    check_some_readable(config, source, of_all)
     report = _report(adaptive, config, source, of_all, len(source) / seconds)
-    (calibrated,) = evaluate.calibrations(_kept(finished, config.model.classes), of_all)
+    (calibrated,) = calibrations(_kept(finished, config.model.classes), of_all)
     report["budgets"][name_of(adaptive)]["calibration"] = calibrated
     predictions = _predictions(name_of(adaptive), of_all)
     return AdaptiveEvaluation(report, predictions, config.model.classes)
@@ -198,16 +209,16 @@ def _answer(one: Finished, label: int) -> dict[str, Any]:
     """What the hosts tell each other of an answer, as `evaluate` has it for its one "budget"."""
     probabilities = one.probabilities[None]
     return {
-        "top": evaluate.likeliest(probabilities),
-        "loss": evaluate.cross_entropy(probabilities, np.array([label])),
+        "top": likeliest(probabilities),
+        "loss": cross_entropy(probabilities, np.array([label])),
         "step": int(one.step),
     }
 
 
-def _kept(finished: Sequence[Finished], classes: int) -> evaluate.Kept:
+def _kept(finished: Sequence[Finished], classes: int) -> Kept:
     """The answers of this host, which may have none."""
     tables = np.array([one.probabilities for one in finished]).reshape(len(finished), classes)
-    return evaluate.Kept([np.array([one.number for one in finished], np.int64)], [[tables]])
+    return Kept([np.array([one.number for one in finished], np.int64)], [[tables]])
 
 
 def _packed(
@@ -246,7 +257,7 @@ def _report(
     steps = np.array([video["step"] for video in read])
 
     row = {
-        **evaluate.top_accuracies(config.model.classes, videos, 0),
+        **top_accuracies(config.model.classes, videos, 0),
         "loss": float(np.mean([video["loss"][0] for video in read])),
         "decoded": len(read),
         "failed": len(failures),
@@ -262,9 +273,7 @@ def _report(
         "budgets": {name_of(adaptive): row},
         "videos_per_second": videos_per_second,
         "failures": failures,
-        "warning": evaluate.warn_of_failures(
-            config, len(failures), len(videos), evaluate.first_of(failures)
-        ),
+        "warning": warn_of_failures(config, len(failures), len(videos), first_of(failures)),
     }
 
 
@@ -280,7 +289,7 @@ def costs_until(adaptive: Adaptive, config: ConfigDict) -> tuple[np.ndarray, np.
             budget, grid, _ = setting_of(own.step)
             cost, added = gflops(model, grid, budget), own.stop - own.start
             costs.append(added * (cost.all - (cost.selection if own.takes_ranking else 0.0)))
-            tokens.append(added * evaluate.tokens_kept(model, grid, budget))
+            tokens.append(added * tokens_kept(model, grid, budget))
         return np.cumsum(costs), np.cumsum(tokens)
     settings = [setting_of(step) for step in adaptive.steps]
     grid = Grid.square(*adaptive.grid)
@@ -288,7 +297,7 @@ def costs_until(adaptive: Adaptive, config: ConfigDict) -> tuple[np.ndarray, np.
     work = [views * gflops(model, own.grid, own.budget).all for own in settings]
     return (
         np.add(score, work),
-        np.array([views * evaluate.tokens_kept(model, own.grid, own.budget) for own in settings]),
+        np.array([views * tokens_kept(model, own.grid, own.budget) for own in settings]),
     )
 
 

@@ -16,7 +16,7 @@ from fluxvit_jax.distributed.mesh import (
     shard_batch,
     traced_on_mesh,
 )
-from fluxvit_jax.evaluation.evaluate import on_view
+from fluxvit_jax.evaluation.view_programs import on_view
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.token_selection import frame_difference

@@ -26,9 +26,9 @@ from fluxvit_jax.distributed.mesh import (
     shard_batch,
     traced_on_mesh,
 )
-from fluxvit_jax.evaluation.evaluate import (
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import (
     MAX_PROGRAMS,
-    Setting,
     class_count,
     on_view,
     predictor,
@@ -186,7 +186,7 @@ def setting_of(step: Step) -> Setting:
 def _program(own: Pass, model: FluxViTConfig, seed: int, mesh: Mesh) -> Callable | Wrapped:
     """The program of a pass, which adds a view's probabilities to a running total.
 
-    Arguments as of `evaluate.predictor`, which it is where nothing is shared; one that ranks
+    Arguments as of `view_programs.predictor`, which it is where nothing is shared; one that ranks
     returns the total and the ranking int32 [b, N], one that takes a ranking has it after the
     patches.
     """

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config import versions
 from fluxvit_jax.config.fields import config_difference
 from fluxvit_jax.distributed import atomic, checksums, storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import compute_on_host0
-from fluxvit_jax.distributed.mesh import gather, host_index, say
+from fluxvit_jax.distributed.mesh import gather, host_index
 from fluxvit_jax.errors import UserError
 
 CONFIG = "config.json"

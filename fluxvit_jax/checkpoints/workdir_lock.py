@@ -22,8 +22,9 @@ from typing import Any
 from etils import epath
 
 from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import compute_on_host0
-from fluxvit_jax.distributed.mesh import host_index, say
+from fluxvit_jax.distributed.mesh import host_index
 from fluxvit_jax.errors import UserError
 
 FILE = "lock.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.distributed.console import say
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 

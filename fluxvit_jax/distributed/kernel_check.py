@@ -7,8 +7,9 @@ import jax
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import choose_attention
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.devices import device_name
-from fluxvit_jax.distributed.mesh import gather, say
+from fluxvit_jax.distributed.mesh import gather
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import attention, attention_check
 

@@ -20,13 +20,8 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 
-from fluxvit_jax.distributed.mesh import (
-    coordinator_address,
-    gather,
-    host_count,
-    host_index,
-    say,
-)
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import coordinator_address, gather, host_count, host_index
 
 # A machine may be silent for 25 s: less than half of hosts.HEARTBEAT_SECONDS, when JAX may abort.
 PROBES = {"KEEPIDLE": 10, "KEEPINTVL": 5, "KEEPCNT": 3}

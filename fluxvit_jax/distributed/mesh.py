@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from jax._src import distributed as jax_distributed  # no public name for what it knows
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.sharding_constraints import CLIP_AXES
@@ -281,10 +279,3 @@ def sum_over_hosts(values: np.ndarray) -> np.ndarray:
 
 def _key(number: int) -> str:
     return f"fluxvit_jax/gathering/{number}/"
-
-
-def say(message: str) -> None:
-    """Prints a line to stderr, on host 0 only, above a progress bar that is being drawn."""
-    if host_index() == 0:
-        tqdm.write(message, file=sys.stderr)
-        sys.stderr.flush()

@@ -29,14 +29,10 @@ from fluxvit_jax.distributed.mesh import (
     shard_batch,
     traced_on_mesh,
 )
-from fluxvit_jax.evaluation.evaluate import (
-    MAX_PROGRAMS,
-    NothingReadableError,
-    Setting,
-    first_of,
-    for_each_batch,
-    settings_of,
-)
+from fluxvit_jax.evaluation.evaluate import for_each_batch
+from fluxvit_jax.evaluation.settings import Setting, settings_of
+from fluxvit_jax.evaluation.unreadable import NothingReadableError, first_of
+from fluxvit_jax.evaluation.view_programs import MAX_PROGRAMS
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.objectives import flux_chat

@@ -22,12 +22,13 @@ from fluxvit_jax.data.pipeline import Batches
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.deploy.chat import Chat, FirstQuestion
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import progress_bar
 from fluxvit_jax.distributed.devices import enough_memory
 from fluxvit_jax.distributed.mesh import make_mesh, round_up_to_shards
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import mvbench, retrieve
-from fluxvit_jax.evaluation.evaluate import progress_bar, report_words
+from fluxvit_jax.evaluation.evaluate_mode import report_words
 from fluxvit_jax.evaluation.mvbench import Answer, Question
 from fluxvit_jax.evaluation.mvbench_clips import QuestionClips
 from fluxvit_jax.objectives import flux_chat_weights

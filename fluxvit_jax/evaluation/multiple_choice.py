@@ -20,12 +20,14 @@ from fluxvit_jax.data.annotations import digest
 from fluxvit_jax.data.caption_lists import cleaned, entries, strings
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
-from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
+from fluxvit_jax.distributed.mesh import host_index, make_mesh
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import average_precision, retrieve, vectors
-from fluxvit_jax.evaluation.evaluate import Setting, planned_or_given, report_words
+from fluxvit_jax.evaluation.evaluate_mode import report_words
+from fluxvit_jax.evaluation.settings import Setting, planned_or_given
 from fluxvit_jax.evaluation.zero_shot import option_shares
 from fluxvit_jax.objectives.flux_clip import TEMPERATURE
 from fluxvit_jax.reports.confidence_intervals import mean_interval

@@ -25,19 +25,17 @@ from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import CONTEXT, token_count
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
-from fluxvit_jax.distributed.mesh import host_index, make_mesh, say
+from fluxvit_jax.distributed.mesh import host_index, make_mesh
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieval, vectors
-from fluxvit_jax.evaluation.evaluate import (
-    FOLDER,
+from fluxvit_jax.evaluation.evaluate_mode import FOLDER, report_words
+from fluxvit_jax.evaluation.settings import Setting, planned_or_given, tokens_kept
+from fluxvit_jax.evaluation.unreadable import (
     NothingReadableError,
-    Setting,
     describe_failures,
-    planned_or_given,
-    report_words,
-    tokens_kept,
     warn_of_failures,
 )
 from fluxvit_jax.evaluation.vectors import VideoVectors

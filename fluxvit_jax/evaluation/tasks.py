@@ -8,24 +8,25 @@ from ml_collections import ConfigDict
 from fluxvit_jax.adaptive import evaluate_adaptive
 from fluxvit_jax.data.annotations import open_source, read_class_names, text_of
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
-from fluxvit_jax.distributed.mesh import make_mesh, say
+from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import (
     chat_questions,
-    evaluate,
+    evaluate_mode,
     multiple_choice,
     retrieve,
     vectors,
     zero_shot,
 )
-from fluxvit_jax.evaluation.evaluate import Weights
+from fluxvit_jax.evaluation.trained_weights import Weights, weights_with_config
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
 
 
 def run(config: ConfigDict, workdir: str) -> int:
-    """Measures what `eval.task` says; see `evaluate`, `evaluate_adaptive`, `retrieve` and others.
+    """Measures what `eval.task` says; see `evaluate_mode`, `evaluate_adaptive`, `retrieve`, ...
 
     Returns the exit status, 0.
     """
@@ -40,8 +41,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         case "mvbench":
             return chat_questions.run(config, workdir)
     folder = storage.path_of(workdir)
-    weights_of = zero_shot_weights if task == "zero_shot" else evaluate.weights_with_config
-    measure = evaluate_adaptive.run_weights if config.eval.cascade else evaluate.run_weights
+    weights_of = zero_shot_weights if task == "zero_shot" else weights_with_config
+    measure = evaluate_adaptive.run_weights if config.eval.cascade else evaluate_mode.run_weights
     return measure(*weights_of(config, folder), folder)
 
 

@@ -24,14 +24,10 @@ from fluxvit_jax.distributed.mesh import (
     traced_on_mesh,
 )
 from fluxvit_jax.evaluation import zero_shot
-from fluxvit_jax.evaluation.evaluate import (
-    MAX_PROGRAMS,
-    Setting,
-    for_each_batch,
-    mean_over_views,
-    view_program,
-)
+from fluxvit_jax.evaluation.evaluate import for_each_batch
 from fluxvit_jax.evaluation.retrieval import unit
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import MAX_PROGRAMS, mean_over_views, view_program
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
 from fluxvit_jax.models.text_encoder import TextEncoderConfig, unit_vectors
@@ -120,7 +116,7 @@ def of_texts(params: dict, config: ConfigDict, texts: Sequence[str], mesh: Mesh)
 def video_embedder(model: FluxViTConfig, setting: Setting, seed: int, mesh: Mesh) -> Wrapped:
     """The jitted program of a setting, which adds a view's unit vectors to a running total.
 
-    Arguments as in `evaluate.predictor`; its parameters are the network's and the head's.
+    Arguments as in `view_programs.predictor`; its parameters are the network's and the head's.
     """
 
     def vectors(params: dict, output: ModelOutput) -> jax.Array:

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from fluxvit_jax.data.annotations import videos_below
 from fluxvit_jax.deploy.pretrained import PretrainedModel
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import progress_bar
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.evaluate import progress_bar
 from fluxvit_jax.find import index_file
 from fluxvit_jax.find.index_file import Index, Moment, Settings
 from fluxvit_jax.find.moment_reader import Part, read_parts

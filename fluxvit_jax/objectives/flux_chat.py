@@ -25,7 +25,7 @@ from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.chat_texts import TIME_TOKENS, ChatTexts
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.distributed import partition_rules
-from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid

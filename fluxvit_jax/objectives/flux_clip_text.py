@@ -14,7 +14,8 @@ from fluxvit_jax.config.variants import TEXT_ENCODERS
 from fluxvit_jax.convert import official_names, weight_files
 from fluxvit_jax.convert.text_encoder_names import TEXT_ENCODER, text_state
 from fluxvit_jax.distributed import partition_rules, storage
-from fluxvit_jax.distributed.mesh import device_put_global, say
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import device_put_global
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit

@@ -24,7 +24,8 @@ from fluxvit_jax.config.variants import NO_CLASSES, TEACHERS, VARIANTS
 from fluxvit_jax.convert import teacher as teacher_files
 from fluxvit_jax.data.teacher_targets import CACHED, Fields
 from fluxvit_jax.distributed import partition_rules
-from fluxvit_jax.distributed.mesh import device_put_global, say
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import device_put_global
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH

@@ -25,7 +25,7 @@ from fluxvit_jax.data.splits import count_classes
 from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.distributed.mesh import clip_shards, make_mesh
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.evaluate import Setting, settings_of
+from fluxvit_jax.evaluation.settings import Setting, settings_of
 from fluxvit_jax.objectives.base import check_objective, objective_class
 from fluxvit_jax.preflight.compiler import topology
 from fluxvit_jax.preflight.compiler.estimate import METHOD

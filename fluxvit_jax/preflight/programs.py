@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.network import freezing, model_config
-from fluxvit_jax.evaluation.evaluate import Setting
+from fluxvit_jax.evaluation.settings import Setting
 from fluxvit_jax.models import padded_sequence
 from fluxvit_jax.models.flops import GIGA, attention_macs, frozen_macs, gflops
 from fluxvit_jax.objectives.base import objective_class

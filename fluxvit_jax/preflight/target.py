@@ -22,7 +22,8 @@ from fluxvit_jax.distributed.mesh import (
     replicated,
     round_up_to_shards,
 )
-from fluxvit_jax.evaluation.evaluate import Setting, predictor
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import predictor
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.fluxvit import PATCH_VALUES

@@ -16,8 +16,10 @@ from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.data.views import cut_views, views_of
 from fluxvit_jax.distributed import devices, partition_rules
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of
-from fluxvit_jax.evaluation import evaluate, zero_shot
-from fluxvit_jax.evaluation.evaluate import Setting
+from fluxvit_jax.evaluation import zero_shot
+from fluxvit_jax.evaluation.accuracy import likeliest
+from fluxvit_jax.evaluation.settings import Setting
+from fluxvit_jax.evaluation.view_programs import class_count, means_after, predictor
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization.candidates import Candidate
 from fluxvit_jax.token_optimization.frame_reader import DecodedVideo, FrameReader, Task
@@ -60,7 +62,7 @@ class CandidateEvaluator:
             self._before_compiling()
             setting = Setting(candidate.budget, candidate.grid, candidate.head)
             network = candidate.network(self._model)
-            self._programs[candidate] = evaluate.predictor(
+            self._programs[candidate] = predictor(
                 network, setting, self._seed, self._mesh, multi_label=False
             )
         return self._programs[candidate]
@@ -103,17 +105,17 @@ class CandidateEvaluator:
                 f"{len(videos)} videos at once are too many for the device's memory in {names}; "
                 "lower --config.eval.batch_size, and what was found stays"
             ):
-                found = evaluate.means_after(
+                found = means_after(
                     programs,
                     self._params,
-                    evaluate.class_count(self._params),
+                    class_count(self._params),
                     video,
                     patches,
                     self._mesh,
                     counts,
                 )
             for candidate, means in zip(group, found, strict=True):
-                rows = zip(videos, failures, evaluate.likeliest(means[-1]), strict=True)
+                rows = zip(videos, failures, likeliest(means[-1]), strict=True)
                 outcomes = "".join(_outcome(*row) for row in rows)
                 yield candidate, outcomes, np.stack(means, axis=1)
 

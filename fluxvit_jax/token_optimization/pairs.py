@@ -10,7 +10,7 @@ from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieve, vectors, zero_shot
-from fluxvit_jax.evaluation.evaluate import Weights
+from fluxvit_jax.evaluation.trained_weights import Weights
 from fluxvit_jax.objectives.flux_clip import HEAD, TEMPERATURE
 from fluxvit_jax.token_optimization.results_log import CHOOSE, REPORT
 

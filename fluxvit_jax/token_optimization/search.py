@@ -27,6 +27,7 @@ from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import devices, storage
+from fluxvit_jax.distributed.console import progress_bar, say
 from fluxvit_jax.distributed.hosts import compute_on_host0, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     gather,
@@ -34,12 +35,18 @@ from fluxvit_jax.distributed.mesh import (
     local_row_indices,
     make_mesh,
     round_up_to_shards,
-    say,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate, retrieve, tasks, zero_shot
-from fluxvit_jax.evaluation.evaluate import Weights, progress_bar
+from fluxvit_jax.evaluation import retrieve, tasks, trained_weights, zero_shot
+from fluxvit_jax.evaluation.settings import tokens_kept
+from fluxvit_jax.evaluation.trained_weights import (
+    Weights,
+    check_class_names,
+    open_named,
+    with_classes,
+)
+from fluxvit_jax.evaluation.unreadable import NothingReadableError, check_readable, warn_of_failures
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.flops import gflops
 from fluxvit_jax.reports.wording import count
@@ -88,7 +95,7 @@ def run(config: ConfigDict, workdir: str) -> int:
         else:
             splits, notes = splits_of(config, weights)
         for split in splits:
-            evaluate.check_readable(split.source, split.data, config)
+            check_readable(split.source, split.data, config)
     check_same_videos(**{split.name: split.source for split in splits})
     for note in notes:
         say(f"warning: {note}")
@@ -127,8 +134,8 @@ def load_weights(config: ConfigDict, workdir: epath.Path) -> tuple[ConfigDict, W
             raise UserError(
                 f"config.eval.task: a search ranks by top-1 or by retrieval, not {task}"
             )
-    weights = evaluate.load_weights(config, workdir)
-    return evaluate.with_classes(config, weights.params), weights
+    weights = trained_weights.load_weights(config, workdir)
+    return with_classes(config, weights.params), weights
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,11 +149,11 @@ def splits_of(config: ConfigDict, weights: Weights) -> tuple[list[Split], list[s
     """
     if not config.data.validation:
         raise UserError("no data to report on: add --config.data.validation=LIST")
-    validation = evaluate.open_named(config, "data.validation", weights)
-    training = evaluate.open_named(config, "data.train", weights) if config.data.train else None
+    validation = open_named(config, "data.validation", weights)
+    training = open_named(config, "data.train", weights) if config.data.train else None
     sources = {"data.train": training, "data.validation": validation}
     if config.search.split:
-        listed = evaluate.open_named(config, "search.split", weights)
+        listed = open_named(config, "search.split", weights)
         words = config.search.split
         choosing = shuffled(listed)
         sources["search.split"] = listed
@@ -155,7 +162,7 @@ def splits_of(config: ConfigDict, weights: Weights) -> tuple[list[Split], list[s
     else:
         listed, words = training, config.data.train
         choosing = held_out_part(listed, config.data.holdout_fraction or 1.0)
-    evaluate.check_class_names(config, weights, sources)
+    check_class_names(config, weights, sources)
     if not len(validation) or not len(choosing):
         raise UserError("there are no videos to choose or to report on")
     if config.search.videos:
@@ -426,9 +433,7 @@ class Search:
                 continue
             number, reason = min(failures.items())
             first = f"{split.source[number].id}: {reason}"
-            warning = evaluate.warn_of_failures(
-                self._config, len(failures), len(split.source), first
-            )
+            warning = warn_of_failures(self._config, len(failures), len(split.source), first)
             if warning:
                 again = f"to read them again, remove the workdir's folder {FOLDER!r}"
                 warnings.append(f"{NAMES[split.name]}: {warning}; {again}.")
@@ -439,7 +444,7 @@ class Search:
         failures = self._results.failures(split.name)
         if len(failures) == len(split.source):
             first = split.source[0]
-            raise evaluate.NothingReadableError(split.data, len(failures), first, failures[0])
+            raise NothingReadableError(split.data, len(failures), first, failures[0])
 
     def _choice(self, budget: int) -> dict[str, Candidate | None]:
         return choice(self._candidates, budget, self._results, self._num_compared)
@@ -566,7 +571,7 @@ class Search:
         outcomes = {split: self._results.outcomes(split, candidate.name) for split in self._splits}
         tokens, grid = candidate.budget, candidate.grid
         if candidate.method == "select":
-            tokens = evaluate.tokens_kept(self._model, grid, candidate.budget)
+            tokens = tokens_kept(self._model, grid, candidate.budget)
         described = {
             "method": candidate.method,
             "budget": candidate.budget,

@@ -39,6 +39,7 @@ from fluxvit_jax.data.teacher_targets import (
     shard_name,
 )
 from fluxvit_jax.distributed import atomic, storage
+from fluxvit_jax.distributed.console import progress_bar, say
 from fluxvit_jax.distributed.hosts import barrier, raise_on_all_hosts
 from fluxvit_jax.distributed.mesh import (
     batch_sharding,
@@ -47,13 +48,11 @@ from fluxvit_jax.distributed.mesh import (
     host_index,
     make_mesh,
     platform_of,
-    say,
     shard_batch,
     traced_on_mesh,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.evaluate import progress_bar
 from fluxvit_jax.objectives.base import check_objective, objective_class
 from fluxvit_jax.objectives.flux_umt import FluxUMT
 from fluxvit_jax.objectives.flux_umt_teacher import (

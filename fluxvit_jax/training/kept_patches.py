@@ -24,7 +24,7 @@ from fluxvit_jax.distributed.mesh import (
     replicated,
     traced_on_mesh,
 )
-from fluxvit_jax.evaluation.evaluate import Setting, settings_of
+from fluxvit_jax.evaluation.settings import Setting, settings_of
 from fluxvit_jax.models import fluxvit, token_selection
 from fluxvit_jax.models.fluxvit import FluxViTConfig
 from fluxvit_jax.models.token_selection import GridLimits

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxvit_jax.checkpoints.checkpointer import Checkpoints
-from fluxvit_jax.distributed.mesh import say
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.errors import UserError
 
 SAVED = "skipped_steps"  # key of `NonfiniteSteps.state` in a checkpoint

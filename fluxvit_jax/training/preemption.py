@@ -5,7 +5,8 @@ from types import FrameType
 from typing import Any
 
 from fluxvit_jax.distributed import lifelines
-from fluxvit_jax.distributed.mesh import gather, host_count, say
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import gather, host_count
 
 
 class PreemptionHandler:

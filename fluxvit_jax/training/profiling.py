@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import step_range
 from fluxvit_jax.distributed import storage
-from fluxvit_jax.distributed.mesh import host_index, say
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import host_index
 from fluxvit_jax.errors import UserError
 
 FOLDER = "profile"

@@ -19,11 +19,12 @@ from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.data.retrieval_set import RetrievalSet
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts
-from fluxvit_jax.distributed.mesh import clip_shards, make_mesh, platform_of, say
+from fluxvit_jax.distributed.mesh import clip_shards, make_mesh, platform_of
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieve
-from fluxvit_jax.evaluation.evaluate import check_readable
+from fluxvit_jax.evaluation.unreadable import check_readable
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.objectives.base import Objective, check_objective, objective_class
 from fluxvit_jax.training.optimizer import learning_rates, make_optimizer

@@ -35,6 +35,7 @@ from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import Batches, plan_groups, train_batches
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.hosts import (
     barrier,
@@ -47,12 +48,11 @@ from fluxvit_jax.distributed.mesh import (
     host_index,
     local_row_indices,
     platform_of,
-    say,
     shard_batch,
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.evaluate import NothingReadableError
+from fluxvit_jax.evaluation.unreadable import NothingReadableError
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.objectives.base import Objective, objective_class
 from fluxvit_jax.training import wording

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.distributed import partition_rules
-from fluxvit_jax.distributed.mesh import device_put_global, say
+from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.mesh import device_put_global
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training import init_from

@@ -6,13 +6,14 @@ from typing import Any
 from fluxvit_jax.checkpoints.checkpointer import BEST
 from fluxvit_jax.checkpoints.workdir import metrics_by_step
 from fluxvit_jax.data.supervised_workers import Quarantine
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import compute_on_host0
-from fluxvit_jax.distributed.mesh import say
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.evaluation import answer_loss
 from fluxvit_jax.evaluation.answer_loss import AnswerLoss
-from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate, settings_of
+from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate
 from fluxvit_jax.evaluation.retrieve import Retrieval, measure
+from fluxvit_jax.evaluation.settings import settings_of
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training.kept_patches import KeptPatches
 from fluxvit_jax.training.metrics import Metrics, Progress

@@ -21,6 +21,7 @@ from fluxvit_jax.deploy import export, predict
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import evaluate, tasks
+from fluxvit_jax.evaluation.settings import Setting
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization import latency, search
 from fluxvit_jax.token_optimization.planner import read_report
@@ -59,7 +60,7 @@ def searched(finished, tiny_data, compiled, tmp_path_factory) -> Searched:
     params, source = restore_params(workdir), open_source(config.data.validation, "")
     tables, labels = [], np.array([])
     for budget, frames, size, head in CELLS:
-        setting = evaluate.Setting(budget, Grid.square(frames, size), head)
+        setting = Setting(budget, Grid.square(frames, size), head)
         found = evaluate.evaluate(params, config, source, settings=[setting])
         read = [one for one in found.predictions if "predictions" in one]
         labels = np.array([one["label"] for one in read])
@@ -151,7 +152,7 @@ def test_a_cascade_of_one_step_is_that_cell_bit_for_bit(searched, tiny_data):
     found = evaluate_adaptive.evaluate_adaptive(
         Cascade((one,)), params, config, source, make_mesh(config)
     )
-    setting = evaluate.Setting(budget, Grid.square(frames, size), head)
+    setting = Setting(budget, Grid.square(frames, size), head)
     cell = evaluate.evaluate(params, config, source, settings=[setting])
     for ours, theirs in zip(found.predictions, cell.predictions, strict=True):
         if "failure" not in theirs:
@@ -167,7 +168,7 @@ def test_views_are_looked_at_one_by_one(searched, tiny_data):
     config = make_config(tiny_data, eval__clips=2)
     source = open_source(config.data.validation, "")
     params, (budget, frames, size, head) = restore_params(searched.workdir), CELLS[0]
-    setting = evaluate.Setting(budget, Grid.square(frames, size), head)
+    setting = Setting(budget, Grid.square(frames, size), head)
     both = evaluate.evaluate(params, config, source, settings=[setting]).predictions
     step = Step(budget=budget, frames=frames, resolution=size, head=head, views=1, threshold=0.0)
     more = dataclasses.replace(step, views=0, threshold=None)

@@ -19,7 +19,7 @@ from fluxvit_jax.convert import adapt, config_json, official_names, weight_files
 from fluxvit_jax.convert.__main__ import main
 from fluxvit_jax.data import class_names
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.grids import Grid
 from tests import tiny as tiny_recipe
 from tests.convert.test_official_names import MANIFEST, assert_identical
@@ -140,7 +140,7 @@ def test_a_converted_workdir_is_evaluated_as_the_first(finished, tiny_data, tmp_
     assert main([str(finished.workdir), str(tmp_path / "folder")]) == 0
     assert main([str(tmp_path / "folder"), str(tmp_path / "run"), "--workdir"]) == 0
     for workdir in (finished.workdir, tmp_path / "run"):
-        assert evaluate.run(config, workdir) == 0
+        assert tasks.run(config, workdir) == 0
     first, second = (
         tiny_recipe.read_evaluation(workdir)[1] for workdir in (finished.workdir, tmp_path / "run")
     )

@@ -21,7 +21,7 @@ from fluxvit_jax.data.annotations import Example, FileSource
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import vectors, zero_shot
-from fluxvit_jax.evaluation.evaluate import settings_of
+from fluxvit_jax.evaluation.settings import settings_of
 from fluxvit_jax.objectives import flux_clip_weights
 from fluxvit_jax.objectives.flux_clip import FluxCLIP
 from tests import tiny

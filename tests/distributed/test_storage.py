@@ -28,7 +28,7 @@ from fluxvit_jax.data.prepare import Prepared, prepare
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.doctor.outcome import NOT_HERE, OK, Place, outcome_of
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.token_optimization.results_log import CHOOSE, ResultsLog
 from fluxvit_jax.training.metrics import Metrics
 from tests import limited, tiny
@@ -303,7 +303,7 @@ def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(
     steps = {name.partition("/")[0] for name in emulator.names("run/checkpoints/")}
     assert "20" in steps and "8" not in steps
 
-    assert evaluate.run(tiny.make_config(data), str(workdir)) == 0
+    assert tasks.run(tiny.make_config(data), str(workdir)) == 0
     written = re.search(
         r"written to gs://bucket/run/(evaluation/\S+-validation-\w{8}\.json) and ",
         capsys.readouterr().out,

@@ -15,7 +15,7 @@ from fluxvit_jax.adaptive import cascade
 from fluxvit_jax.adaptive.cascade import Cascade, Step
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.distributed.watchdog import STATUS
-from fluxvit_jax.evaluation import evaluate, tasks
+from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.token_optimization import latency, search
 from fluxvit_jax.training import train
 from tests import hosts, limited, tiny
@@ -284,7 +284,7 @@ def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_pa
             assert "videos could not be read" in both[0].out
             assert "budget" in both[0].out and "budget" not in both[1].out
         else:
-            assert evaluate.run(tiny.make_config(tiny_data, **options(tiny_data)), workdir) == 0
+            assert tasks.run(tiny.make_config(tiny_data, **options(tiny_data)), workdir) == 0
         found.append(tiny.read_evaluation(workdir))
     (report, predictions), (other, theirs) = found
     losses = [row.pop("loss") for own in (report, other) for row in own["budgets"].values()]
@@ -310,7 +310,7 @@ def test_a_cascade_stops_where_it_does_on_one_host(pair, tiny_data, compiled, tm
         config = tiny.make_config(tiny_data, **options(tiny_data) | changes)
         if name == "alone":
             config.eval.cascade = ""
-            assert evaluate.run(config, workdir) == 0
+            assert tasks.run(config, workdir) == 0
             _, lines = tiny.read_evaluation(workdir)
             sure = sorted(row["predictions"]["12"][0][1] for row in lines if "failure" not in row)
             first = Step(budget=12, frames=4, resolution=28, head=0, threshold=sum(sure[4:6]) / 2)

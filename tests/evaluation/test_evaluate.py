@@ -19,7 +19,11 @@ from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import evaluation_batches
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import calibration, evaluate
+from fluxvit_jax.evaluation import calibration, evaluate, tasks
+from fluxvit_jax.evaluation.evaluate_mode import report_name
+from fluxvit_jax.evaluation.settings import settings_of
+from fluxvit_jax.evaluation.trained_weights import Weights
+from fluxvit_jax.evaluation.view_programs import predictor
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.token_optimization import search
@@ -183,9 +187,9 @@ def test_five_of_seven_classes_are_the_top_five(tiny_data, compiled):
 def test_one_compiled_program_a_setting(evaluation, tiny_data):
     config = tiny.make_config(tiny_data)
     mesh = make_mesh(config)
-    for setting in evaluate.settings_of(config):
+    for setting in settings_of(config):
         model = model_config(config, "cpu")
-        program = evaluate.predictor(model, setting, config.seed, mesh, multi_label=False)
+        program = predictor(model, setting, config.seed, mesh, multi_label=False)
         before = program._cache_size()
         run(tiny_data, 4)
         run(tiny_data, 4)
@@ -237,7 +241,7 @@ def test_a_stopped_evaluation_says_nothing(evaluation, tiny_data):
 def test_a_workdir_is_evaluated(finished, tiny_data, capsys):
     """The best checkpoint, at budgets other than the trained ones too."""
     config = tiny.make_config(tiny_data, eval__settings=((24, 6, 42), (17, 6, 42), (4, 4, 28)))
-    assert evaluate.run(config, str(finished.workdir)) == 0
+    assert tasks.run(config, str(finished.workdir)) == 0
     printed = capsys.readouterr().out
     report, lines = tiny.read_evaluation(finished.workdir)
     assert report["data"] == config.data.validation and report["plan"] is None
@@ -284,7 +288,7 @@ def assert_calibrated(row: dict, lines: list[dict], budget: str) -> dict:
 def test_weights_without_a_run_are_evaluated(finished, tiny_data, tmp_path, capsys):
     source = finished.workdir / "checkpoints" / "20"
     config = tiny.make_config(tiny_data, train__init_from=str(source))
-    assert evaluate.run(config, str(tmp_path)) == 0
+    assert tasks.run(config, str(tmp_path)) == 0
     assert tiny.read_evaluation(tmp_path)[0]["checkpoint"] == str(source)
 
 
@@ -293,9 +297,9 @@ def test_what_makes_another_network_of_the_weights_is_refused(finished, tiny_dat
         config = tiny.make_config(tiny_data, **change)
         (name,) = change
         with pytest.raises(UserError, match=f"was trained with config.{name.replace('__', '.')}="):
-            evaluate.run(config, str(finished.workdir))
+            tasks.run(config, str(finished.workdir))
     with pytest.raises(UserError, match=r"no data to evaluate on"):
-        evaluate.run(tiny.make_config(tiny_data, data__validation=""), str(finished.workdir))
+        tasks.run(tiny.make_config(tiny_data, data__validation=""), str(finished.workdir))
 
 
 def test_lists_of_other_classes_than_the_weights_are_refused(finished, tiny_data, tmp_path):
@@ -312,7 +316,7 @@ def test_lists_of_other_classes_than_the_weights_are_refused(finished, tiny_data
     config = tiny.make_config(tiny_data, **folders)
     for source, reference in ((workdir, "checkpoints/0"), (finished.workdir, "data.class_names")):
         refusal = rf"validation=.*: class 3 is 'w', but .*{reference} calls it 'd'"
-        for mode in (evaluate, search):
+        for mode in (tasks, search):
             with pytest.raises(UserError, match=refusal):
                 mode.run(config, str(source))
 
@@ -323,12 +327,12 @@ def test_a_list_of_names_needs_names_of_the_classes(finished, tiny_data, tmp_pat
     with pytest.raises(
         UserError, match=r"its labels are names, but checkpoints/\d+ has numbers only"
     ):
-        evaluate.run(tiny.make_config(tiny_data, **lists), str(finished.workdir))
+        tasks.run(tiny.make_config(tiny_data, **lists), str(finished.workdir))
 
 
 def test_few_failures_are_said_without_a_warning(finished, tiny_data, capsys):
     config = tiny.make_config(tiny_data, data__max_bad_fraction=0.1)
-    assert evaluate.run(config, str(finished.workdir)) == 0
+    assert tasks.run(config, str(finished.workdir)) == 0
     *_, failures, written = capsys.readouterr().out.splitlines()
     assert failures.startswith("1 of 13 videos could not be read and count as wrong; bad.mp4: ")
     assert "max_bad_fraction" not in failures and written.startswith("written to ")
@@ -372,7 +376,7 @@ def test_reports_replace_only_themselves(finished, tiny_data, tmp_path):
             **{"data__validation": str(tmp_path / folder / "validation.csv")},
             **{"data__root": str(tiny_data), "train__init_from": best} | changes,
         )
-        assert evaluate.run(config, str(workdir)) == 0
+        assert tasks.run(config, str(workdir)) == 0
         return {path.name: path.read_bytes() for path in (workdir / "evaluation").iterdir()}
 
     first = reports("a")
@@ -413,6 +417,6 @@ def test_names_of_reports(tiny_data, tmp_path, monkeypatch, data, words):
     (tmp_path / "lists" / "val.csv").touch()
     config, source = tiny.make_config(tiny_data), make_source(tiny_data)
     config.data.validation = data
-    weights = evaluate.Weights({}, "checkpoints/20", {})
-    name = evaluate.report_name(config, source, evaluate.settings_of(config), weights)
+    weights = Weights({}, "checkpoints/20", {})
+    name = report_name(config, source, settings_of(config), weights)
     assert re.fullmatch(rf"{words}[0-9a-f]{{8}}", name), name

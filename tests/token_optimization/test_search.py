@@ -17,7 +17,8 @@ from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.distributed.watchdog import STATUS, Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import evaluate, tasks
+from fluxvit_jax.evaluation.trained_weights import Weights, load_weights
 from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization import candidate_evaluator, frame_reader, latency, search
 from fluxvit_jax.token_optimization.frame_reader import FrameReader
@@ -50,8 +51,8 @@ def make_config(folder: Path, **changes):
     return tiny.make_config(folder, **(choose | changes))
 
 
-def weights_of(config) -> evaluate.Weights:
-    return evaluate.Weights(random_params(config), "random", None)
+def weights_of(config) -> Weights:
+    return Weights(random_params(config), "random", None)
 
 
 def run(folder: Path, out: Path, weights=None, **changes) -> dict:
@@ -394,14 +395,14 @@ def test_a_plan_is_evaluated(finished, tiny_data, compiled, tmp_path):
     report = run(
         tiny_data,
         workdir / "search",
-        evaluate.load_weights(make_config(tiny_data), workdir),
+        load_weights(make_config(tiny_data), workdir),
         search__heads="all",
         search__frames="4",
     )
     config = make_config(tiny_data, eval__plan=str(workdir))
-    assert evaluate.run(make_config(tiny_data), str(workdir)) == 0
+    assert tasks.run(make_config(tiny_data), str(workdir)) == 0
     plain, _ = tiny.read_evaluation(workdir)
-    assert evaluate.run(config, str(workdir)) == 0
+    assert tasks.run(config, str(workdir)) == 0
     evaluation, _ = tiny.read_evaluation(workdir)
     assert (plain["plan"], evaluation["plan"]) == (None, str(workdir))
     reports = {path.name: path for path in (workdir / "evaluation").glob("*.json")}
@@ -421,17 +422,17 @@ def test_a_plan_of_other_weights_is_refused(found, finished, tiny_data, tmp_path
     path.write_text(json.dumps(found[0]))
     config = make_config(tiny_data, eval__plan=str(path))
     with pytest.raises(UserError, match=r"report.json: its report is of other weights \(random\)"):
-        evaluate.run(config, str(finished.workdir))
+        tasks.run(config, str(finished.workdir))
     path.write_text(path.read_text()[:-100])
     with pytest.raises(UserError, match=r"report.json: cannot be read"):
-        evaluate.run(config, str(finished.workdir))
+        tasks.run(config, str(finished.workdir))
 
 
 # --- What chooses and what reports ----------------------------------------------------------------
 
 
 def notes_of(folder: Path, trained: dict | None = None, **changes) -> tuple[list, list[str]]:
-    weights = evaluate.Weights({}, "none", trained)
+    weights = Weights({}, "none", trained)
     splits, notes = search.splits_of(make_config(folder, **changes), weights)
     return [(split.name, split.data, len(split.source)) for split in splits], notes
 
@@ -528,7 +529,7 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(finished, tiny_data, tm
 def test_results_of_another_checkpoint_are_refused(found, tiny_data, tmp_path):
     run(tiny_data, tmp_path, search__budgets=(12,), search__frames="4")
     config = make_config(tiny_data)
-    other = evaluate.Weights(random_params(config, seed=6), "random", None)
+    other = Weights(random_params(config, seed=6), "random", None)
     with pytest.raises(UserError, match="holds results of another weights; remove"):
         run(tiny_data, tmp_path, other)
 

@@ -13,7 +13,7 @@ from fluxvit_jax.checkpoints.checkpointer import best_step
 from fluxvit_jax.deploy.pretrained import from_pretrained
 from fluxvit_jax.distributed import checksums
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate, report
+from fluxvit_jax.evaluation import report, tasks
 from fluxvit_jax.token_optimization import search
 from fluxvit_jax.training import train
 from tests import tiny
@@ -109,7 +109,7 @@ def test_it_stops_early_by_map(workdir, tiny_data, lists, tmp_path, capsys):
 def evaluated(workdir, tiny_data, lists, tmp_path_factory) -> Path:
     """A copy of the run, evaluated."""
     folder = shutil.copytree(workdir, tmp_path_factory.mktemp("evaluated") / "run")
-    assert evaluate.run(make_config(tiny_data, lists, model__classes=3), str(folder)) == 0
+    assert tasks.run(make_config(tiny_data, lists, model__classes=3), str(folder)) == 0
     return folder
 
 
@@ -161,10 +161,10 @@ def test_one_label_a_video_is_not_asked_of_it(workdir, tiny_data, lists, tmp_pat
     from_pretrained(workdir).save_pretrained(saved)
     single = make_config(tiny_data, lists, model__classes=3, train__multi_label=False)
     with pytest.raises(UserError, match=r"trained with config.train.multi_label=true, not false"):
-        evaluate.run(single, str(workdir))
+        tasks.run(single, str(workdir))
     single.train.init_from = str(saved)
     with pytest.raises(UserError, match=r"add --config.train.multi_label=True"):
-        evaluate.run(single, str(tmp_path / "new"))
+        tasks.run(single, str(tmp_path / "new"))
     with pytest.raises(UserError, match="search ranks by top-1"):
         search.run(make_config(tiny_data, lists, model__classes=3), str(workdir))
 

@@ -20,7 +20,7 @@ from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.teacher_targets import open_cached_targets, pack
 from fluxvit_jax.distributed.mesh import make_mesh, shard_batch
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.grids import capacity
 from fluxvit_jax.objectives.base import check_objective, objective_class
 from fluxvit_jax.objectives.flux_umt import DECODERS
@@ -159,7 +159,7 @@ def test_fine_tuning_starts_from_it(pretrained, tiny_data, tmp_path, capsys):
 
 def test_it_has_no_classifier_to_evaluate(pretrained, tiny_data):
     with pytest.raises(UserError, match=r"is pre-trained and has no classifier; fine-tune from"):
-        evaluate.run(tiny.make_config(tiny_data), str(pretrained.workdir))
+        tasks.run(tiny.make_config(tiny_data), str(pretrained.workdir))
 
 
 def test_a_run_of_ours_can_be_the_teacher(pretrained, finished, tiny_data, tmp_path):

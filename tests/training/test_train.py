@@ -28,7 +28,7 @@ from fluxvit_jax.deploy.pretrained import from_pretrained
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import make_mesh, shard_batch
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation import evaluate
+from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.training import init_from, setup, train, validation
@@ -601,7 +601,7 @@ def test_names_of_classes_stay_with_the_weights(tiny_data, compiled, tmp_path):
     named = tmp_path / "named.csv"  # of two classes, which the checkpoint knows
     named.write_text("16.mp4,A\n17.mp4,b\n")
     lists = {"data__validation": str(named), "data__root": str(tiny_data)}
-    assert evaluate.run(tiny.make_config(tiny_data, model__classes=0, **lists), str(workdir)) == 0
+    assert tasks.run(tiny.make_config(tiny_data, model__classes=0, **lists), str(workdir)) == 0
     assert [row["label"] for row in tiny.read_evaluation(workdir)[1]] == [0, 1]
     (tmp_path / "t").rename(tmp_path / "elsewhere")
     tiny.class_folders(tiny_data, tmp_path / "t", "wxyz", range(16))
