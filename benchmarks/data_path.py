@@ -24,9 +24,9 @@ import numpy as np
 from benchmarks.videos import DecordVideo, PlainVideo, write_videos
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.config.grids import admissible_grids
-from fluxvit_jax.data.annotations import Example, FileSource
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import TrainGroups
+from fluxvit_jax.data.sources import Example, FileSource
 
 READERS = {"ours": Video, "pyav": PlainVideo, "decord": DecordVideo}
 

@@ -28,7 +28,7 @@ from fluxvit_jax.adaptive.packing import (
     setting_of,
 )
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.console import say

@@ -17,17 +17,10 @@ from typing import Any
 from etils import epath
 
 from fluxvit_jax.data import captions
-from fluxvit_jax.data.annotations import (
-    Example,
-    FileSource,
-    PreparedSource,
-    Segment,
-    digest,
-    is_list,
-    open_source,
-    path_inside,
-    text_of,
-)
+from fluxvit_jax.data.annotations import is_list, open_source, path_inside
+from fluxvit_jax.data.list_rows import text_of
+from fluxvit_jax.data.prepared_source import PreparedSource
+from fluxvit_jax.data.sources import Example, FileSource, Segment, digest
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 

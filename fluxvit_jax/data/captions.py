@@ -16,7 +16,7 @@ from fluxvit_jax.data.random_streams import CAPTION_STREAM, stream_rng
 from fluxvit_jax.data.tokenizer import CONTEXT, token_count, tokenize
 
 if TYPE_CHECKING:  # a server that loads an exported folder does without
-    from fluxvit_jax.data.annotations import Record
+    from fluxvit_jax.data.sources import Record
 
 SHOWN = 60  # letters of a text in a warning
 

@@ -7,10 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.chat_templates import IGNORED, VIDEO, encode_conversation, time_message
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
+from fluxvit_jax.data.sources import Record, Source
 from fluxvit_jax.errors import UserError
 
 CHECKED = 64  # conversations that are looked at before a run

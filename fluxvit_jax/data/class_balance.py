@@ -5,8 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.random_streams import CLASS_STREAM, VIDEO_STREAM, stream_rng
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.errors import UserError
 
 

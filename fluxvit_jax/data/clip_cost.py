@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids
-from fluxvit_jax.data.annotations import Example, FileSource, Source
 from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.pipeline import TrainGroups, training_source
+from fluxvit_jax.data.sources import Example, FileSource, Source
 from fluxvit_jax.distributed.storage import file_sizes
 from fluxvit_jax.errors import UserError
 

@@ -30,17 +30,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fluxvit_jax.data.annotations import (
-    Example,
-    FileSource,
-    Seconds,
-    Source,
-    Subset,
-    digest,
-    path_inside,
-    shuffled,
-    text_of,
-)
+from fluxvit_jax.data.annotations import path_inside
 from fluxvit_jax.data.caption_lists import entries
 from fluxvit_jax.data.chat_templates import (
     ASSISTANT,
@@ -51,7 +41,9 @@ from fluxvit_jax.data.chat_templates import (
     has_video,
     read_turns,
 )
+from fluxvit_jax.data.list_rows import text_of
 from fluxvit_jax.data.mixture import Mixture, Part, mixed
+from fluxvit_jax.data.sources import Example, FileSource, Seconds, Source, Subset, digest, shuffled
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 

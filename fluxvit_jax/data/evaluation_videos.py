@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Label, Source
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.host_share import Arrays
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.patches import PATCH_VALUES
 from fluxvit_jax.data.reading import part_of, reading_video
+from fluxvit_jax.data.sources import Label, Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import Views, cut_views, read_frames
 from fluxvit_jax.grids import Grid

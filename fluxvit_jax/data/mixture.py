@@ -27,18 +27,12 @@ from typing import Any
 import grain
 import numpy as np
 
-from fluxvit_jax.data.annotations import (
-    PreparedSource,
-    Record,
-    Source,
-    Subset,
-    digest,
-    open_source,
-    split_of,
-    text_of,
-)
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.caption_lists import open_captioned
 from fluxvit_jax.data.images import is_image
+from fluxvit_jax.data.list_rows import text_of
+from fluxvit_jax.data.prepared_source import PreparedSource, split_of
+from fluxvit_jax.data.sources import Record, Source, Subset, digest
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Label, labels_of
+from fluxvit_jax.data.sources import Label, labels_of
 
 
 def multi_hot_classes(config: ConfigDict) -> int:

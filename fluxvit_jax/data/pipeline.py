@@ -22,7 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids, image_grids
-from fluxvit_jax.data.annotations import Record, Source, open_source, training_part
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
 from fluxvit_jax.data.captions import ClipTimes, TextArrays, clip_texts
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
@@ -38,6 +38,7 @@ from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
 from fluxvit_jax.data.patches import PATCH_VALUES, patchify
 from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
 from fluxvit_jax.data.reading import reading_video, segment_of
+from fluxvit_jax.data.sources import Record, Source, training_part
 from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,

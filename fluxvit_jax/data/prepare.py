@@ -34,20 +34,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxvit_jax.data import durable_files
-from fluxvit_jax.data.annotations import (
-    Example,
-    class_names,
-    fingerprint,
-    identity,
-    prepared_builder,
-    read_class_names,
-    read_named,
-)
+from fluxvit_jax.data.annotations import class_names, read_class_names, read_named
 from fluxvit_jax.data.caption_lists import open_captions, with_captions
 from fluxvit_jax.data.class_names import KnownNames
 from fluxvit_jax.data.images import is_image
 from fluxvit_jax.data.prepared_format import shard_paths, write_metadata
+from fluxvit_jax.data.prepared_source import prepared_builder
 from fluxvit_jax.data.shard_writer import Report, Shard, write_shards
+from fluxvit_jax.data.sources import Example, fingerprint, identity
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import ArgumentParser, UserError
 

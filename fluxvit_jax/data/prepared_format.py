@@ -12,8 +12,8 @@ import tensorflow_datasets as tfds
 # resumed run must equal those of an undisturbed one.
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from fluxvit_jax.data.annotations import Example
 from fluxvit_jax.data.durable_files import move
+from fluxvit_jax.data.sources import Example
 
 DATASET = "videos"  # its name in TFDS, with which the names of shards begin
 

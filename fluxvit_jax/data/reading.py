@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.images import Image, open_clip
+from fluxvit_jax.data.sources import Record, Source
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,

@@ -12,10 +12,10 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from fluxvit_jax.data import durable_files
-from fluxvit_jax.data.annotations import Example
 from fluxvit_jax.data.decoding import DecodeError, check_regular
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.prepared_format import serialize
+from fluxvit_jax.data.sources import Example
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
     SupervisedWorkers,

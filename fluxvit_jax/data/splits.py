@@ -5,8 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Source, is_list, open_source, read_class_names
+from fluxvit_jax.data.annotations import is_list, open_source, read_class_names
 from fluxvit_jax.data.class_names import KnownNames, normalized
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed.hosts import check_same
 from fluxvit_jax.errors import UserError
 

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import REQUIRED, config_difference
-from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.chat_templates import IGNORED
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import Views, views_of
 from fluxvit_jax.distributed.mesh import (

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.fields import REQUIRED
-from fluxvit_jax.data.annotations import digest
 from fluxvit_jax.data.host_share import HostShare
 from fluxvit_jax.data.pipeline import Batches
+from fluxvit_jax.data.sources import digest
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.deploy.chat import Chat, FirstQuestion
 from fluxvit_jax.distributed import storage

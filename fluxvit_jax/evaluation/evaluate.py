@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import lifelines, partition_rules

@@ -11,8 +11,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_names import numbered
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.splits import check_same_videos
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import atomic, storage

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import digest
 from fluxvit_jax.data.caption_lists import cleaned, entries, strings
+from fluxvit_jax.data.sources import digest
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.console import say

@@ -22,7 +22,9 @@ import numpy as np
 from etils import epath
 
 from fluxvit_jax.config.fields import MVBENCH_PROMPTS
-from fluxvit_jax.data.annotations import Seconds, path_inside, text_of
+from fluxvit_jax.data.annotations import path_inside
+from fluxvit_jax.data.list_rows import text_of
+from fluxvit_jax.data.sources import Seconds
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.reports.confidence_intervals import share_interval

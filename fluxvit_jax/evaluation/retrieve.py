@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Example, FileSource, digest
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
+from fluxvit_jax.data.sources import Example, FileSource, digest
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import CONTEXT, token_count
 from fluxvit_jax.data.views import views_of

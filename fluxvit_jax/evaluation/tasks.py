@@ -6,7 +6,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from fluxvit_jax.adaptive import evaluate_adaptive
-from fluxvit_jax.data.annotations import open_source, read_class_names, text_of
+from fluxvit_jax.data.annotations import open_source, read_class_names
+from fluxvit_jax.data.list_rows import text_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts

@@ -13,8 +13,8 @@ from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.config.fields import ADDED, FIELDS, flatten
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import NO_CLASSES
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_names import KnownNames
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.splits import (
     common_class_names,
     configured_class_names,

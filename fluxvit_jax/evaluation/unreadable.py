@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Record, Source
 from fluxvit_jax.data.reading import reasons_unreadable
+from fluxvit_jax.data.sources import Record, Source
 from fluxvit_jax.errors import UserError
 
 

@@ -11,7 +11,7 @@ from jax.stages import Wrapped
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.tokenizer import tokenize
 from fluxvit_jax.distributed import partition_rules

@@ -21,9 +21,9 @@ from fluxvit_jax.config.fields import REQUIRED, numbers_of
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.convert import language_model_files
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.chat_texts import TIME_TOKENS, ChatTexts
 from fluxvit_jax.data.conversations import open_conversations
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.partition_rules import Rules

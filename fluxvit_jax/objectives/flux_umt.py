@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import official_names
-from fluxvit_jax.data.annotations import Source
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.teacher_targets import (
     CACHED,
     CachedTargets,

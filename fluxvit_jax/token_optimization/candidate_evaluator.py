@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import labels_of
 from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.data.sources import labels_of
 from fluxvit_jax.data.views import cut_views, views_of
 from fluxvit_jax.distributed import devices, partition_rules
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of

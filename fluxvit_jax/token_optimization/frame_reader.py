@@ -7,9 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.reading import reading_video
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine, SupervisedWorkers
 from fluxvit_jax.data.time_limit import within
 from fluxvit_jax.data.views import Frames, Views, read_frames, views_of

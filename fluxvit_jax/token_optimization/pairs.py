@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Example, FileSource, Source, shuffled
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
+from fluxvit_jax.data.sources import Example, FileSource, Source, shuffled
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieve, vectors, zero_shot

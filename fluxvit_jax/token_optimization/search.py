@@ -23,7 +23,7 @@ from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.config.fields import upgraded
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import official_names
-from fluxvit_jax.data.annotations import held_out_part, labels_of, shuffled
+from fluxvit_jax.data.sources import held_out_part, labels_of, shuffled
 from fluxvit_jax.data.splits import check_same_videos, shared_videos
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.distributed import devices, storage

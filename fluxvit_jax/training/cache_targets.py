@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.convert import official_names
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.pipeline import plan_groups, train_batches, training_source
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.teacher_targets import (
     ABOUT,

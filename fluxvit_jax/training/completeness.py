@@ -11,7 +11,7 @@ from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.config.fields import REQUIRED, flatten
 from fluxvit_jax.config.loading import shipped
 from fluxvit_jax.data import class_names, places
-from fluxvit_jax.data.annotations import split_of
+from fluxvit_jax.data.prepared_source import split_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.objectives.base import objective_class

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.multi_label import multi_hot_classes
 from fluxvit_jax.data.patches import unpatchify
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.deploy.page import fade

@@ -13,11 +13,11 @@ from fluxvit_jax.checkpoints.workdir import check_workdir
 from fluxvit_jax.config.checks import validate_for_training
 from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data import splits
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.class_balance import balanced_weights, describe_balance, source_labels
 from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.data.retrieval_set import RetrievalSet
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import raise_on_all_hosts

@@ -29,10 +29,10 @@ from fluxvit_jax.checkpoints.workdir import (
 )
 from fluxvit_jax.checkpoints.workdir_lock import WorkdirLock
 from fluxvit_jax.data import splits
-from fluxvit_jax.data.annotations import Source
 from fluxvit_jax.data.media import turn_of_step
 from fluxvit_jax.data.mixture import Mixture
 from fluxvit_jax.data.pipeline import Batches, plan_groups, train_batches
+from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.console import say

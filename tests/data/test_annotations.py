@@ -8,17 +8,13 @@ import pytest
 from etils import epath
 
 from fluxvit_jax.data.annotations import (
-    Example,
-    Record,
-    held_out_part,
     open_source,
     read_annotations,
     read_class_names,
-    shuffled,
-    training_part,
     videos_below,
 )
 from fluxvit_jax.data.class_names import KnownNames
+from fluxvit_jax.data.sources import Example, Record, held_out_part, shuffled, training_part
 from fluxvit_jax.errors import UserError
 
 

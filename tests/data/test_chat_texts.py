@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.config.grids import admissible_grids
-from fluxvit_jax.data.annotations import Example, FileSource, Record
 from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.chat_templates import IGNORED, VIDEO, read_turns
 from fluxvit_jax.data.chat_texts import NO_TOKEN, TIME_TOKENS, ChatTexts
@@ -16,6 +15,7 @@ from fluxvit_jax.data.frame_sampling import train_frames
 from fluxvit_jax.data.grid_sampling import grid_of_group
 from fluxvit_jax.data.pipeline import train_batches
 from fluxvit_jax.data.random_streams import stream_rng
+from fluxvit_jax.data.sources import Example, FileSource, Record
 from fluxvit_jax.errors import UserError
 from tests import tiny
 from tests.models.chat_golden import CHAT, write_stage1_folder

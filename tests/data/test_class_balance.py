@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from fluxvit_jax.data.annotations import Example, FileSource, training_part
 from fluxvit_jax.data.class_balance import (
     BalancedOrder,
     balanced_weights,
@@ -12,6 +11,7 @@ from fluxvit_jax.data.class_balance import (
     source_labels,
 )
 from fluxvit_jax.data.mixture import Mixture, Part
+from fluxvit_jax.data.sources import Example, FileSource, training_part
 from fluxvit_jax.errors import UserError
 
 LABELS = np.array([0] * 7 + [3] * 2 + [1] * 3)  # none of class 2

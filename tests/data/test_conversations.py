@@ -7,12 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
-from fluxvit_jax.data.annotations import Example, Record
 from fluxvit_jax.data.chat_templates import Turn
 from fluxvit_jax.data.conversations import open_conversations
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.pipeline import train_batches
 from fluxvit_jax.data.reading import segment_of
+from fluxvit_jax.data.sources import Example, Record
 from fluxvit_jax.data.splits import identity_difference
 from fluxvit_jax.errors import UserError
 from tests import tiny

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from fluxvit_jax.data import pipeline
-from fluxvit_jax.data.annotations import Example, FileSource
 from fluxvit_jax.data.mixture import Mixture, Part, open_mixture
+from fluxvit_jax.data.sources import Example, FileSource
 from fluxvit_jax.errors import UserError
 from tests import tiny
 

@@ -17,12 +17,13 @@ import pytest
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.config.grids import evaluation_grids
 from fluxvit_jax.data import evaluation_videos, frame_sampling, random_streams
-from fluxvit_jax.data.annotations import Example, FileSource, Record, open_source
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.augmentation import augment_clip
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.patches import patchify, unpatchify
 from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_batches
 from fluxvit_jax.data.prepare import prepare
+from fluxvit_jax.data.sources import Example, FileSource, Record
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid
 from tests import limited

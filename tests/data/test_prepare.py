@@ -18,12 +18,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from fluxvit_jax.config.fields import default_config
-from fluxvit_jax.data.annotations import Example, open_source
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
 from fluxvit_jax.data.pipeline import TrainGroups
 from fluxvit_jax.data.prepare import Prepared, main, prepare
 from fluxvit_jax.data.shard_writer import Shard, write_shards
+from fluxvit_jax.data.sources import Example
 from fluxvit_jax.data.views import Views
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from fluxvit_jax.config.fields import default_config
-from fluxvit_jax.data.annotations import Example, FileSource
 from fluxvit_jax.data.reading import reasons_unreadable
+from fluxvit_jax.data.sources import Example, FileSource
 from fluxvit_jax.evaluation.unreadable import NothingReadableError, check_readable
 from tests import limited
 from tests.data.videos import moving_texture, write_video

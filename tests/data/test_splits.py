@@ -5,10 +5,11 @@ import shutil
 import pytest
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import Subset, open_source, training_part
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.mixture import open_mixture
 from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.prepare import prepare
+from fluxvit_jax.data.sources import Subset, training_part
 from fluxvit_jax.data.splits import (
     common_class_names,
     configured_class_names,

@@ -17,7 +17,7 @@ from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import __main__ as convert
 from fluxvit_jax.convert import clip_parts, weight_files
 from fluxvit_jax.convert.model_card import model_card
-from fluxvit_jax.data.annotations import Example, FileSource
+from fluxvit_jax.data.sources import Example, FileSource
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import vectors, zero_shot

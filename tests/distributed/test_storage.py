@@ -22,9 +22,10 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from fluxvit_jax.data.annotations import Record, open_source, read_class_names, videos_below
+from fluxvit_jax.data.annotations import open_source, read_class_names, videos_below
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.prepare import Prepared, prepare
+from fluxvit_jax.data.sources import Record
 from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.doctor.outcome import NOT_HERE, OK, Place, outcome_of
 from fluxvit_jax.errors import UserError

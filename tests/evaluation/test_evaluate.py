@@ -14,9 +14,10 @@ import pytest
 from fluxvit_jax.checkpoints.weights import read_weights, write_workdir
 from fluxvit_jax.config.grids import evaluation_grids
 from fluxvit_jax.config.network import model_config
-from fluxvit_jax.data.annotations import Example, FileSource, open_source
+from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import evaluation_batches
+from fluxvit_jax.data.sources import Example, FileSource
 from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import calibration, evaluate, tasks
