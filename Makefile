@@ -15,12 +15,13 @@ TPU := $(VENV)/tpu-$(VERSION)
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
-# Two processes; the tests of a file stay together, since they share what one of them has trained.
+# A process for each core, of up to 3 GB; the tests of a file stay together, since they share what one of
+# them has trained.
 test: $(TORCH) $(TPU)  ## make the environment, check style and types, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
 	$(BIN)/python -m benchmarks.demo --out=demo
