@@ -111,7 +111,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("host", -1, f"{cluster}number of this one, from 0.")
     mode = "predict, export, chat: "
     flags.DEFINE_string(
-        "checkpoint", None, f"{mode}weights of any form, or hf://OWNER/NAME; default: the workdir."
+        "checkpoint",
+        None,
+        f"{mode}weights of any form, hf://OWNER/NAME or builtin://ti; default: the workdir.",
     )
     flags.DEFINE_string(
         "network", "", "predict, export: config.json with what the weights do not determine."

@@ -48,6 +48,7 @@ def test_a_recipe_by_its_name(unpacked, tmp_path):
 
 def test_what_comes_with_it(unpacked):
     assert (unpacked / "fluxvit_jax/py.typed").exists()
+    assert (unpacked / "fluxvit_jax/weights/ti.safetensors").exists()
     (about,) = unpacked.glob("fluxvit_jax-*.dist-info")
     assert "fluxvit = fluxvit_jax.main:main" in (about / "entry_points.txt").read_text()
     clone = {path.name for path in (tiny.ROOT / "configs").glob("*.py")}

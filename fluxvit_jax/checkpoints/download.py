@@ -1,4 +1,4 @@
-"""Weights by name: hf://OWNER/NAME from a hub, and https:// with a checksum, kept in a cache."""
+"""Weights by name: those of the package, hf://OWNER/NAME of a hub, https:// with a checksum."""
 
 import hashlib
 import os
@@ -15,6 +15,8 @@ from fluxvit_jax.data.tokenizer import VOCABULARY
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
+BUILTIN = "builtin://"
+BUILTIN_FOLDER = Path(__file__).parents[1] / "weights"
 HUB = "hf://"
 WEB = ("https://", "http://")
 _HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([^@]+))?")
@@ -32,6 +34,7 @@ BESIDE = (
 def local_copy(source: storage.PathLike) -> storage.PathLike:
     """The path of weights on this machine, downloaded where `source` is a name of the following.
 
+    builtin://NAME: a file that comes with the package: builtin://ti is the network of `make demo`.
     hf://OWNER/NAME[@REVISION][/FILE]: a folder of the hub, or one file of it. The revision is a
     branch, a tag or a commit, "main" by default. It needs huggingface_hub, the extra `hub`.
     https://HOST/FILE#sha256=HEX: one file, whose content must have this checksum.
@@ -39,11 +42,21 @@ def local_copy(source: storage.PathLike) -> storage.PathLike:
     Raises UserError: there is no such thing, it cannot be reached, or its checksum is another.
     """
     name = os.fspath(source)
+    if name.startswith(BUILTIN):
+        return _builtin(name)
     if name.startswith(HUB):
         return _from_hub(name)
     if name.startswith(WEB):
         return _from_web(name)
     return source
+
+
+def _builtin(source: str) -> Path:
+    path = BUILTIN_FOLDER / f"{source.removeprefix(BUILTIN)}.safetensors"
+    if path.parent != BUILTIN_FOLDER or not path.exists():
+        names = [BUILTIN + own.stem for own in sorted(BUILTIN_FOLDER.glob("*"))]
+        raise UserError(f"{source}: the package has only {', '.join(names)}")
+    return path
 
 
 def _from_hub(source: str) -> Path:

@@ -294,7 +294,9 @@ FIELDS: dict[str, Field] = {
         0.0, "decay of the parameters' average; 0: none is kept", share_below_one
     ),
     "train.grad_accum_steps": Field(1, "parts of a batch whose gradients are added", positive),
-    "train.init_from": Field("", "weights to start from, of any form, or hf://OWNER/NAME"),
+    "train.init_from": Field(
+        "", "weights to start from, of any form, hf://OWNER/NAME or builtin://ti"
+    ),
     "train.max_nonfinite": Field(
         10,
         "steps in a row whose loss or gradient is not finite, after which training ends; until "

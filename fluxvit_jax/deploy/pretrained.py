@@ -93,8 +93,9 @@ def from_pretrained(
 
     Args:
         path: a workdir, one step of it, a folder that `save_pretrained` or the converter wrote, a
-            .safetensors file, or an official .pth file; or one to download by name:
-            `hf://OWNER/NAME[@REVISION][/FILE]`, `https://HOST/FILE#sha256=HEX`.
+            .safetensors file, or an official .pth file; or a name: `builtin://ti`, the demo's
+            network, which comes with the package; `hf://OWNER/NAME[@REVISION][/FILE]` and
+            `https://HOST/FILE#sha256=HEX`, which are downloaded.
         config: fields of `config.json`, or the path of such a file: what a bare file does not tell,
             or what is to be otherwise than the file says, such as {"gelu": "erf"}.
         dtype: of the computation, "float32" or "bfloat16". Parameters are float32.

@@ -1,4 +1,4 @@
-"""Weights by name: from a hub and a web server of the test's own, on this machine."""
+"""Weights by name: of the package, from a hub and a web server of the test's own."""
 
 import hashlib
 import http.server
@@ -14,6 +14,7 @@ import fluxvit_jax
 from fluxvit_jax.checkpoints import download
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
+from fluxvit_jax.data import synthetic
 from fluxvit_jax.errors import UserError
 from tests import tiny
 
@@ -23,6 +24,22 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 needs_hub = pytest.mark.skipif(
     importlib.util.find_spec("huggingface_hub") is None, reason="huggingface_hub is not installed"
 )
+
+
+def test_the_weights_of_the_package_know_the_motions(compiled, tmp_path):
+    model = fluxvit_jax.from_pretrained("builtin://ti")
+    assert model.class_names == synthetic.MOTIONS
+    synthetic.write_dataset(tmp_path, train=12, validation=24, seed=11, workers=1)
+    videos = sorted(tmp_path.glob("validation/*/*.mp4"))
+    likeliest = [model.predict(path, tokens=64, top=1)[0].name for path in videos]
+    right = [name == path.parent.name for name, path in zip(likeliest, videos, strict=True)]
+    assert len(right) == 24 and sum(right) >= 19  # 93 % of the demo's 240
+
+
+@pytest.mark.parametrize("name", ["builtin://k400", "builtin://", "builtin://../weights/ti"])
+def test_others_are_refused(name):
+    with pytest.raises(UserError, match=f"{name}: the package has only builtin://ti$"):
+        fluxvit_jax.from_pretrained(name)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
