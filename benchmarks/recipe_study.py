@@ -50,6 +50,7 @@ ROWS = (
     Row("30 epochs, the demo's weights", SHORT + WEAK + GIVEN),
     Row("60 epochs, the demo's weights", LONG + WEAK + GIVEN),
     Row("60 epochs, strong crops, the demo's weights", LONG + STRONG + GIVEN),
+    Row("60 epochs, RandAugment, the demo's weights", LONG + WEAK + RANDAUGMENT + GIVEN),
 )
 
 Found = dict[str, list[study.Right]]  # row -> of each seed
