@@ -52,6 +52,8 @@ def _tiny() -> ConfigDict:
     config.data.class_names = ""
     config.data.repeated_aug = 2
     config.data.workers = 2
+    config.data.augment.scale = (0.4, 1.0)
+    config.data.augment.ratio = (0.75, 1.33)
     config.train.init_from = "builtin://ti"
     config.train.epochs = 60
     config.train.warmup_epochs = 4.0
