@@ -183,7 +183,7 @@ class BadClips:
         if listed <= TOLD_CLIPS and not line.get("skip"):  # whoever skipped it has said so
             say(f"cannot read {line['id']}, trains on another clip instead: {line['reason']}")
         if listed == TOLD_CLIPS:
-            say(f"more clips that cannot be read are only listed, in {self._path}")
+            say(f"further clips that cannot be read are only listed, in {self._path}")
 
     @property
     def summary(self) -> str:
