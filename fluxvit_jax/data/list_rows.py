@@ -26,7 +26,11 @@ _COLUMN_NAME = re.compile(
 def read_rows(
     path: epath.Path, root: epath.Path, labelled: bool, multi_label: bool
 ) -> tuple[list[Row], bool]:
-    """The lines of a list without its header, and whether their labels are names."""
+    """The lines of a list without its header, and whether their labels are names.
+
+    root: the folder of its paths. Raises UserError: there is no such list or folder, no video in
+    it, or a line that is not CSV or has another number of columns.
+    """
     lines = text_of(path, errors="surrogateescape").split("\n")
     if not storage.is_folder(root):
         raise UserError(f"{path}: the root of its paths, {root}, is no folder")

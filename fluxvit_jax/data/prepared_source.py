@@ -56,6 +56,7 @@ def split_of(path: str | os.PathLike) -> tuple[str, str | None]:
 
 
 def is_prepared(folder: str) -> bool:
+    """Whether a folder is one that `prepare` has finished."""
     with storage.errors(folder):
         return bool(folder) and (storage.path_of(folder) / "dataset_info.json").exists()
 
@@ -82,6 +83,10 @@ def prepared_builder(folder: str | os.PathLike) -> Any:
 
 
 def open_prepared(folder: str, split: str | None, classes: int | None) -> PreparedSource:
+    """A split of a prepared folder; None stands for its only one.
+
+    Raises UserError: damaged metadata, no such split, a missing shard, labels not below `classes`.
+    """
     builder = prepared_builder(folder)
     about, features = builder.info.metadata["splits"], builder.info.features
     split = _chosen_split(folder, split, sorted(builder.info.splits))

@@ -68,4 +68,5 @@ def check_some_readable(
 
 
 def first_of(failures: Sequence[dict[str, str]]) -> str:
+    """The first failure as a line "ID: REASON"; "" if there is none."""
     return f"{failures[0]['id']}: {failures[0]['reason']}" if failures else ""
