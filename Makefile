@@ -15,13 +15,14 @@ TPU := $(VENV)/tpu-$(VERSION)
 help:  ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 
-# A process for each core, of up to 3 GB; the tests of a file stay together, since they share what one of
-# them has trained.
+# Processes of up to 3 GB each; with more cores: make test PROCESSES=8. The tests of a file stay
+# together, since they share what one of them has trained.
+PROCESSES ?= 2
 test: $(TORCH) $(TPU)  ## make the environment, check style and types, run all tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
 	$(BIN)/python -m benchmarks.demo --out=demo
