@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Wrapped
@@ -19,17 +18,14 @@ from jax.stages import Wrapped
 from fluxvit_jax.adaptive.cascade import Cascade, Pass, Size, Step
 from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.distributed.mesh import (
-    batch_sharding,
-    compiler_options,
     local_rows,
-    replicated,
     shard_batch,
-    traced_on_mesh,
 )
 from fluxvit_jax.evaluation.settings import Setting
 from fluxvit_jax.evaluation.view_programs import (
     MAX_PROGRAMS,
     class_count,
+    jit_by_clip,
     on_view,
     predictor,
     probabilities_of,
@@ -214,11 +210,6 @@ def _sharing_program(
         output = network.on_grid(patches, grid, budget, head, ranked=ranked)
         return total + answer(params, output)
 
-    by_clip = batch_sharding(mesh)
-    clips = 3 if ranked_budget else 4
-    return jax.jit(
-        traced_on_mesh(rank if ranked_budget else take, mesh),
-        in_shardings=(None, *[by_clip] * clips, replicated(mesh)),
-        out_shardings=(by_clip, by_clip) if ranked_budget else by_clip,
-        compiler_options=compiler_options(mesh),
-    )
+    if ranked_budget:
+        return jit_by_clip(rank, mesh, clips=3, outputs=2)
+    return jit_by_clip(take, mesh, clips=4)

@@ -20,7 +20,7 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 
-EVALUATION = "evaluation"  # folder of a workdir that `evaluation.evaluate` writes
+EVALUATION = "evaluation"  # folder of a workdir that `--mode=evaluate` writes
 
 
 def read_weights(

@@ -15,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints.weights import EVALUATION
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.data.host_share import HostShare
 from fluxvit_jax.data.pipeline import Batches
@@ -71,7 +72,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     about = _about(config, weights, questions)
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     words = f"{report_words(config.data.validation)}-mvbench"
-    answers_file = folder / retrieve.FOLDER / f"{words}-{digits}-answers.jsonl"
+    answers_file = folder / EVALUATION / f"{words}-{digits}-answers.jsonl"
     storage.make_folder(answers_file.parent)
     kept = _kept(answers_file, questions)
     todo = {

@@ -47,7 +47,7 @@ from fluxvit_jax.evaluation.accuracy import (
 from fluxvit_jax.evaluation.results import TOP
 from fluxvit_jax.evaluation.settings import Setting, settings_of, tokens_kept
 from fluxvit_jax.evaluation.unreadable import check_some_readable, first_of, warn_of_failures
-from fluxvit_jax.evaluation.view_programs import predictor, probabilities
+from fluxvit_jax.evaluation.view_programs import class_count, mean_over_views, predictor
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.models import fluxvit
 
@@ -190,12 +190,12 @@ class _Answers:
 
     def take(self, batch: dict[str, np.ndarray]) -> None:
         """Adds the videos of a batch of `pipeline.evaluation_batches`."""
-        video = batch["video"]
+        video, classes = batch["video"], class_count(self._params)
         found = [
             own
             for k, program in enumerate(self._programs)
-            for own in probabilities(
-                [program], self._params, video, batch[f"patches{k}"], self._mesh
+            for own in mean_over_views(
+                [program], self._params, classes, video, batch[f"patches{k}"], self._mesh
             )
         ]
         if self.kept is not None:

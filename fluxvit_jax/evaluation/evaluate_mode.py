@@ -11,6 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints.weights import EVALUATION
 from fluxvit_jax.data.class_names import numbered
 from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.splits import check_same_videos
@@ -28,7 +29,6 @@ from fluxvit_jax.evaluation.trained_weights import Weights, check_class_names, o
 from fluxvit_jax.evaluation.unreadable import check_readable, describe_failures, first_of
 from fluxvit_jax.training.train_state import check_params_divide
 
-FOLDER = "evaluation"
 NAME_LENGTH = 40  # letters of the data's name in the name of a report
 
 
@@ -91,7 +91,7 @@ def tell(
     """
     if host_index() != 0:
         return
-    path = folder / FOLDER / f"{name}.json"
+    path = folder / EVALUATION / f"{name}.json"
     about = {"data": config.data.validation, "plan": config.eval.plan or None}
     about |= {"class_names": list(names or numbered(config.model.classes))}
     print(evaluation.table())  # before what may fail

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints import checkpointer
+from fluxvit_jax.checkpoints.weights import EVALUATION
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.data.retrieval_set import RetrievalSet, read_retrieval_set
@@ -31,7 +32,7 @@ from fluxvit_jax.distributed.mesh import host_index, make_mesh
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieval, vectors
-from fluxvit_jax.evaluation.evaluate_mode import FOLDER, report_words
+from fluxvit_jax.evaluation.evaluate_mode import report_words
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given, tokens_kept
 from fluxvit_jax.evaluation.unreadable import (
     NothingReadableError,
@@ -73,7 +74,7 @@ def run(config: ConfigDict, workdir: str) -> int:
 def write(report: Report, table: str, notes: Sequence[str], folder: epath.Path, name: str) -> None:
     """Prints a table and notes, and writes the report into a workdir."""
     print(table)  # before what may fail
-    path = folder / FOLDER / f"{name}.json"
+    path = folder / EVALUATION / f"{name}.json"
     storage.make_folder(path.parent)
     atomic.write(path, json.dumps(report, indent=1) + "\n")
     print("\n".join([*notes, f"written to {path}"]))

@@ -78,12 +78,20 @@ def view_program(
         output = network.on_grid(patches, setting.grid, setting.budget, setting.head, keys)
         return total + answer(params, output)
 
+    return jit_by_clip(add_view, mesh, clips=3)
+
+
+def jit_by_clip(program: Callable, mesh: Mesh, clips: int, outputs: int = 1) -> Wrapped:
+    """The jitted program of parameters, `clips` arrays [b, ...] split over the devices, and a view.
+
+    outputs: number of the arrays [b, ...] that it returns, a tuple if there are several.
+    """
     by_clip = batch_sharding(mesh)
     return jax.jit(
-        traced_on_mesh(add_view, mesh),
+        traced_on_mesh(program, mesh),
         # None: parameters keep their sharding.
-        in_shardings=(None, by_clip, by_clip, by_clip, replicated(mesh)),
-        out_shardings=by_clip,
+        in_shardings=(None, *[by_clip] * clips, replicated(mesh)),
+        out_shardings=by_clip if outputs == 1 else (by_clip,) * outputs,
         compiler_options=compiler_options(mesh),
     )
 
@@ -112,21 +120,6 @@ def on_view(
     )
 
 
-def probabilities(
-    programs: Sequence[Callable],
-    params: dict,
-    video: np.ndarray,
-    patches: np.ndarray,
-    mesh: Mesh,
-) -> list[np.ndarray]:
-    """The probabilities of all classes, means over the views, for each program: [b, classes].
-
-    programs: of settings of one grid, from `predictor`; video: int [b], numbers of the videos;
-    patches: uint8 [b, V, P, 588], of the host's rows (`mesh.local_row_indices`).
-    """
-    return mean_over_views(programs, params, class_count(params), video, patches, mesh)
-
-
 def class_count(params: dict) -> int:
     """Classes of the classifier, which may be made of texts."""
     if zero_shot.CLASSIFIER in params:
@@ -144,7 +137,8 @@ def mean_over_views(
 ) -> list[np.ndarray]:
     """Means over the views of what each of `view_program`s makes: [b, width].
 
-    Arguments as in `probabilities`.
+    programs: of settings of one grid; video: int [b], numbers of the videos; patches: uint8
+    [b, V, P, 588], of the host's rows (`mesh.local_row_indices`).
     """
     found = means_after(programs, params, width, video, patches, mesh, [patches.shape[1]])
     return [mean for (mean,) in found]
