@@ -176,8 +176,10 @@ def _run_chat(options: "flags.FlagValues", weights: str, out: str, tokens: Seque
 
 def _show(text: str) -> None:
     """Prints a long text; ends without a word if what reads it, such as a pager, has enough."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(text)
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text, flush=True)
+    # A process that goes on, such as one that calls `main`, must not die of a closed connection.
+    signal.signal(signal.SIGPIPE, before)
 
 
 def avoid_libtpu() -> None:

@@ -163,6 +163,16 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """Programs that a test calls handle signals as programs do; later tests must not die of it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 class Run(NamedTuple):
     """A finished training run of the tiny recipe that nothing disturbed."""
 

@@ -1,7 +1,6 @@
 """Programs of the package, run in the process of the tests, which has imported JAX already."""
 
 import runpy
-import signal
 import sys
 import warnings
 
@@ -14,9 +13,8 @@ from fluxvit_jax.distributed import hosts
 
 
 def run_module(module: str, *arguments: str) -> int:
-    """The exit status of `python -m MODULE ARGUMENTS`. Flags and signals are left as before."""
+    """The exit status of `python -m MODULE ARGUMENTS`. Flags are left as before."""
     known = set(flags.FLAGS)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of runpy: it is imported already
         patch.setattr(sys, "argv", [module, *arguments])
@@ -31,6 +29,4 @@ def run_module(module: str, *arguments: str) -> int:
                 own = flags.FLAGS.find_module_defining_flag(name) == command_line.__name__
                 if own or name.split(".")[0] == "config":
                     delattr(flags.FLAGS, name)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return 0

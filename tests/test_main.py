@@ -102,6 +102,13 @@ def test_help_that_a_pager_cuts_short():
     assert done.returncode == -signal.SIGPIPE and done.stderr == ""
 
 
+def test_help_leaves_the_process_as_it_was():
+    """One that calls `main` would otherwise die, silently, of the next connection that closes."""
+    before = signal.getsignal(signal.SIGPIPE)
+    assert programs.run_module("fluxvit_jax.main", "--help") == 0
+    assert signal.getsignal(signal.SIGPIPE) is before
+
+
 def test_help_of_one_mode_with_the_values_of_a_recipe():
     text = program("--mode=predict", "--config=demo", "-h")
     assert "  --video: " in text and "--config.eval.clips=2:" in text
