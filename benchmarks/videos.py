@@ -1,11 +1,12 @@
 """The video files that the benchmarks read, and the readers they compare.
 
-`decord` is wanted by the benchmarks only: pip install decord==0.6.0
+The other readers are wanted by the benchmarks only: pip install decord==0.6.0 torchcodec==0.13.0
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import cv2
@@ -14,22 +15,44 @@ import numpy as np
 from fluxvit_jax.data.synthetic import MOTIONS, photographs, render
 
 
+class Codec(NamedTuple):
+    """encoder: FFmpeg's; suffix: of the file; options: where the default takes minutes a video."""
+
+    encoder: str
+    suffix: str
+    options: dict[str, str]
+
+
+CODECS = {
+    "H.264": Codec("libx264", ".mp4", {}),
+    "HEVC": Codec("libx265", ".mp4", {"preset": "fast", "x265-params": "log-level=none"}),
+    "VP9": Codec("libvpx-vp9", ".webm", {"cpu-used": "5", "deadline": "realtime"}),
+    "AV1": Codec("libsvtav1", ".mp4", {"preset": "10"}),
+    "MPEG-4": Codec("mpeg4", ".mp4", {}),
+}
+os.environ.setdefault("SVT_LOG", "1")  # of the encoder of AV1: errors alone
+
+
 def write_videos(
-    folder: Path, count: int, frames: int = 300, size: tuple[int, int] = (256, 340), seed: int = 0
+    folder: Path,
+    count: int,
+    frames: int = 300,
+    size: tuple[int, int] = (256, 340),
+    codec: Codec = CODECS["H.264"],
 ) -> list[Path]:
-    """Writes `count` H.264 files as FFmpeg makes them by default (key frames up to 250 apart).
+    """Writes `count` files as FFmpeg makes them by default (H.264: key frames up to 250 apart).
 
     The defaults are 10 s at 30 frames a second, (height, width) as Kinetics is usually stored.
     """
     photos = photographs("train")
     paths = []
     for i in range(count):
-        rng = np.random.default_rng([seed, i])
+        rng = np.random.default_rng([0, i])
         photo = cv2.resize(photos[i % len(photos)], None, fx=size[0] / 128, fy=size[0] / 128)
         clip = render(MOTIONS[i % len(MOTIONS)], [photo] * 3, rng, frames, size)
-        paths.append(folder / f"{i}.mp4")
+        paths.append(folder / f"{i}{codec.suffix}")
         with av.open(paths[-1], "w") as file:
-            stream = file.add_stream("libx264", rate=30)
+            stream = file.add_stream(codec.encoder, rate=30, options=codec.options)
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p"
             for picture in clip:
@@ -88,3 +111,29 @@ class DecordVideo:
     def read(self, indices: Sequence[int], *_: object) -> np.ndarray:
         """Frames `indices`: uint8 [n, height, width, 3]."""
         return self._reader.get_batch([int(i) for i in indices]).asnumpy()
+
+
+class TorchcodecVideo:
+    """torchcodec with one thread, in its exact mode, which asks the file for its frames first."""
+
+    frame_rate = 0.0
+
+    def __init__(self, path: str | os.PathLike):
+        from torchcodec.decoders import VideoDecoder
+
+        self._decoder = VideoDecoder(
+            os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+        )
+
+    def __enter__(self) -> "TorchcodecVideo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._decoder
+
+    def __len__(self) -> int:
+        return len(self._decoder)
+
+    def read(self, indices: Sequence[int], *_: object) -> np.ndarray:
+        """Frames `indices`: uint8 [n, height, width, 3]."""
+        return self._decoder.get_frames_at([int(i) for i in indices]).data.numpy()

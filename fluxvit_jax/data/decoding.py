@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from fluxvit_jax.data.frame_sampling import resized_size
+from fluxvit_jax.data.unreferenced import unreferenced_packets
 from fluxvit_jax.distributed import storage
 
 # Only containers that hold video themselves. Excluded are playlists and the like, which a demuxer
@@ -34,10 +35,6 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts"
 # times, a transport stream may cut a frame in two) only decoding reveals the number of frames.
 TIMED_CONTAINERS = {"mov", "matroska"}
 TIMED_CODECS = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
-
-# Decoders that can skip, packet by packet, frames that no other frame references. dav1d takes the
-# setting only once; in HEVC "not a reference" holds only within one temporal layer.
-SKIPPING_CODECS = {"h264"}
 
 # A larger frame counts as damage: a flipped bit in the size must not exhaust the memory.
 MAX_PIXELS = 8192 * 8192
@@ -109,6 +106,7 @@ class Video:
     _packets: list[av.Packet]  # of the video stream; their `pts` is their index here
     _order: list[int]  # packet of each frame, in presentation order
     _start: dict[int, int]  # packet -> key packet at which decoding it must start
+    _unreferenced: set[int]  # packets that no other one needs
 
     def __init__(self, source: str | os.PathLike | bytes, name: str | None = None):
         self.name = name or ("video in memory" if isinstance(source, bytes) else os.fspath(source))
@@ -249,7 +247,11 @@ class Video:
             # Some frames before the first key frame cannot be decoded; edit lists hide others.
             self._order = [n for n in shown if n in self._start and not self._packets[n].is_discard]
             self._packets = [_unhidden(packet) for packet in self._packets]
+            self._unreferenced = unreferenced_packets(
+                self._packets, self._context.name, self._context.extradata
+            )
         else:
+            self._unreferenced = set()
             self._order, keys = self._count()
             # A container that marks every packet may not know better; then ask the decoder.
             all_marked = len(marked) == len(self._packets)
@@ -387,14 +389,14 @@ class Video:
     ) -> Iterator[Decoded]:
         """Decodes packets first..last: yields (packet, frame), and (packet, None) for damage.
 
-        Given `requested`, packets outside it are skipped unless other frames reference them.
+        Given `requested`, packets outside it are left out unless others reference them.
         """
-        needed = requested if self._context.name in SKIPPING_CODECS else None  # None: all
+        left_out = set() if requested is None else self._unreferenced - requested
         self._context.flush_buffers()
         for number in [*range(first, last + 1), None]:  # None drains the decoder
+            if number in left_out:
+                continue
             packet = None if number is None else self._packets[number]
-            is_skippable = needed is not None and number not in needed
-            self._context.skip_frame = "NONREF" if is_skippable else "DEFAULT"
             current = last if number is None else number
             try:
                 frames = self._context.decode(packet)

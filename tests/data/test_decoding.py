@@ -47,6 +47,10 @@ ENCODED = {
         "codec": "libx265",
         "options": {"x265-params": f"{QUIET_HEVC}:open-gop=1:temporal-layers=3"},
     },
+    "hevc_one_layer.mp4": {"codec": "libx265", "options": {"x265-params": QUIET_HEVC}},
+    "hevc_one_layer.mkv": {"codec": "libx265", "options": {"x265-params": QUIET_HEVC}},
+    "av1_pyramid.mp4": {"codec": "libsvtav1", "options": {"g": "16", "preset": "8"}},
+    "av1_pyramid.mkv": {"codec": "libsvtav1", "options": {"g": "48", "preset": "10"}},
     "av1.mp4": {"codec": "libsvtav1", "options": {"g": "15", "preset": "11"}},
 }
 
@@ -314,8 +318,9 @@ def test_frames_do_not_outlive_the_reading(make):
         gc.enable()
 
 
-def test_most_packets_are_left_out(make):
-    with Video(make("h264.mp4")) as video:
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "hevc_one_layer.mkv", "av1_pyramid.mp4"])
+def test_most_packets_are_left_out(make, name):
+    with Video(make(name)) as video:
         decoded = []
         decode = video._decode
         video._decode = lambda *args: (decoded.append(item[0]) or item for item in decode(*args))
