@@ -44,7 +44,8 @@ SIZES = {"256p": (256, 340), "720p": (720, 1280)}
 CLIP_FRAMES = 16
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs and prints all; the report."""
     parser = argparse.ArgumentParser(description="Benchmark of reading frames of video files.")
     parser.add_argument("files", nargs="*", metavar="FILE", help="videos, or folders of them")
     parser.add_argument("--codecs", default=",".join(CODECS), help="of the files that are made")
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     for known, given in ((CODECS, options.codecs), (SIZES, options.sizes)):
         if unknown := set(given.split(",")) - known.keys():
             parser.error(f"{min(unknown)!r} is none of {', '.join(known)}")
-    report = {
+    report: dict[str, Any] = {
         "unit": "clips a second and core",
         "clip": f"{CLIP_FRAMES} random frames",
         "machine": machine(),
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
+    return report
 
 
 def files_of(options: argparse.Namespace) -> Iterator[tuple[str, list[Path]]]:

@@ -25,7 +25,7 @@ Each of the two has a process of its own, which waits while the other one runs; 
 the other's memory, and JAX allocates as it needs (XLA_PYTHON_CLIENT_PREALLOCATE=false). PyTorch's
 compiler needs a C compiler; TORCHINDUCTOR_MAX_AUTOTUNE=1 has it try more kernels. Without a GPU
 both run on the CPU, in float32: small sizes try this program itself, and mean nothing else
-(`benchmarks.cpu` compares CPUs).
+(`benchmarks.peers` compares CPUs).
 
 The network of torch_fluxvit.py trains as it is. `gpu_torch` adds two things, both in its favour:
 the blocks' input is rounded to bfloat16, as ours is, where autocast would leave the residual stream
@@ -60,7 +60,7 @@ from fluxvit_jax.errors import ArgumentParser, UserError
 from fluxvit_jax.grids import PATCH, Grid
 
 TASKS = ("training", "inference")
-MODULES = {"ours": "benchmarks.gpu_jax", "pytorch": "benchmarks.gpu_torch"}
+MAKERS = {"ours": "benchmarks.gpu_jax:side", "pytorch": "benchmarks.gpu_torch:side"}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of the first answers, relative
 TOO_LARGE = ("RESOURCE_EXHAUSTED", "out of memory")  # in what JAX and PyTorch raise
 
@@ -179,8 +179,7 @@ def begin(sides: dict[str, ProcessPoolExecutor], case: Case) -> dict[str, dict[s
     Raises UserError if they are on different devices.
     """
     about = {
-        "ours": sides["ours"].submit(prepare, "ours", case).result(),
-        "pytorch": sides["pytorch"].submit(prepare, "pytorch", case).result(),
+        name: sides[name].submit(prepare, maker, case).result() for name, maker in MAKERS.items()
     }
     ours, theirs = (about[name]["platform"] for name in ("ours", "pytorch"))
     if ours != theirs:
@@ -292,11 +291,15 @@ def table(results: dict[str, dict]) -> str:
 _own: dict[str, Side] = {}  # of such a process, the one that it is
 
 
-def prepare(name: str, case: Case) -> dict[str, str]:
-    """Makes this process "ours" or "pytorch"; what it is. Raises UserError if memory is short."""
-    with enough_memory(name):
+def prepare(maker: str, case: Case) -> dict[str, str]:
+    """Makes this process a side, by "MODULE:FUNCTION"; what it is.
+
+    Raises UserError if memory is short.
+    """
+    module, _, function = maker.partition(":")
+    with enough_memory(module):
         # Here, so that a process imports its own framework and not the other.
-        _own["side"] = importlib.import_module(MODULES[name]).side(case)
+        _own["side"] = getattr(importlib.import_module(module), function)(case)
     return _own["side"].about
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks.gpu` has both sides do, and what a side is; without either framework."""
+"""What `benchmarks.gpu` and `benchmarks.peers` have their sides do; without any framework."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ from fluxvit_jax.grids import PATCH, Grid
 class Case(NamedTuple):
     """What both have to do.
 
-    dtype: of the computation, "" for what suits the device; compiler: a backend of torch.compile;
-    weights: a folder, written by ours and read by PyTorch; attention: our kernel.
+    dtype: of the computation, "" for what suits the device; compiler: a backend of torch.compile,
+    "" for none; weights: a folder, written by ours and read by the others; attention: our kernel;
+    checkout: a folder with the official code.
     """
 
     task: str
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     compiler: str
     weights: str
     attention: str = "auto"
+    checkout: str = ""
 
 
 class Side(NamedTuple):

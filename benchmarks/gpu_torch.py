@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ml_collections import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu_case import Case, Side, clips_of, dtype_on, make_config, training_name
 from fluxvit_jax.convert.torch_fluxvit import FluxViT
@@ -16,14 +16,20 @@ Programs = dict[str, Callable[[], dict[str, Tensor]]]
 
 def side(case: Case) -> Side:
     """The same in PyTorch, with the weights of `case.weights`; each first call compiles."""
+    model = FluxViT.from_folder(case.weights)
+    stream = getattr(torch, dtype_on(case, "gpu" if torch.cuda.is_available() else "cpu"))
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].to(stream),))
+    return side_of(model, case)
+
+
+def side_of(model: nn.Module, case: Case) -> Side:
+    """A side of any network that is called as `torch_fluxvit`'s is, and has its names."""
     cuda = torch.cuda.is_available()
     device, platform = ("cuda", "gpu") if cuda else ("cpu", "cpu")
     dtype = dtype_on(case, platform)
     if cuda:
         torch.set_float32_matmul_precision("high")
-    model = FluxViT.from_folder(case.weights).to(device)
-    stream = getattr(torch, dtype)
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: (inputs[0].to(stream),))
+    model = model.to(device)
     make = training if case.task == "training" else inference
     autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
     about = {
@@ -31,7 +37,7 @@ def side(case: Case) -> Side:
         "platform": platform,
         "dtype": dtype,
         "torch": torch.__version__,
-        "compiler": case.compiler,
+        "compiler": case.compiler or "none",
     }
 
     def peak(_: str) -> int | None:
@@ -50,7 +56,7 @@ def side(case: Case) -> Side:
     )
 
 
-def training(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
+def training(model: nn.Module, case: Case, autocast: torch.autocast) -> Programs:
     """The step of `gpu_jax.training`, as one writes it in PyTorch."""
     video, labels = on_device(model, *clips_of(case, model.head[0].out_features))
     optimizer = adamw(model, make_config(case, "float32"))
@@ -63,7 +69,7 @@ def training(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
             return loss, F.normalize(pooled.detach().float(), dim=-1)
         return loss + F.smooth_l1_loss(model.project(pooled, head - 1), anchor), anchor
 
-    compiled = torch.compile(one_pass, fullgraph=True, dynamic=False, backend=case.compiler)
+    compiled = compile_by(case.compiler, one_pass)
 
     def run() -> dict[str, Tensor]:
         optimizer.zero_grad()
@@ -81,7 +87,7 @@ def training(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
     return {training_name(case): run}
 
 
-def adamw(model: FluxViT, config: ConfigDict) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, config: ConfigDict) -> torch.optim.Optimizer:
     """The optimizer of the config: matrices and convolutions decay (see `training.optimizer`)."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
@@ -99,7 +105,7 @@ def adamw(model: FluxViT, config: ConfigDict) -> torch.optim.Optimizer:
     )
 
 
-def inference(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
+def inference(model: nn.Module, case: Case, autocast: torch.autocast) -> Programs:
     """The programs of `gpu_jax.inference`."""
     classes = model.head[0].out_features
     [video] = on_device(model, clips_of(case, classes)[0])
@@ -108,7 +114,7 @@ def inference(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
     def add_view(total: Tensor, budget: int, head: int) -> Tensor:
         return total + model(video, budget, head)[0].float().softmax(-1)
 
-    compiled = torch.compile(add_view, fullgraph=True, dynamic=False, backend=case.compiler)
+    compiled = compile_by(case.compiler, add_view)
 
     def program(budget: int, head: int) -> Callable[[], dict[str, Tensor]]:
         def run() -> dict[str, Tensor]:
@@ -120,7 +126,14 @@ def inference(model: FluxViT, case: Case, autocast: torch.autocast) -> Programs:
     return {str(budget): program(budget, head) for head, budget in enumerate(case.budgets)}
 
 
-def on_device(model: FluxViT, *arrays: np.ndarray) -> list[Tensor]:
+def compile_by(backend: str, function: Callable) -> Callable:
+    """The function as one graph; as it is without a backend."""
+    if not backend:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+def on_device(model: nn.Module, *arrays: np.ndarray) -> list[Tensor]:
     """Arrays where the model is; what was int32 becomes int64, as labels have to be."""
     device = next(model.parameters()).device
     tensors = (torch.from_numpy(array).to(device) for array in arrays)

@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from fluxvit_jax.data.frame_sampling import resized_size
-from fluxvit_jax.data.unreferenced import unreferenced_packets
+from fluxvit_jax.data.packet_headers import are_single_frames, unreferenced_packets
 from fluxvit_jax.distributed import storage
 
 # Only containers that hold video themselves. Excluded are playlists and the like, which a demuxer
@@ -234,10 +234,11 @@ class Video:
         for number, packet in enumerate(self._packets):
             packet.pts = number  # decoders pass it on, so a frame names the packet it came from
         distinct = {time for time in times if time is not None}
+        about = self._packets, self._context.name, self._context.extradata
         self._is_timed = (
             kind in TIMED_CONTAINERS
-            and self._context.name in TIMED_CODECS
             and len(distinct) == len(times)
+            and (self._context.name in TIMED_CODECS or are_single_frames(*about))
         )
         marked = {number for number, packet in enumerate(self._packets) if packet.is_keyframe}
         if self._is_timed:
@@ -247,9 +248,7 @@ class Video:
             # Some frames before the first key frame cannot be decoded; edit lists hide others.
             self._order = [n for n in shown if n in self._start and not self._packets[n].is_discard]
             self._packets = [_unhidden(packet) for packet in self._packets]
-            self._unreferenced = unreferenced_packets(
-                self._packets, self._context.name, self._context.extradata
-            )
+            self._unreferenced = unreferenced_packets(*about)
         else:
             self._unreferenced = set()
             self._order, keys = self._count()

@@ -91,6 +91,7 @@ DERIVED = {
     "turned_90.mp4": ("h264.mp4", _turned(0, 1, -1, 0)),
     "turned_180.mp4": ("h264.mp4", _turned(-1, 0, 0, -1)),
     "turned_270.mp4": ("h264.mp4", _turned(0, -1, 1, 0)),
+    "mpeg4_not_coded.mp4": ("mpeg4.mp4", lambda s, t: videos.leave_uncoded(s, t, 29)),
     "packed.avi": ("one_b_frame.avi", videos.pack_b_frames),
 }
 
@@ -318,7 +319,7 @@ def test_frames_do_not_outlive_the_reading(make):
         gc.enable()
 
 
-@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "hevc_one_layer.mkv", "av1_pyramid.mp4"])
+@pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "hevc_one_layer.mkv", "mpeg4.mp4"])
 def test_most_packets_are_left_out(make, name):
     with Video(make(name)) as video:
         decoded = []

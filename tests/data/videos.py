@@ -102,13 +102,27 @@ def hide_start(source: Path, target: Path, count: int) -> Path:
     return remux(source, target, shift, {"avoid_negative_ts": "disabled"})
 
 
+# A picture of MPEG-4 part 2, at 25 frames a second, for which a decoder puts out nothing.
+NOT_CODED = b"\x00\x00\x01\xb6\x50\x40\x7f"
+
+
+def leave_uncoded(source: Path, target: Path, number: int) -> Path:
+    """Copies a video of MPEG-4 part 2 with one of its packets replaced by a picture not coded."""
+
+    def change(packets: list[av.Packet]) -> list[av.Packet]:
+        old, new = packets[number], av.Packet(NOT_CODED)
+        new.pts, new.dts, new.time_base = old.pts, old.dts, old.time_base
+        return [*packets[:number], new, *packets[number + 1 :]]
+
+    return remux(source, target, change)
+
+
 def pack_b_frames(source: Path, target: Path) -> Path:
     """Copies an MPEG-4 AVI and puts every B-frame into the packet before it, as DivX once did.
 
     An empty frame ("not coded") takes its place. `source` must have single B-frames.
     """
-    start = b"\x00\x00\x01\xb6"  # of a picture; the two bits that follow are its type
-    empty = start + b"\x50\x40\x7f"
+    start = NOT_CODED[:4]  # of a picture; the two bits that follow are its type
 
     def pack(packets: list[av.Packet]) -> list[av.Packet]:
         packed = []
@@ -117,7 +131,7 @@ def pack_b_frames(source: Path, target: Path) -> Path:
             place = data.index(start)
             if data[place + 4] >> 6 == 2:  # a B-frame
                 packed[-1] = (packed[-1][0] + data, packed[-1][1])
-                packed.append((empty, False))
+                packed.append((NOT_CODED, False))
             else:
                 mark = b"\x00\x00\x01\xb2DivX503b1393p" if packet.is_keyframe else b""
                 packed.append((data[:place] + mark + data[place:], packet.is_keyframe))

@@ -1,4 +1,4 @@
-"""Packets that others do not need: which, by codec, and none where headers cannot be read."""
+"""What packets tell without being decoded, by codec; nothing where their headers are damaged."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from fluxvit_jax.data.unreferenced import unreferenced_packets
+from fluxvit_jax.data.packet_headers import are_single_frames, unreferenced_packets
 from tests.data import videos
 
 FRAMES = videos.moving_texture(60)
@@ -19,6 +19,7 @@ KINDS = {
     "hevc_layers.mkv": ("libx265", {"x265-params": f"{HEVC}:temporal-layers=3"}, range(25, 31)),
     "hevc_no_b.mp4": ("libx265", {"x265-params": HEVC.replace("=3", "=0")}, range(1)),
     "av1.mp4": ("libsvtav1", {"g": "60", "preset": "8"}, range(10, 31)),
+    "mpeg4.mp4": ("mpeg4", {"bf": "2", "b_strategy": "0", "g": "60"}, range(35, 41)),
     "vp9.webm": ("libvpx-vp9", {"g": "60", "cpu-used": "8"}, range(1)),
 }
 Demuxed = tuple[list[av.Packet], str, bytes | None]
@@ -73,10 +74,21 @@ def test_none_where_headers_cannot_be_read(demux, name):
         assert unreferenced_packets([*packets[:7], cut], codec, extradata) == set()
 
 
+def test_packets_of_mpeg4_that_are_not_one_frame_each(demux):
+    packets, codec, extradata = demux("mpeg4.mp4")
+    assert are_single_frames(packets, codec, extradata)
+    uncoded, two = av.Packet(videos.NOT_CODED), av.Packet(bytes(packets[3]) + bytes(packets[4]))
+    for other in (uncoded, two, av.Packet(b"\0\0\1\xb3"), av.Packet(videos.NOT_CODED[:5])):
+        assert not are_single_frames([*packets, other], codec, extradata)
+    for damaged in (None, b"", extradata[:20], extradata + extradata):
+        assert not are_single_frames(packets, codec, damaged)
+    assert not are_single_frames(*demux("vp9.webm"))
+
+
 def test_damaged_headers_end_in_nothing_worse_than_a_wrong_set(demux):
     """The set only says what may be left out: a damaged file has no right pictures to lose."""
     rng = np.random.default_rng(0)
-    for name in ("h264.mp4", "hevc.mp4", "av1.mp4"):
+    for name in ("h264.mp4", "hevc.mp4", "av1.mp4", "mpeg4.mp4"):
         packets, codec, extradata = demux(name)
         for _ in range(200):
             damaged = [bytearray(bytes(packet)) for packet in packets]

@@ -1,9 +1,12 @@
-"""Packets of a video that none of its other pictures needs, read from the headers of the packets.
+"""What the headers of a video's packets tell without decoding them.
 
-They can be left out of decoding, which a decoder itself may not offer (dav1d takes such a setting
-only once, before the first packet). Whatever cannot be told counts as needed. In VP9 every frame is
-needed: it hands on probabilities and motion also where no picture refers to it. Sources: ITU-T
-H.264, 7.4.1; ITU-T H.265, table 7-1; AV1 Bitstream and Decoding Process Specification, 5.5 and 5.9.
+Which packets none of the other pictures needs: these can be left out of decoding, which a decoder
+itself may not offer (dav1d takes such a setting only once, before the first packet). Whatever
+cannot be told counts as needed. In VP9 every frame is: it hands on probabilities and motion also
+where no picture refers to it. And whether packets are one frame each, where a codec allows others.
+
+Sources: ITU-T H.264, 7.4.1; ITU-T H.265, table 7-1; AV1 Bitstream and Decoding Process
+Specification, 5.5 and 5.9; ISO/IEC 14496-2 (MPEG-4 part 2), 6.2.3 and 6.2.5.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,9 @@ HEVC_SLICES = range(32)
 HEVC_UNREFERENCED = {0, 2, 4, 6, 8}  # TRAIL_N, TSA_N, STSA_N, RADL_N, RASL_N
 AV1_SEQUENCE, AV1_HEADERS = 1, (3, 6)  # types of OBUs: sequence header; frame header, whole frame
 AV1_KEY, AV1_INTRA, AV1_SWITCH = 0, 2, 3  # types of frames
+MPEG4_LAYER = range(0x20, 0x30)  # start codes: of a video object layer, of a picture (VOP)
+MPEG4_PICTURE = b"\0\0\1\xb6"
+MPEG4_BIDIRECTIONAL = 2  # coding type of pictures that are never referenced
 BY_FRAME = 2  # of a setting of an AV1 sequence: each frame says it
 
 
@@ -33,9 +39,23 @@ def unreferenced_packets(
             return _of_hevc(packets, _length_bytes(extradata, 21))
         if codec in ("av1", "libdav1d") and _is_configuration(extradata, 5):
             return _of_av1(packets, extradata)
+        if codec == "mpeg4":
+            kinds = _mpeg4_kinds(packets, extradata)
+            return {number for number, kind in enumerate(kinds) if kind == MPEG4_BIDIRECTIONAL}
     except (IndexError, ValueError):  # damaged headers; the decoder says what is wrong
         pass
     return set()
+
+
+def are_single_frames(packets: Sequence[av.Packet], codec: str, extradata: bytes | None) -> bool:
+    """Whether packets of MPEG-4 part 2 are known to hold one frame each.
+
+    They may hold two, or a picture that is "not coded" and that a decoder puts out nothing for.
+    """
+    try:
+        return codec == "mpeg4" and bool(_mpeg4_kinds(packets, extradata))
+    except (IndexError, ValueError):
+        return False
 
 
 def _of_h264(packets: Sequence[av.Packet], length_bytes: int) -> set[int]:
@@ -216,3 +236,55 @@ def _av1_is_stored(bits: _Bits, sequence: _Sequence) -> bool:
     if kind != AV1_INTRA and not resilient:
         bits.take(3)
     return bits.take(8) != 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Headers of MPEG-4 part 2
+
+
+def _mpeg4_kinds(packets: Sequence[av.Packet], extradata: bytes | None) -> list[int]:
+    """The coding type of the picture of each packet. Raises ValueError where one has none or two.
+
+    Also where the header of the layer is not in extradata, and for objects that are no rectangles.
+    """
+    time_bits = _mpeg4_time_bits(extradata or b"")
+    return [_mpeg4_kind(bytes(packet), time_bits) for packet in packets]
+
+
+def _mpeg4_kind(data: bytes, time_bits: int) -> int:
+    start = data.find(MPEG4_PICTURE)
+    if start < 0 or data.find(MPEG4_PICTURE, start + 4) >= 0:
+        raise ValueError("a packet without exactly one picture")
+    bits = _Bits(memoryview(data)[start + 4 :])
+    kind = bits.take(2)
+    while bits.take():  # full seconds
+        pass
+    bits.take(1 + time_bits + 1)
+    if not bits.take():
+        raise ValueError("a picture that is not coded")
+    return kind
+
+
+def _mpeg4_time_bits(extradata: bytes) -> int:
+    """Bits of a picture's time, by the header of the layer. Raises ValueError without one."""
+    starts = [
+        place + 4
+        for place in range(len(extradata) - 4)
+        if extradata.startswith(b"\0\0\1", place) and extradata[place + 3] in MPEG4_LAYER
+    ]
+    if len(starts) != 1:
+        raise ValueError("no header of a single layer")
+    bits = _Bits(memoryview(extradata)[starts[0] :])
+    bits.take(1 + 8)  # whether all pictures are key frames; type of the object
+    if bits.take():  # version and priority
+        bits.take(4 + 3)
+    if bits.take(4) == 15:  # the aspect ratio is spelt out
+        bits.take(8 + 8)
+    if bits.take():  # control parameters: chroma, low delay, buffers
+        bits.take(2 + 1)
+        if bits.take():
+            bits.take(79)
+    if bits.take(2):
+        raise ValueError("not rectangular")
+    bits.take()
+    return max(1, (bits.take(16) - 1).bit_length())
