@@ -26,6 +26,7 @@ from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.chat_batches import PROMPT_STEP, answer_ids
 from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
 from fluxvit_jax.distributed.mesh import mesh_over, put_rows
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import nearest_head
@@ -69,6 +70,7 @@ def load_chat(
 
     Raises UserError: there are no such weights, or the language model is missing or another one.
     """
+    keep_programs_by_default()
     mesh = mesh or mesh_over("fsdp", jax.devices()[:1])
     return Chat(flux_chat_weights.read(path, os.fspath(llm), dtype, mesh), dtype, mesh)
 

@@ -19,6 +19,7 @@ from fluxvit_jax.data import captions
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.deploy.resize import fit
 from fluxvit_jax.distributed import atomic, checksums, storage
+from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH
@@ -348,4 +349,5 @@ def load_exported(folder: str | os.PathLike) -> ExportedModel:
         >>> out = model(video, tokens=1024)
         >>> out = model(video, milliseconds=8)  # of weights that were searched
     """
+    keep_programs_by_default()
     return ExportedModel(folder)

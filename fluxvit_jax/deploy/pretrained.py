@@ -24,6 +24,7 @@ from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.deploy.cascade_passes import CascadePasses
 from fluxvit_jax.deploy.resize import fit
 from fluxvit_jax.deploy.shared_space import SharedSpace
+from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import PATCH, Grid, nearest_head
 from fluxvit_jax.models import fluxvit, token_selection
@@ -109,6 +110,7 @@ def from_pretrained(
         >>> out = model(video, tokens=1024)
         >>> out.logits.argmax(-1), out.tokens_kept
     """
+    keep_programs_by_default()
     if isinstance(config, str | os.PathLike):
         config = weight_files.read_config(config)
     found = read_weights(path, config)

@@ -7,6 +7,7 @@ import pytest
 
 from tests import limited, tiny
 
+UNSAID = "nothing is said of a folder"
 COMPILE = """
 import sys
 import jax
@@ -17,12 +18,29 @@ print(jax.config.jax_compilation_cache_dir or "")
 """
 
 
-def compile_once(home: Path, folder: str | None, **variables: str) -> tuple[str, str]:
+IN_PYTHON = """
+import sys
+import numpy as np
+import jax
+BEFORE = sys.argv[1:]
+if BEFORE:
+    from fluxvit_jax.distributed.compilation_cache import keep_programs
+    keep_programs(*map(eval, BEFORE))
+import fluxvit_jax
+model = fluxvit_jax.from_pretrained("builtin://ti")
+model(np.zeros((4, 56, 56, 3), np.uint8), tokens=16)
+print(jax.config.jax_compilation_cache_dir or "")
+"""
+
+
+def compile_once(
+    home: Path, folder: str | None, *, code: str = COMPILE, **variables: str
+) -> tuple[str, str]:
     """The folder that programs are kept in, and what is said of it."""
     environment = tiny.environment(home)
     del environment["JAX_COMPILATION_CACHE_DIR"]
     environment |= {"XDG_CACHE_HOME": str(home)} | variables
-    command = [sys.executable, "-c", COMPILE, repr(folder)]
+    command = [sys.executable, "-c", code, *([] if folder == UNSAID else [repr(folder)])]
     done = limited.run(command, env=environment, check=True)
     said = [line for line in done.stderr.splitlines() if "programs are kept" in line]
     return done.stdout.strip(), "\n".join(said)
@@ -31,7 +49,7 @@ def compile_once(home: Path, folder: str | None, **variables: str) -> tuple[str,
 def test_a_folder_of_the_user_is_made_and_said_once(tmp_path):
     folder, said = compile_once(tmp_path, None)
     assert Path(folder).parent == tmp_path / "fluxvit_jax" and list(Path(folder).iterdir())
-    assert said == f"compiled programs are kept in {folder}; --compile_cache= keeps none"
+    assert said == f"compiled programs are kept in {folder}; JAX_COMPILATION_CACHE_DIR= keeps none"
     assert compile_once(tmp_path, None) == (folder, "")
 
 
@@ -49,3 +67,18 @@ def test_jax_own_variable_comes_before_the_default(tmp_path):
 def test_a_home_that_cannot_be_written_is_left_alone(tmp_path):
     (tmp_path / "fluxvit_jax").write_text("a file where the folder would be")
     assert compile_once(tmp_path, None) == ("", "")
+
+
+def test_a_model_in_python_keeps_its_programs_unless_told_otherwise(tmp_path):
+    folder, said = compile_once(tmp_path, UNSAID, code=IN_PYTHON)
+    assert Path(folder).parent == tmp_path / "fluxvit_jax" and "programs are kept in" in said
+    kept = set(Path(folder).iterdir())
+    assert kept
+    assert compile_once(tmp_path, UNSAID, code=IN_PYTHON) == (folder, "")
+    assert {path.name.removesuffix("-atime") for path in Path(folder).iterdir()} == {
+        path.name.removesuffix("-atime") for path in kept
+    }  # nothing was compiled anew
+    assert compile_once(tmp_path, "", code=IN_PYTHON) == ("", "")
+    other = {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/own"}
+    assert compile_once(tmp_path, UNSAID, code=IN_PYTHON, **other) == (f"{tmp_path}/own", "")
+    assert compile_once(tmp_path, UNSAID, code=IN_PYTHON, JAX_COMPILATION_CACHE_DIR="")[0] == ""
