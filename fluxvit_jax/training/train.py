@@ -317,7 +317,7 @@ class Run:
         seconds, share = self.tools.goodput.waiting
         if not self.advised and seconds > ADVISED_AFTER and share > ADVISED_ABOVE:
             self.advised = True
-            say(wording.describe_waiting(self.setup.config, share))
+            say(wording.describe_waiting(self.setup, share))
 
     def validate(self, step: int) -> dict[str, float] | None:
         """As `Validation.run`."""

@@ -7,6 +7,10 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints.checkpointer import best_step
 from fluxvit_jax.checkpoints.workdir import metrics_by_step, read_config
+from fluxvit_jax.data.annotations import is_list
+from fluxvit_jax.data.prepared_source import is_prepared, split_of
+from fluxvit_jax.distributed import storage
+from fluxvit_jax.grids import PATCH
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training.optimizer import learning_rates
 from fluxvit_jax.training.setup import Setup
@@ -62,17 +66,26 @@ def describe_new_schedule(setup: Setup, step: int) -> str:
     )
 
 
-def describe_waiting(config: ConfigDict, share: float) -> str:
+def describe_waiting(setup: Setup, share: float) -> str:
     """What to do about waiting for data for a share of the time."""
-    workers, cores = config.data.workers, os.cpu_count() or 1
-    cure = (
-        f"try --config.data.workers={cores} (now {workers}) and"
-        if workers < cores
-        else "train on smaller copies of the videos:"
-    )
+    data, workers, cores = setup.config.data, setup.config.data.workers, os.cpu_count() or 1
+    cures = []
+    if workers < cores:
+        cures.append(f"--config.data.workers={cores} (now {workers})")
+    folder, _ = split_of(data.train)
+    if storage.is_remote(folder) or is_prepared(folder):
+        cures.append("smaller videos, prepared from copies that fluxvit_jax.data.shrink writes")
+    else:
+        # As much larger than what is cropped from it as Kinetics, 256 px for 224.
+        root = data.root or (os.path.dirname(folder) if is_list(folder) else folder)
+        short_side = max(grid.rows for grid in setup.grids) * PATCH * 8 // 7
+        cures.append(
+            f"smaller copies of the videos (python -m fluxvit_jax.data.shrink --root={root or '.'} "
+            f"--out=SMALL --short_side={short_side}) in a new workdir"
+        )
     return (
         f"reading videos is slower than training on them: {share:.0%} of the time is spent "
-        f"waiting; {cure} python -m fluxvit_jax.data.shrink --help"
+        f"waiting; what helps: {'; '.join(cures)}"
     )
 
 

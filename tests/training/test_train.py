@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -417,9 +418,15 @@ def test_a_run_that_waits_for_its_data_says_what_helps_once(
     config = tiny.make_config(tiny_data, data__workers=0, data__validation="")
     assert train.train(config, tmp_path / "run") == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "spent waiting" in line]
-    assert "try --config.data.workers=4 (now 0) and python -m fluxvit_jax.data.shrink" in line
-    config.data.workers = 4
-    assert "smaller copies of the videos" in train.wording.describe_waiting(config, 0.6)
+    # The largest grids are of 42 px.
+    assert line.endswith(
+        "what helps: --config.data.workers=4 (now 0); smaller copies of the videos "
+        f"(python -m fluxvit_jax.data.shrink --root={tiny_data} --out=SMALL --short_side=48) "
+        "in a new workdir"
+    )
+    config.data.train = "gs://bucket/train.csv"  # which is not asked: this is no time to fail
+    setup = SimpleNamespace(config=config, grids=())
+    assert "fluxvit_jax.data.shrink writes" in train.wording.describe_waiting(setup, 0.6)
 
 
 def test_many_bad_clips_are_not_all_said(tmp_path, capsys):
