@@ -413,7 +413,7 @@ MUTATIONS = {
         ),
         Mutation(
             "repeats-augmented-alike",
-            "data/pipeline.py",
+            "data/group_reader.py",
             "rngs = [stream_rng(self.seed, int(sample)) for sample in samples]",
             "rngs = [stream_rng(self.seed, int(samples[0])) for sample in samples]",
             ("data/test_pipeline.py::test_repeats_share_a_decode_and_nothing_else",),
@@ -531,7 +531,7 @@ MUTATIONS = {
         ),
         Mutation(
             "mirrored-where-it-must-not-be",
-            "data/pipeline.py",
+            "data/group_reader.py",
             "augment = self.augment if record.flip else self._augment_unflipped",
             "augment = self.augment",
             ("data/test_mixture.py::test_clips_of_a_mixture",),
@@ -682,9 +682,9 @@ MUTATIONS = {
         ),
         Mutation(
             "image-steps-repeat-videos",
-            "data/pipeline.py",
-            "positions = samples + (turn.before - step)",
-            "positions = samples + 0 * (turn.before - step)",
+            "data/group_reader.py",
+            "first = number * self.group + (turn.before - step)",
+            "first = number * self.group + 0 * (turn.before - step)",
             ("data/test_media.py::test_each_batch_is_of_one_medium_and_captions_go_with_clips",),
         ),
         Mutation(

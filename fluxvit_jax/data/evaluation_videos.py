@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.data.host_share import Arrays
+from fluxvit_jax.data.host_share import Arrays, NumberedItems
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.multi_label import label_array
 from fluxvit_jax.data.patches import PATCH_VALUES
@@ -24,7 +24,7 @@ MAX_DECODED_BYTES = 512 << 20
 
 
 @dataclasses.dataclass(repr=False)
-class EvaluationVideos:
+class EvaluationVideos(NumberedItems):
     """The videos of a source with their views: item i is video i, and padding beyond the last.
 
     See `evaluation_batches` for the arrays, which have a leading axis of 1 here.

@@ -1,19 +1,48 @@
 """The items that one host makes of each global batch."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
 
 
+Plan = Any  # what is made an item of: its number, or a tuple of that and other numbers
+Make = Callable[[Plan], Arrays]
+
+
 class Items(Protocol):
-    """A random-access sequence of items, each a dict of arrays with a leading axis."""
+    """A random-access sequence of items, each a dict of arrays with a leading axis.
+
+    Item n is `make(plan(n))`: plans are made in the main process, `make` goes to its workers.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> Arrays: ...
+    def plan(self, number: int, /) -> Plan: ...
+
+    @property
+    def make(self) -> Make: ...
+
+
+class NumberedItems:
+    """Items that are made of their number alone, by `__getitem__`."""
+
+    def __getitem__(self, number: int) -> Arrays:
+        raise NotImplementedError
+
+    def plan(self, number: int) -> Plan:
+        return number
+
+    @property
+    def make(self) -> Make:
+        return self.__getitem__
+
+
+def make_numbered(make: Make, numbered: tuple[int, Plan]) -> Arrays:
+    """The item of a plan that bears a number, by which the main process knows it again."""
+    return make(numbered[1])
 
 
 class HostShare:
@@ -48,5 +77,13 @@ class HostShare:
         return max(0, batches - self._start_step) * self.per_batch
 
     def __getitem__(self, number: int) -> Arrays:
+        return self.make(self.plan(number))
+
+    def plan(self, number: int) -> Plan:
         step, row = divmod(number, self.per_batch)
-        return self._items[(self._start_step + step) * self._items_per_batch + self._rows[row]]
+        place = (self._start_step + step) * self._items_per_batch + self._rows[row]
+        return self._items.plan(place)
+
+    @property
+    def make(self) -> Make:
+        return self._items.make

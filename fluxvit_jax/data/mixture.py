@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-import grain
 import numpy as np
 
 from fluxvit_jax.data.annotations import open_source
@@ -119,6 +118,8 @@ class Mixture:
 
         images: the order of the images that have steps of their own, not of the rest.
         """
+        import grain  # here, since workers get the mixture, and would import JAX with it
+
         orders, shares = [], []
         for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
             if part.images == images:

@@ -14,7 +14,8 @@ processes are spawned and import `__main__`, so the program needs its `__main__`
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any
 
 import cv2
 import grain
@@ -23,22 +24,15 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data.annotations import open_source
-from fluxvit_jax.data.augmentation import MAX_SHORT_SIDE, augment_clip
-from fluxvit_jax.data.captions import ClipTimes, TextArrays, clip_texts
+from fluxvit_jax.data.captions import TextArrays, clip_texts
 from fluxvit_jax.data.class_balance import BalancedOrder, source_labels
-from fluxvit_jax.data.decoding import DecodeError
 from fluxvit_jax.data.evaluation_videos import EvaluationVideos
-from fluxvit_jax.data.frame_sampling import train_frames
-from fluxvit_jax.data.grid_sampling import grid_of_group
-from fluxvit_jax.data.host_share import Arrays, HostShare, Items
-from fluxvit_jax.data.images import open_clip
-from fluxvit_jax.data.media import turn_of_step
+from fluxvit_jax.data.group_reader import ClipData, GroupReader, check_multiple
+from fluxvit_jax.data.host_share import Arrays, HostShare, Make, make_numbered
 from fluxvit_jax.data.mixture import Mixture, open_mixture
-from fluxvit_jax.data.multi_label import label_array, multi_hot_classes
-from fluxvit_jax.data.patches import PATCH_VALUES, patchify
-from fluxvit_jax.data.random_streams import REPLACEMENT_STREAM, stream_rng
-from fluxvit_jax.data.reading import reading_video, segment_of
-from fluxvit_jax.data.sources import Record, Source, training_part
+from fluxvit_jax.data.multi_label import multi_hot_classes
+from fluxvit_jax.data.patches import PATCH_VALUES
+from fluxvit_jax.data.sources import Source, training_part
 from fluxvit_jax.data.splits import configured_names
 from fluxvit_jax.data.supervised_workers import (
     Quarantine,
@@ -47,10 +41,7 @@ from fluxvit_jax.data.supervised_workers import (
 )
 from fluxvit_jax.data.views import views_of
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.grids import PATCH, Grid, capacity
-
-# Videos that are tried in place of a bad one. With 5 % bad videos, all fail once in 10^10 cases.
-REPLACEMENTS = 8
+from fluxvit_jax.grids import Grid
 
 # Items that a worker can be ahead, the one that it is making included. Each lies in shared memory.
 BUFFERED_ITEMS = 4
@@ -58,19 +49,6 @@ DYING = (
     "config.data.workers: a worker that reads data {}; lower data.workers or the batch size and "
     "start the same command again: training goes on from its last checkpoint"
 )
-
-TimedClip = tuple[np.ndarray, ClipTimes]  # uint8 [T, size, size, 3]
-
-
-@runtime_checkable
-class ClipData(Protocol):
-    """Stored arrays of each clip, by the number of the sample."""
-
-    @property
-    def bytes_a_clip(self) -> int: ...
-
-    def read(self, samples: np.ndarray) -> Arrays:
-        """Arrays [n, ...] of `samples`, int64 [n]. Raises UserError if they cannot be read."""
 
 
 def plan_groups(config: ConfigDict, source: Source) -> int:
@@ -161,9 +139,7 @@ def train_batches(
         per_step=config.train.batch_size // group,
         quarantine=quarantine,
     )
-    _check_multiple(
-        "config.train.batch_size of data.clips_per_grid", config.train.batch_size, group
-    )
+    check_multiple("config.train.batch_size of data.clips_per_grid", config.train.batch_size, group)
     share = HostShare(items, items.per_step, groups, start_step)
     item_bytes = group * items.capacity * PATCH_VALUES
     item_bytes += group * clip_data.bytes_a_clip if clip_data else 0
@@ -239,7 +215,7 @@ class Batches(Iterator[Arrays]):
 
     def __init__(
         self,
-        items: Items,
+        items: HostShare,
         per_batch: int,
         workers: int,
         item_bytes: int,
@@ -257,7 +233,7 @@ class Batches(Iterator[Arrays]):
         if workers:
             check_shared_memory("config.data.workers", (self._ahead + per_batch) * item_bytes)
             self._workers = SupervisedWorkers(
-                items.__getitem__,
+                partial(make_numbered, items.make),
                 workers,
                 clip_seconds,
                 {} if quarantine is None else quarantine,
@@ -312,12 +288,12 @@ class Batches(Iterator[Arrays]):
         """The item of a number, the next one to take; None once `stop` returns True."""
         last = min(number + self._ahead, len(self._items))
         for following in range(self._num_submitted, last):
-            workers.submit(following)
+            workers.submit((following, self._items.plan(following)))
         self._num_submitted = max(self._num_submitted, last)
         while number not in self._arrived:
             if stop():
                 return None
-            self._arrived |= workers.finished()
+            self._arrived |= {own: item for (own, _), item in workers.finished()}
         item = self._arrived.pop(number)
         if isinstance(item, Exception):
             raise item
@@ -341,132 +317,42 @@ class Batches(Iterator[Arrays]):
 
 
 @dataclasses.dataclass(repr=False)
-class TrainGroups:
-    """The endless sequence of training groups: item g holds the samples g * group onwards.
+class TrainGroups(GroupReader):
+    """The endless sequence of training groups, in the order in which videos are drawn."""
 
-    See `train_batches` for the arrays. Raises UserError when `group` is no multiple of `repeats`.
-    """
-
-    source: Source
-    seed: int
-    grids: tuple[Grid, ...]
-    group: int  # clips that share a grid
-    repeats: int  # clips of one decoded video
-    augment: ConfigDict  # section data.augment
     period: int = 0  # number of groups after which they repeat; 0: never
-    clip_data: ClipData | None = None
-    texts: TextArrays = clip_texts  # of captions or conversations
     balanced: bool = False  # whether all classes are drawn equally often
-    multi_hot: int = 0  # classes of multi-hot labels; 0: one label a clip
-    image_grids: tuple[Grid, ...] = ()  # for steps that show images
-    per_step: int = 1  # groups of a training step
-    open_video: Callable[..., Any] = open_clip
-    quarantine: Quarantine = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_multiple("config.data.clips_per_grid of data.repeated_aug", self.group, self.repeats)
-        self.capacity = capacity(self.grids)
-        self._image_share = 0.0
+        super().__post_init__()
         # The numbers of the videos in drawing order, epoch after epoch.
         self._order: Any  # a grain.MapDataset, which ships no types
         if self.balanced:
             self._order = BalancedOrder(source_labels(self.source, "data.sampling"), self.seed)
         elif isinstance(self.source, Mixture):
-            self._image_share = self.source.image_share
-            if self._image_share < 1:
+            if self.image_share < 1:
                 self._order = self.source.order(self.seed)
-            if self._image_share:
+            if self.image_share:
                 self._image_order = self.source.order(self.seed, images=True)
         else:
             numbers = grain.MapDataset.range(len(self.source))
             self._order = numbers.seed(self.seed).shuffle().repeat()
-        self._augment_unflipped = ConfigDict({**self.augment.to_dict(), "flip": 0.0})
 
     def __len__(self) -> int:
         return 2**62
 
     def __getitem__(self, number: int) -> Arrays:
+        return self.read(self.plan(number))
+
+    def plan(self, number: int) -> tuple[int, ...]:
+        """The number of a group, and then the number of each of its videos."""
         number = number % self.period if self.period else number
-        step = number // self.per_step
-        turn = turn_of_step(step, self._image_share)
-        grids = self.image_grids if turn.images else self.grids
-        grid = grid_of_group(grids, self.seed, number)
-        samples = np.arange(number * self.group, (number + 1) * self.group)
-        # Positions in the order of the medium: other steps show the other one.
-        positions = samples + (turn.before - step) * self.per_step * self.group
-        order = self._image_order if turn.images else self._order
-        patches = np.zeros((self.group, capacity(grids), PATCH_VALUES), np.uint8)
-        records: list[Record] = []
-        times: list[ClipTimes] = []
-        failures: list[str] = []
-        for first in range(0, self.group, self.repeats):
-            rows = slice(first, first + self.repeats)
-            position = int(positions[first]) // self.repeats
-            clips, record, failure = self._read_or_replace(order, position, samples[rows], grid)
-            for target, (clip, own_times) in zip(patches[rows], clips, strict=True):
-                target[: grid.tokens] = patchify(clip)
-                times.append(own_times)
-            records += [record] * self.repeats
-            failures += [failure] * self.repeats
-        return {
-            "patches": patches,
-            "grid": np.tile(np.array(grid, np.int32), (self.group, 1)),
-            "label": label_array([record.label for record in records], self.multi_hot),
-            "index": samples,
-            "failure": np.array(failures, np.str_),
-            **(self.clip_data.read(samples) if self.clip_data else {}),
-            **self.texts(records, samples, self.seed, times),
-        }
+        has_images, places = self.places(number)
+        order = self._image_order if has_images else self._order
+        return (number, *(int(order[place]) for place in places))
 
-    def _read_or_replace(
-        self, order: Any, position: int, samples: np.ndarray, grid: Grid
-    ) -> tuple[list[TimedClip], Record, str]:
-        """Clips of a video's samples, its record, and a line for each video that failed before."""
-        failures: list[str] = []
-        for video in self._candidates(order, position):
-            try:
-                with reading_video(self.source, video, self.quarantine) as record:
-                    clips = self._clips(record, samples, grid)
-                return clips, record, "\n".join(failures)
-            except DecodeError as error:
-                failures.append(f"{error.path}: {error.reason}")
-        raise UserError(
-            f"config.data.train: {len(failures)} videos in a row cannot be read; {failures[0]}"
-        )
-
-    def _candidates(self, order: Any, position: int) -> Iterator[int]:
-        """The video at a position of the order, then its replacements, all different."""
-        video = int(order[position])
-        yield video
-        rng = stream_rng(self.seed, position, REPLACEMENT_STREAM)
-        among = np.arange(len(self.source))
-        if isinstance(self.source, Mixture):
-            among = self.source.like(video)
-        others = rng.choice(among, min(REPLACEMENTS + 1, len(among)), replace=False)
-        yield from [int(other) for other in others if other != video][:REPLACEMENTS]
-
-    def _clips(self, record: Record, samples: np.ndarray, grid: Grid) -> list[TimedClip]:
-        """An augmented clip for each sample, from one decode."""
-        rngs = [stream_rng(self.seed, int(sample)) for sample in samples]
-        augment = self.augment if record.flip else self._augment_unflipped
-        with self.open_video(record.video) as opened:
-            first, end = segment_of(record, opened)
-            rate = opened.frame_rate
-            indices = [first + train_frames(end - first, grid.frames, rng) for rng in rngs]
-            frames = opened.read(np.concatenate(indices), MAX_SHORT_SIDE, cv2.INTER_AREA)
-        size = grid.rows * PATCH
-        period = 1 / rate if rate else 0.0
-        clips = np.split(frames, len(rngs))
-        return [
-            (
-                augment_clip(clip, size, augment, rng),
-                ClipTimes((end - first) * period, (own - first) * period),
-            )
-            for clip, rng, own in zip(clips, rngs, indices, strict=True)
-        ]
-
-
-def _check_multiple(what: str, value: int, unit: int) -> None:
-    if value % unit:
-        nearest = max(1, round(value / unit)) * unit
-        raise UserError(f"{what}: {value} is no multiple of {unit}; the nearest is {nearest}")
+    @property
+    def make(self) -> Make:
+        """What worker processes get: the reader without the order, which needs grain."""
+        fields = dataclasses.fields(GroupReader)
+        return GroupReader(**{field.name: getattr(self, field.name) for field in fields}).read

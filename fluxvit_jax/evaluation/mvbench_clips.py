@@ -13,7 +13,7 @@ import numpy as np
 from fluxvit_jax.data.augmentation import resize_clip
 from fluxvit_jax.data.clips import Clip, middle_square
 from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.data.host_share import Arrays
+from fluxvit_jax.data.host_share import Arrays, NumberedItems
 from fluxvit_jax.data.images import open_clip
 from fluxvit_jax.data.supervised_workers import Quarantine, reading
 from fluxvit_jax.evaluation import mvbench
@@ -21,7 +21,7 @@ from fluxvit_jax.evaluation.mvbench import Question
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionClips:
+class QuestionClips(NumberedItems):
     """The clips of questions: item i is that of question i, and padding beyond the last.
 
     An item has number: int64 [1], -1 for padding; failure: str [1], why the video cannot be read,

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.data.captions import TextArrays, clip_texts
-from fluxvit_jax.data.pipeline import ClipData, training_source
+from fluxvit_jax.data.group_reader import ClipData
+from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.splits import open_validation
 from fluxvit_jax.distributed.partition_rules import Rules

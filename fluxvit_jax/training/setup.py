@@ -14,8 +14,8 @@ from fluxvit_jax.config.checks import validate_for_training
 from fluxvit_jax.config.grids import admissible_grids, image_grids
 from fluxvit_jax.data import splits
 from fluxvit_jax.data.class_balance import balanced_weights, describe_balance, source_labels
+from fluxvit_jax.data.group_reader import ClipData
 from fluxvit_jax.data.mixture import Mixture
-from fluxvit_jax.data.pipeline import ClipData
 from fluxvit_jax.data.retrieval_set import RetrievalSet
 from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed import storage

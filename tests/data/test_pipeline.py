@@ -20,6 +20,7 @@ from fluxvit_jax.data import evaluation_videos, frame_sampling, random_streams
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.augmentation import augment_clip
 from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.data.mixture import Mixture, Part
 from fluxvit_jax.data.patches import patchify, unpatchify
 from fluxvit_jax.data.pipeline import TrainGroups, evaluation_batches, train_batches
 from fluxvit_jax.data.prepare import prepare
@@ -320,6 +321,19 @@ def test_workers_bear_the_signals_of_the_job_and_one_killed_worker(folder):
         given += itertools.islice(batches, 10)
         assert_equal(given, expected)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_workers_of_training_load_no_jax(folder, mixed):
+    source = make_source(folder)
+    if mixed:
+        source = Mixture((Part(name="a", source=source), Part(name="b", source=source)))
+    with train_batches(make_config(workers=1), source) as batches:
+        next(batches)
+        [worker] = multiprocessing.active_children()
+        loaded = Path(f"/proc/{worker.pid}/maps").read_text()
+    assert "numpy" in loaded and "jaxlib" not in loaded
 
 
 def main_to_be_killed(folder: str) -> None:

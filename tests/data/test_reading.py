@@ -50,8 +50,13 @@ def test_the_check_ends_at_the_first_good_video(folder, workers):
 
 
 def test_workers_start_without_jax():
-    """It would be most of their time and memory; those of training have it from Grain."""
-    modules = ("data.evaluation_videos", "data.reading", "token_optimization.frame_reader")
+    """It would be most of their time and memory."""
+    modules = (
+        "data.evaluation_videos",
+        "data.group_reader",
+        "data.reading",
+        "token_optimization.frame_reader",
+    )
     names = ", ".join(f"fluxvit_jax.{module}" for module in modules)
     code = f"import sys, {names}; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
     assert limited.run([sys.executable, "-c", code]).returncode == 0
