@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import av
 
-H264_SLICES = range(1, 6)  # types of NAL units that hold a part of a picture
-HEVC_SLICES = range(32)
+# Types of NAL units: parts of pictures, and what goes with a picture and says nothing of others:
+# supplementary information, delimiters, filler.
+H264_SLICES, H264_REST = range(1, 6), (6, 9, 12)
+HEVC_SLICES, HEVC_REST = range(32), (35, 38, 39, 40)
 HEVC_UNREFERENCED = {0, 2, 4, 6, 8}  # TRAIL_N, TSA_N, STSA_N, RADL_N, RASL_N
 AV1_SEQUENCE, AV1_HEADERS = 1, (3, 6)  # types of OBUs: sequence header; frame header, whole frame
 AV1_KEY, AV1_INTRA, AV1_SWITCH = 0, 2, 3  # types of frames
@@ -64,10 +66,11 @@ def _of_h264(packets: Sequence[av.Packet], length_bytes: int) -> set[int]:
     def is_unreferenced(packet: av.Packet) -> bool:
         data, has_slices = memoryview(packet), False
         for start in _nal_units(data, length_bytes):
-            if data[start] & 31 in H264_SLICES:
-                if data[start] >> 5 & 3:
-                    return False
+            kind, is_reference = data[start] & 31, data[start] >> 5 & 3
+            if kind in H264_SLICES and not is_reference:
                 has_slices = True
+            elif kind not in H264_REST:
+                return False
         return has_slices
 
     return {number for number, packet in enumerate(packets) if is_unreferenced(packet)}
@@ -82,13 +85,14 @@ def _of_hevc(packets: Sequence[av.Packet], length_bytes: int) -> set[int]:
     unreferenced: dict[int, int] = {}  # packet -> temporal layer
     highest = 0
     for number, packet in enumerate(packets):
-        data, kinds, layer = memoryview(packet), set(), 0
+        data, kinds, layer = memoryview(packet), set[int](), 0
         for start in _nal_units(data, length_bytes):
             kind, view = data[start] >> 1, (data[start] & 1) << 5 | data[start + 1] >> 3
+            if kind not in HEVC_REST:
+                kinds.add(kind)
             if kind in HEVC_SLICES:
                 if view:  # a second view, such as of stereo, may use pictures of the first
                     return set()
-                kinds.add(kind)
                 layer = max(layer, data[start + 1] & 7)
         if kinds and kinds <= HEVC_UNREFERENCED:
             unreferenced[number] = layer
@@ -136,7 +140,7 @@ def _nal_units(data: memoryview, length_bytes: int) -> Iterator[int]:
     while place < end:
         start = place + length_bytes
         place = start + int.from_bytes(data[place:start], "big")
-        if not start + 1 < place <= end:
+        if not start < place <= end:
             raise ValueError("a NAL unit without end")
         yield start
 

@@ -14,7 +14,7 @@ processes are spawned and import `__main__`, so the program needs its `__main__`
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import cv2
@@ -351,7 +351,7 @@ class TrainGroups(GroupReader):
         order = self._image_order if has_images else self._order
         return (number, *(int(order[place]) for place in places))
 
-    @property
+    @cached_property
     def make(self) -> Make:
         """What worker processes get: the reader without the order, which needs grain."""
         fields = dataclasses.fields(GroupReader)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import peers
 
-SMALL = ["--variant=Ti", "--frames=4", "--resolution=42", "--budgets=24", "--training=24"]
+SMALL = ["--variant=Ti", "--frames=8", "--resolution=42", "--budgets=24", "--training=24"]
 
 
 @pytest.mark.slow

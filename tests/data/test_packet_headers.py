@@ -74,6 +74,17 @@ def test_none_where_headers_cannot_be_read(demux, name):
         assert unreferenced_packets([*packets[:7], cut], codec, extradata) == set()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("h264.mp4", 7 | 3 << 5), ("hevc.mp4", 33 << 1)])
+def test_packets_that_also_bring_parameters_are_needed(demux, name, kind):
+    packets, codec, extradata = demux(name)
+    number = min(unreferenced_packets(packets, codec, extradata))
+    parameters = b"\0\0\0\2" + bytes([kind, 1])
+    packets = [*packets]
+    packets[number] = av.Packet(parameters + bytes(packets[number]))
+    left_out = unreferenced_packets(packets, codec, extradata)
+    assert left_out and number not in left_out
+
+
 def test_packets_of_mpeg4_that_are_not_one_frame_each(demux):
     packets, codec, extradata = demux("mpeg4.mp4")
     assert are_single_frames(packets, codec, extradata)
