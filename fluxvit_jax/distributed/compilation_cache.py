@@ -2,12 +2,11 @@
 
 import os
 import platform
+import sys
 import zlib
 from pathlib import Path
 
 import jax
-
-from fluxvit_jax.distributed.console import say
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
@@ -41,14 +40,19 @@ def _user_folder() -> str:
 
     Programs for CPUs use their instruction sets, and a home may be shared by machines that differ.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "fluxvit_jax"
-    folder = base / f"compiled-{platform.machine()}-{zlib.crc32(_cpu().encode()):08x}"
-    if not folder.exists():
-        try:
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        name = f"compiled-{platform.machine()}-{zlib.crc32(_cpu().encode()):08x}"
+        folder = cache / "fluxvit_jax" / name
+        if not folder.exists():
             folder.mkdir(parents=True)
-        except OSError:
-            return ""
-        say(f"compiled programs are kept in {folder}; {VARIABLE}= keeps none")
+            if jax.process_index() == 0:  # not by `console.say`: a server has JAX and NumPy alone
+                print(
+                    f"compiled programs are kept in {folder}; {VARIABLE}= keeps none",
+                    file=sys.stderr,
+                )
+    except (OSError, RuntimeError):  # a home that cannot be written, or none at all
+        return ""
     return str(folder) if os.access(folder, os.W_OK) else ""
 
 

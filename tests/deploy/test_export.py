@@ -161,7 +161,12 @@ def served(bare: Path, folder: Path, video: np.ndarray, asked: str, scratch: Pat
     )
     done = limited.run(
         [sys.executable, "-S", "-c", program, str(folder)],
-        env={"PYTHONPATH": str(bare), "JAX_PLATFORMS": "cpu", "PATH": os.environ["PATH"]},
+        env={
+            "PYTHONPATH": str(bare),
+            "JAX_PLATFORMS": "cpu",
+            "PATH": os.environ["PATH"],
+            "XDG_CACHE_HOME": str(scratch / "cache"),  # where it keeps its programs
+        },
         cwd=scratch,
     )
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxvit_jax.distributed import compilation_cache
 from tests import limited, tiny
 
 UNSAID = "nothing is said of a folder"
@@ -67,6 +68,15 @@ def test_jax_own_variable_comes_before_the_default(tmp_path):
 def test_a_home_that_cannot_be_written_is_left_alone(tmp_path):
     (tmp_path / "fluxvit_jax").write_text("a file where the folder would be")
     assert compile_once(tmp_path, None) == ("", "")
+
+
+def test_a_user_without_a_home_keeps_none(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert compilation_cache._user_folder() == ""
 
 
 def test_a_model_in_python_keeps_its_programs_unless_told_otherwise(tmp_path):
