@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.videos import CODECS, DecordVideo, PlainVideo, TorchcodecVideo, write_videos
 from fluxvit_jax.data.annotations import VIDEO_SUFFIXES
-from fluxvit_jax.data.decoding import Video
+from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.data.frame_sampling import train_frames
 
 READERS = {"ours": Video, "pyav": PlainVideo}
@@ -67,7 +67,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     print(f"{report['clip']}; {report['machine']}")
     for group, paths in files_of(options):
-        results = report["results"][group] = compare(paths, options.rounds)
+        try:
+            results = report["results"][group] = compare(paths, options.rounds)
+        except DecodeError as error:
+            sys.exit(f"benchmarks.decode: {error}")
         for name, result in results.items():
             print(
                 f"{group:24} {name:10} {result['clips_per_core_second']:7.2f} clips/s a core   "
