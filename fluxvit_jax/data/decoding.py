@@ -24,17 +24,17 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from fluxvit_jax.data.frame_sampling import resized_size
-from fluxvit_jax.data.packet_headers import are_single_frames, unreferenced_packets
+from fluxvit_jax.data.packet_headers import Headers, read_headers
 from fluxvit_jax.distributed import storage
 
 # Only containers that hold video themselves. Excluded are playlists and the like, which a demuxer
 # would follow to other files or to the network, and text formats that FFmpeg renders as pictures.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,asf,flv,ogg,mpeg,mpegts"
 
-# Formats in which a packet is one frame and carries its time. Elsewhere (AVI has no presentation
-# times, a transport stream may cut a frame in two) only decoding reveals the number of frames.
+# Formats in which a packet can be one frame and carries its time. Elsewhere (AVI has no
+# presentation times, a transport stream may cut a frame in two) only decoding reveals how many
+# frames there are.
 TIMED_CONTAINERS = {"mov", "matroska"}
-TIMED_CODECS = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
 
 # A larger frame counts as damage: a flipped bit in the size must not exhaust the memory.
 MAX_PIXELS = 8192 * 8192
@@ -234,12 +234,10 @@ class Video:
         for number, packet in enumerate(self._packets):
             packet.pts = number  # decoders pass it on, so a frame names the packet it came from
         distinct = {time for time in times if time is not None}
-        about = self._packets, self._context.name, self._context.extradata
-        self._is_timed = (
-            kind in TIMED_CONTAINERS
-            and len(distinct) == len(times)
-            and (self._context.name in TIMED_CODECS or are_single_frames(*about))
-        )
+        headers = Headers(are_single_frames=False, unreferenced=set())
+        if kind in TIMED_CONTAINERS and len(distinct) == len(times):
+            headers = read_headers(self._packets, self._context.name, self._context.extradata)
+        self._is_timed, self._unreferenced = headers
         marked = {number for number, packet in enumerate(self._packets) if packet.is_keyframe}
         if self._is_timed:
             shown = sorted(range(len(times)), key=lambda number: times[number] or 0)
@@ -248,9 +246,7 @@ class Video:
             # Some frames before the first key frame cannot be decoded; edit lists hide others.
             self._order = [n for n in shown if n in self._start and not self._packets[n].is_discard]
             self._packets = [_unhidden(packet) for packet in self._packets]
-            self._unreferenced = unreferenced_packets(*about)
         else:
-            self._unreferenced = set()
             self._order, keys = self._count()
             # A container that marks every packet may not know better; then ask the decoder.
             all_marked = len(marked) == len(self._packets)

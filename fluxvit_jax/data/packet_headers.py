@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import av
 
+# Decoders of codecs whose packets are one frame each.
+SINGLE_FRAMES = {"h264", "hevc", "vp9", "libvpx-vp9", "av1", "libdav1d"}
 # Types of NAL units: parts of pictures, and what goes with a picture and says nothing of others:
 # supplementary information, delimiters, filler.
 H264_SLICES, H264_REST = range(1, 6), (6, 9, 12)
@@ -27,37 +29,37 @@ MPEG4_BIDIRECTIONAL = 2  # coding type of pictures that are never referenced
 BY_FRAME = 2  # of a setting of an AV1 sequence: each frame says it
 
 
-def unreferenced_packets(
-    packets: Sequence[av.Packet], codec: str, extradata: bytes | None
-) -> set[int]:
-    """Numbers of the packets without which all others decode to the same pictures.
+class Headers(NamedTuple):
+    """What the headers of a stream's packets tell.
 
-    packets: of one stream of an mp4 or Matroska file, whose codec and extradata they are.
+    are_single_frames: whether every packet is known to be one frame. Packets of MPEG-4 part 2 may
+        hold two, or a picture that is "not coded" and that a decoder puts out nothing for.
+    unreferenced: numbers of packets without which all others decode to the same pictures.
     """
+
+    are_single_frames: bool
+    unreferenced: set[int]
+
+
+def read_headers(packets: Sequence[av.Packet], codec: str, extradata: bytes | None) -> Headers:
+    """packets: of one stream of an mp4 or Matroska file, whose codec and extradata they are."""
+    extradata = extradata or b""
+    unreferenced: set[int] = set()
+    are_single_frames = codec in SINGLE_FRAMES
     try:
         if codec == "h264" and _is_configuration(extradata, 7):
-            return _of_h264(packets, _length_bytes(extradata, 4))
-        if codec == "hevc" and _is_configuration(extradata, 23):
-            return _of_hevc(packets, _length_bytes(extradata, 21))
-        if codec in ("av1", "libdav1d") and _is_configuration(extradata, 5):
-            return _of_av1(packets, extradata)
-        if codec == "mpeg4":
+            unreferenced = _of_h264(packets, _length_bytes(extradata, 4))
+        elif codec == "hevc" and _is_configuration(extradata, 23):
+            unreferenced = _of_hevc(packets, _length_bytes(extradata, 21))
+        elif codec in ("av1", "libdav1d") and _is_configuration(extradata, 5):
+            unreferenced = _of_av1(packets, extradata)
+        elif codec == "mpeg4":
             kinds = _mpeg4_kinds(packets, extradata)
-            return {number for number, kind in enumerate(kinds) if kind == MPEG4_BIDIRECTIONAL}
+            are_single_frames = bool(kinds)
+            unreferenced = {n for n, kind in enumerate(kinds) if kind == MPEG4_BIDIRECTIONAL}
     except (IndexError, ValueError):  # damaged headers; the decoder says what is wrong
         pass
-    return set()
-
-
-def are_single_frames(packets: Sequence[av.Packet], codec: str, extradata: bytes | None) -> bool:
-    """Whether packets of MPEG-4 part 2 are known to hold one frame each.
-
-    They may hold two, or a picture that is "not coded" and that a decoder puts out nothing for.
-    """
-    try:
-        return codec == "mpeg4" and bool(_mpeg4_kinds(packets, extradata))
-    except (IndexError, ValueError):
-        return False
+    return Headers(are_single_frames, unreferenced)
 
 
 def _of_h264(packets: Sequence[av.Packet], length_bytes: int) -> set[int]:
@@ -100,9 +102,8 @@ def _of_hevc(packets: Sequence[av.Packet], length_bytes: int) -> set[int]:
     return {number for number, layer in unreferenced.items() if layer == highest}
 
 
-def _of_av1(packets: Sequence[av.Packet], extradata: bytes | None) -> set[int]:
+def _of_av1(packets: Sequence[av.Packet], extradata: bytes) -> set[int]:
     """Those none of whose frames is stored in a slot from which later ones could take it."""
-    assert extradata
     sequence = None
     for kind, unit in _obus(memoryview(extradata)[4:]):
         if kind == AV1_SEQUENCE:
@@ -124,13 +125,12 @@ def _of_av1(packets: Sequence[av.Packet], extradata: bytes | None) -> set[int]:
 # Units of a packet
 
 
-def _is_configuration(extradata: bytes | None, size: int) -> bool:
+def _is_configuration(extradata: bytes, size: int) -> bool:
     """Whether extradata are of an mp4's kind, version 1, and not of a raw stream's."""
-    return bool(extradata) and len(extradata) >= size and extradata[0] & 127 == 1  # type: ignore
+    return len(extradata) >= size and extradata[0] & 127 == 1
 
 
-def _length_bytes(extradata: bytes | None, place: int) -> int:
-    assert extradata
+def _length_bytes(extradata: bytes, place: int) -> int:
     return (extradata[place] & 3) + 1
 
 
@@ -246,12 +246,12 @@ def _av1_is_stored(bits: _Bits, sequence: _Sequence) -> bool:
 # Headers of MPEG-4 part 2
 
 
-def _mpeg4_kinds(packets: Sequence[av.Packet], extradata: bytes | None) -> list[int]:
+def _mpeg4_kinds(packets: Sequence[av.Packet], extradata: bytes) -> list[int]:
     """The coding type of the picture of each packet. Raises ValueError where one has none or two.
 
     Also where the header of the layer is not in extradata, and for objects that are no rectangles.
     """
-    time_bits = _mpeg4_time_bits(extradata or b"")
+    time_bits = _mpeg4_time_bits(extradata)
     return [_mpeg4_kind(bytes(packet), time_bits) for packet in packets]
 
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from fluxvit_jax.data.packet_headers import are_single_frames, unreferenced_packets
+from fluxvit_jax.data.packet_headers import read_headers
 from tests.data import videos
 
 FRAMES = videos.moving_texture(60)
@@ -47,7 +47,7 @@ def demux(tmp_path_factory):
 @pytest.mark.parametrize("name", KINDS)
 def test_without_them_all_others_are_decoded_to_the_same_pictures(demux, name):
     packets, codec, extradata = demux(name)
-    left_out = unreferenced_packets(packets, codec, extradata)
+    left_out = read_headers(packets, codec, extradata).unreferenced
     assert len(left_out) in KINDS[name][2]
 
     def decode(kept: list[av.Packet]) -> dict[int, np.ndarray]:
@@ -66,34 +66,34 @@ def test_without_them_all_others_are_decoded_to_the_same_pictures(demux, name):
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "av1.mp4"])
 def test_none_where_headers_cannot_be_read(demux, name):
     packets, codec, extradata = demux(name)
-    assert unreferenced_packets(packets, codec, extradata)
+    assert read_headers(packets, codec, extradata).unreferenced
     for damaged in (None, b"", b"\0\0\0\1" + extradata, extradata[:4]):  # the third: a raw stream's
-        assert unreferenced_packets(packets, codec, damaged) == set()
+        assert read_headers(packets, codec, damaged).unreferenced == set()
     for end in range(1, 6):
         cut = av.Packet(bytes(packets[7])[:end])
-        assert unreferenced_packets([*packets[:7], cut], codec, extradata) == set()
+        assert read_headers([*packets[:7], cut], codec, extradata).unreferenced == set()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("h264.mp4", 7 | 3 << 5), ("hevc.mp4", 33 << 1)])
 def test_packets_that_also_bring_parameters_are_needed(demux, name, kind):
     packets, codec, extradata = demux(name)
-    number = min(unreferenced_packets(packets, codec, extradata))
+    number = min(read_headers(packets, codec, extradata).unreferenced)
     parameters = b"\0\0\0\2" + bytes([kind, 1])
     packets = [*packets]
     packets[number] = av.Packet(parameters + bytes(packets[number]))
-    left_out = unreferenced_packets(packets, codec, extradata)
+    left_out = read_headers(packets, codec, extradata).unreferenced
     assert left_out and number not in left_out
 
 
 def test_packets_of_mpeg4_that_are_not_one_frame_each(demux):
     packets, codec, extradata = demux("mpeg4.mp4")
-    assert are_single_frames(packets, codec, extradata)
+    assert read_headers(packets, codec, extradata).are_single_frames
     uncoded, two = av.Packet(videos.NOT_CODED), av.Packet(bytes(packets[3]) + bytes(packets[4]))
     for other in (uncoded, two, av.Packet(b"\0\0\1\xb3"), av.Packet(videos.NOT_CODED[:5])):
-        assert not are_single_frames([*packets, other], codec, extradata)
+        assert not read_headers([*packets, other], codec, extradata).are_single_frames
     for damaged in (None, b"", extradata[:20], extradata + extradata):
-        assert not are_single_frames(packets, codec, damaged)
-    assert not are_single_frames(*demux("vp9.webm"))
+        assert not read_headers(packets, codec, damaged).are_single_frames
+    assert not read_headers(packets, "mjpeg", extradata).are_single_frames
 
 
 def test_damaged_headers_end_in_nothing_worse_than_a_wrong_set(demux):
@@ -108,4 +108,4 @@ def test_damaged_headers_end_in_nothing_worse_than_a_wrong_set(demux):
             header = bytearray(extradata)
             header[rng.integers(0, len(header))] ^= 1 << rng.integers(0, 8)
             flipped = [av.Packet(bytes(content)) for content in damaged]
-            assert unreferenced_packets(flipped, codec, bytes(header)) <= set(range(60))
+            assert read_headers(flipped, codec, bytes(header)).unreferenced <= set(range(60))
