@@ -16,6 +16,7 @@ from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import config_json, official_names, weight_files
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.distributed import partition_rules
+from fluxvit_jax.distributed.compilation_cache import keep_programs
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.distributed.mesh import device_put_global, make_mesh, platform_of, shard_batch
 from fluxvit_jax.evaluation.settings import Setting
@@ -31,6 +32,7 @@ Made = dict[str, tuple[jax.stages.Compiled, Callable[[], dict[str, Any]]]]
 
 def side(case: Case) -> Side:
     """The compiled programs, with weights of their own making that are left in `case.weights`."""
+    keep_programs("")  # memory of compiling is given back, as in all commands
     device = jax.devices()[0]
     dtype = dtype_on(case, device.platform)
     config = make_config(case, dtype)

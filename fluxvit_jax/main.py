@@ -15,9 +15,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import TYPE_CHECKING
 
+from fluxvit_jax.distributed.interrupts import ended_by_signals
 from fluxvit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/dx
 
 def main(argv: Sequence[str] = sys.argv) -> int:
     """Runs the program with a command line; returns its exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _exit)
+    with ended_by_signals():  # training replaces it
+        return _main(argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     avoid_libtpu()
 
     from absl import app, flags
@@ -189,12 +192,6 @@ def avoid_libtpu() -> None:
     """
     if importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS)):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-
-def _exit(number: int, _: FrameType | None) -> None:
-    """Signal handler that exits at once, since exceptions might be caught; training replaces it."""
-    os.write(sys.stderr.fileno(), b"interrupted\n")
-    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What several test files share: one data set, one finished run, one cache of compiled programs."""
 
-import contextlib
-import ctypes
 import fcntl
 import gc
 import json
@@ -23,6 +21,7 @@ from tests import type_checks
 CHECKED = ["fluxvit_jax.models", "fluxvit_jax.objectives"]
 jaxtyping.install_import_hook(CHECKED, f"{type_checks.__name__}.check")
 
+from fluxvit_jax.distributed.compilation_cache import give_back_memory  # noqa: E402
 from fluxvit_jax.training import setup, train, train_step  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.start import sitecustomize  # noqa: E402, F401
@@ -152,8 +151,7 @@ def bounded_memory() -> Iterator[None]:
     if resident_bytes() > MOST_RESIDENT:
         jax.clear_caches()
         gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back_memory()
 
 
 def resident_bytes() -> int:

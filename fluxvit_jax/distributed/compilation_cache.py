@@ -1,5 +1,12 @@
-"""Compiled programs, kept from one process to the next by JAX's persistent compilation cache."""
+"""What compiling leaves: programs, kept for the next process by JAX's persistent cache, and memory.
 
+The compiler takes hundreds of megabytes for a program of S. They are free when it is done, but
+malloc holds on to them, and a training step would come on top.
+"""
+
+import contextlib
+import ctypes
+import functools
 import os
 import platform
 import sys
@@ -7,8 +14,12 @@ import zlib
 from pathlib import Path
 
 import jax
+import jax.monitoring
 
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event: a program was compiled
+LONG = 1.0  # seconds of compiling, from which on it is worth looking for free memory
+MOST_KEPT = 4 << 30  # bytes of programs in the user's folder; JAX itself would keep all for ever
 
 _is_chosen = False  # whether `keep_programs` was called in this process
 
@@ -21,6 +32,7 @@ def keep_programs(folder: str | None) -> None:
     """
     global _is_chosen
     _is_chosen = True
+    _give_back_after_compiling()
     if folder is None:
         if VARIABLE in os.environ:
             return
@@ -31,8 +43,24 @@ def keep_programs(folder: str | None) -> None:
 def keep_programs_by_default() -> None:
     """`keep_programs(None)` for Python's own users, unless JAX or a command was told a folder."""
     told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # mypy knows no flags
+    _give_back_after_compiling()
     if not _is_chosen and told is None:
         keep_programs(None)
+
+
+def give_back_memory() -> None:
+    """Returns what malloc holds and nobody uses to the system, where the C library can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache  # once in a process
+def _give_back_after_compiling() -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED and duration_secs >= LONG:
+            give_back_memory()
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _user_folder() -> str:
@@ -53,7 +81,22 @@ def _user_folder() -> str:
                 )
     except (OSError, RuntimeError):  # a home that cannot be written, or none at all
         return ""
-    return str(folder) if os.access(folder, os.W_OK) else ""
+    if not os.access(folder, os.W_OK):
+        return ""
+    with contextlib.suppress(OSError):  # another process may do the same
+        _drop_longest_unused(folder)
+    return str(folder)
+
+
+def _drop_longest_unused(folder: Path) -> None:
+    """Removes programs until `MOST_KEPT` are left."""
+    programs = [(path, path.stat()) for path in folder.iterdir()]
+    size = sum(status.st_size for _, status in programs)
+    for path, status in sorted(programs, key=lambda program: program[1].st_atime_ns):
+        if size <= MOST_KEPT:
+            return
+        path.unlink(missing_ok=True)
+        size -= status.st_size
 
 
 def _cpu() -> str:

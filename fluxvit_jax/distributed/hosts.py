@@ -5,7 +5,6 @@ wait there for as long as another one needs.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from etils import epath
 from jax._src import clusters  # JAX tells host 0's port only after its crash at one that is taken
 
 from fluxvit_jax.distributed import lifelines
+from fluxvit_jax.distributed.interrupts import SIGNALS, exit_by, handled_by
 from fluxvit_jax.distributed.mesh import coordination_client, gather, host_count, host_index
 from fluxvit_jax.distributed.watchdog import STATUS
 from fluxvit_jax.errors import UserError
@@ -34,7 +35,6 @@ SHUTDOWN_SECONDS = 20  # to wait, after a failure, for a host that hangs
 WATCH_SECONDS = 1  # between two checks whether another host has failed
 GRACE_SECONDS = 2  # for a host to report the same failure itself
 SHARED_SECONDS = 60  # until a network file system shows a new file
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILURE = "fluxvit_jax/failure"  # key of the first host's failure
 
 
@@ -321,17 +321,12 @@ def _ended_by_others() -> Iterator[None]:
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(over,), daemon=True)
     watch.start()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in handlers.items():
-        if callable(handler):
-            signal.signal(number, functools.partial(_end_by_signal, handler))
     try:
-        yield
+        with handled_by(_end_by_signal):  # in the main thread, or JAX's shutdown could crash
+            yield
     finally:
         over.set()
         watch.join()  # the interpreter must not exit during its request
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _watch(over: threading.Event) -> None:
@@ -355,12 +350,12 @@ def _end_others(status: int, message: str) -> None:
         coordination_client().key_value_set(FAILURE, json.dumps(about))
 
 
-def _end_by_signal(handler: Callable[[int, Any], None], number: int, frame: Any) -> None:
+def _end_by_signal(number: int, _: FrameType | None) -> None:
     """Signal handler that ends the other hosts as well; at a second signal, only this one."""
     if not _ending.locked():
         _end_others(128 + number, f"was stopped by {signal.Signals(number).name}")
         _leave()
-    handler(number, frame)
+    exit_by(number)
 
 
 def _end_after_death(host: int) -> None:

@@ -1,11 +1,11 @@
 """Graceful stop on Ctrl-C and SIGTERM, at the same step on all hosts."""
 
-import signal
+from contextlib import ExitStack
 from types import FrameType
-from typing import Any
 
 from fluxvit_jax.distributed import lifelines
 from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.interrupts import NO_DESCRIPTOR, handled_by
 from fluxvit_jax.distributed.mesh import gather, host_count
 
 
@@ -24,8 +24,7 @@ class PreemptionHandler:
     def __init__(self) -> None:
         self.status = 0
         self._signal = 0  # 128 + the one that this host has got
-        self._wakeup = -1  # the descriptor that was set before
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._handling = ExitStack()  # closed at the first signal
 
     def heard(self) -> int:
         """128 + a signal that this host has got or heard of, or 0; others may not have yet."""
@@ -51,20 +50,14 @@ class PreemptionHandler:
         return self.should_stop()
 
     def __enter__(self) -> "PreemptionHandler":
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in signals}
-        if host_count() > 1:
-            descriptor = lifelines.signal_descriptor()
-            self._wakeup = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+        descriptor = lifelines.signal_descriptor() if host_count() > 1 else NO_DESCRIPTOR
+        self._handling.enter_context(handled_by(self._on_signal, descriptor))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if host_count() > 1:
-            signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._handling.close()
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         self._signal = 128 + number
-        self.__exit__()
+        self._handling.close()
         say("stopping after this step; once more ends the program at once")

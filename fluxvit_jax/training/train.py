@@ -8,7 +8,7 @@ leaves the same numbers as a run that was never stopped.
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from fluxvit_jax.distributed.hosts import (
     compute_on_host0,
     raise_on_all_hosts,
 )
+from fluxvit_jax.distributed.interrupts import ended_by_signals
 from fluxvit_jax.distributed.mesh import (
     host_count,
     host_index,
@@ -402,7 +403,9 @@ def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -
     )
     batches = open_batches(setup, start.step, bad_clips.quarantine)
     tools.goodput.enter("compile")
-    step_fn = compile_step(setup, start.state)
+    # Nothing would be lost, and it takes minutes. Several hosts decide together, at the first step.
+    with ended_by_signals() if host_count() == 1 else nullcontext():
+        step_fn = compile_step(setup, start.state)
     with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
         yield Run(
             setup=setup,
