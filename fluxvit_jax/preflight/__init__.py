@@ -11,10 +11,11 @@ the hours of the run. It prints a summary; `preflight.json` has every number.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,13 +61,6 @@ def run(config: ConfigDict, workdir: str | os.PathLike = ".") -> int:
         clip = clip_cost(config, objective.open_training, objective.text_arrays(config))
     print(clip_text(dataclasses.asdict(clip)))
     topologies: dict[str, Report] = {}
-    for where, devices in zip(requested, opened, strict=True):
-        try:
-            checked = check(config, where, devices, clip)
-        except UserError as error:  # about this topology only
-            checked = {"fits": False, "error": str(error)}
-        topologies[where.name] = checked
-        print(text_of(where.name, checked), flush=True)
     report = {
         "versions": _versions(),
         "clip": dataclasses.asdict(clip),
@@ -74,7 +68,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike = ".") -> int:
         "topologies": topologies,
     }
     path = folder / REPORT
-    atomic.write(path, json.dumps(report, indent=1) + "\n")
+
+    def tell(name: str, checked: Report) -> None:
+        before = f"{text_of(name, topologies[name])}\n" if name in topologies else ""
+        topologies[name] = dict(checked)
+        atomic.write(path, json.dumps(report, indent=1) + "\n")
+        print(text_of(name, checked).removeprefix(before), flush=True)
+
+    for where, devices in zip(requested, opened, strict=True):
+        try:
+            checked = check(config, where, devices, clip, tell=functools.partial(tell, where.name))
+        except UserError as error:  # about this topology only
+            checked = {"fits": False, "error": str(error)}
+        tell(where.name, checked)
     print(f"\n{METHOD}\nwritten to {path}")
     return 0 if all(checked["fits"] for checked in topologies.values()) else 1
 
@@ -93,10 +99,13 @@ def check(
     devices: Sequence[jax.Device],
     clip: ClipCost,
     settings: Sequence[Setting] | None = None,
+    tell: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """The report of one topology.
 
     settings: of the evaluation; by default those of `config`, none where no classifier is trained.
+    tell: is given the report before the search for the largest batch, which compiles the training
+    step several times.
 
     Raises UserError where the config does not fit the topology.
     """
@@ -121,15 +130,16 @@ def check(
         evaluation = evaluation_report(target, setting, target.compile_evaluation(setting))
         programs[evaluation_name(setting)] = evaluation
         report["fits"] &= evaluation["fits"]
+    if training.time is not None:
+        report["reading"] = _reading(target, training.time.seconds, clip)
+        report["schedule"] = _schedule(target, training.time.seconds, clip)
     if (
         config.preflight.find_max_batch_size
         and training.available is not None
         and not training.failure
     ):
+        tell(report)
         report["largest_batch"] = largest_batch(target, training)
-    if training.time is not None:
-        report["reading"] = _reading(target, training.time.seconds, clip)
-        report["schedule"] = _schedule(target, training.time.seconds, clip)
     return report
 
 

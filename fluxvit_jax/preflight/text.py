@@ -19,14 +19,14 @@ def text_of(name: str, report: Report) -> str:
     ]
     for program, entry in report["programs"].items():
         lines += _program(program, entry)
-    if "largest_batch" in report:
-        lines.append(_largest(report["largest_batch"]))
     if "reading" in report:
         lines.append(_reading(report["reading"]))
     if "schedule" in report:
         lines.append(_schedule(report["schedule"]))
     if not any("estimate" in entry for entry in report["programs"].values()):
         lines.append("  no times: cycles are estimated for TPUs by name, for programs that fit")
+    if "largest_batch" in report:  # last, since it is known last
+        lines.append(_largest(report["largest_batch"]))
     return "\n".join(lines)
 
 

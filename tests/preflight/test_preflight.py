@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fluxvit_jax import preflight
 from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.preflight.compiler import memory
 from fluxvit_jax.preflight.largest_batch import PROBES, Trial, search_largest
 from fluxvit_jax.preflight.programs import model_flops
 from fluxvit_jax.preflight.text import text_of
@@ -198,6 +200,33 @@ def test_bad_names_are_one_line(tiny_data, compiled, tmp_path):
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: topology 'v9:2x2' is none of those known: v4:AxBxC")
     assert not (tmp_path / "preflight.json").exists()
+
+
+def test_all_else_is_told_before_the_search_for_the_largest_batch(
+    tiny_data, tmp_path, monkeypatch, capsys
+):
+    found = {"batch_size": 32, "clips_a_device": 32.0, "fails_at": 48, "used": GIB}
+    reports = []
+
+    def search(target, training):
+        reports.append(json.loads((tmp_path / "preflight.json").read_text()))
+        told = capsys.readouterr().out
+        assert "\ncpu:1: fits\n" in told and "evaluation, 24 tokens" in told
+        assert told.endswith(
+            "no times: cycles are estimated for TPUs by name, for programs that fit\n"
+        )
+        return found
+
+    monkeypatch.setattr(preflight, "largest_batch", search)
+    monkeypatch.setattr(memory, "available", lambda device: 64 * GIB)
+    quick = {"train__budgets": (24,), "eval__settings": ((24, 6, 42),)}
+    config = tiny.make_config(tiny_data, preflight__topology="cpu:1", **quick)
+    assert preflight.run(config, tmp_path) == 0
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert line.startswith("  largest batch that fits: 32 clips a device")
+    after = json.loads((tmp_path / "preflight.json").read_text())
+    assert after["topologies"]["cpu:1"].pop("largest_batch") == found
+    assert reports == [after]
 
 
 # A network and a batch that the TPU compiler does in seconds.
