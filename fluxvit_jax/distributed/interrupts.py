@@ -50,7 +50,8 @@ def exit_by(number: int) -> None:
 
     Nothing is unwound, since exceptions might be caught.
     """
-    os.write(2, b"interrupted\n")
+    with contextlib.suppress(OSError):  # stderr may be closed
+        os.write(2, b"interrupted\n")
     os._exit(128 + number)
 
 

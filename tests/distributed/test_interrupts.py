@@ -25,6 +25,15 @@ with ended_by_signals():
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
+WITHOUT_STDERR = """
+import os, signal, time
+from fluxvit_jax.distributed.interrupts import ended_by_signals
+os.close(2)
+with ended_by_signals():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("mode", ["train", "preflight"])
@@ -43,6 +52,11 @@ def test_a_program_that_compiles_ends_at_once(tiny_data, tmp_path, mode, number)
 def test_a_signal_of_a_forked_child_is_its_own():
     done = limited.run([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, check=True)
     assert done.stdout == "7\n"
+
+
+def test_it_ends_without_a_place_for_its_last_word():
+    done = limited.run([sys.executable, "-c", WITHOUT_STDERR])
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 def test_all_is_as_before_after_the_context():
