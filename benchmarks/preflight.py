@@ -190,7 +190,7 @@ def cells_of(row: Row, report: dict[str, Any]) -> dict[str, str]:
         "est. chip hours": f"{report['schedule']['chip_hours']:.0f}" if estimate else "",
     }
     if row.recipe == "pretrain":
-        share = f"{estimate['teacher_share']:.0%}" if estimate else ""
+        share = f"{estimate['frozen_share']:.0%}" if estimate else ""
         cells["the teacher's share"] = share
     return cells
 

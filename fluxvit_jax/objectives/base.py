@@ -45,7 +45,7 @@ class Measure(NamedTuple):
     falls: bool = False
 
 
-FROZEN_SCOPE = "teacher"  # `jax.named_scope` of the computations of frozen networks
+FROZEN_SCOPE = "frozen"  # `jax.named_scope` of networks that are run without a backward pass
 
 
 class Objective:

@@ -68,7 +68,7 @@ def training_report(target: Target, program: Program) -> Report:
         "parameters": tree_bytes(state["params"]),
         "moments": tree_bytes(state["opt_state"]),
         "average": tree_bytes(state.get("ema", ())),
-        "teacher": tree_bytes(target.frozen),
+        "frozen weights": tree_bytes(target.frozen),
         "batch": tree_bytes(batch),
     }
     report = _program_report(program, parts)
@@ -90,8 +90,8 @@ def training_report(target: Target, program: Program) -> Report:
         report["estimate"]["mfu"] = clips * model.all / (program.time.seconds * target.peak)
         if target.frozen:
             work = program.work
-            share = work.teacher_cycles / (work.cycles + work.kernel_cycles)
-            report["estimate"]["teacher_share"] = share
+            share = work.frozen_cycles / (work.cycles + work.kernel_cycles)
+            report["estimate"]["frozen_share"] = share
     return report
 
 

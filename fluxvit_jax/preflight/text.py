@@ -100,8 +100,9 @@ def _estimate(estimate: Report) -> list[str]:
         f"{estimate['clips_per_second']:.4g} clips/s (kernels {1e3 * estimate['kernels']:.4g} ms, "
         f"exchanges that nothing hides {1e3 * estimate['exchanging']:.4g} ms)"
     ]
-    if "teacher_share" in estimate:
-        lines.append(f"    the teacher takes {estimate['teacher_share']:.1%} of the cycles")
+    if "frozen_share" in estimate:
+        share = f"{estimate['frozen_share']:.1%}"
+        lines.append(f"    networks without a backward pass take {share} of the cycles")
     missing = {name: times for name, times in estimate["not_counted"].items() if times}
     if missing:
         what = ", ".join(f"{times} x {name}" for name, times in missing.items())

@@ -66,7 +66,7 @@ def test_pretraining_has_a_table_of_its_own(tmp_path):
     """With the share of the cycles that the teacher takes."""
     row = next(row for row in preflight.ROWS if row.recipe == "pretrain")
     taught = json.loads(json.dumps(REPORT))
-    taught["programs"]["training step"]["estimate"]["teacher_share"] = 0.425
+    taught["programs"]["training step"]["estimate"]["frozen_share"] = 0.425
     preflight.write(preflight.ROWS[0], REPORT, tmp_path)
     preflight.write(row, taught, tmp_path)
     first, second = preflight.tabulate(tmp_path).strip().split("\n\n")

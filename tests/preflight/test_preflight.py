@@ -10,7 +10,8 @@ import pytest
 
 from fluxvit_jax import preflight
 from fluxvit_jax.config.fields import default_config
-from fluxvit_jax.preflight.compiler import memory
+from fluxvit_jax.objectives.base import FROZEN_SCOPE
+from fluxvit_jax.preflight.compiler import memory, work
 from fluxvit_jax.preflight.largest_batch import PROBES, Trial, search_largest
 from fluxvit_jax.preflight.programs import model_flops
 from fluxvit_jax.preflight.text import text_of
@@ -102,6 +103,11 @@ def test_frozen_blocks_run_forward_only(freeze, passes):
     part = model_flops(config)
     assert part.all / whole.all == pytest.approx(passes / 3, rel=0.06)
     assert part.attention / whole.attention == pytest.approx(passes / 3)
+
+
+def test_the_scope_of_frozen_networks_is_theirs():
+    """The compiler's reader knows of no network, so that the name stands in two places."""
+    assert work.FROZEN == FROZEN_SCOPE
 
 
 def test_a_report_as_text():

@@ -216,7 +216,7 @@ def test_preflight(tiny_data, data, tmp_path, capsys):
     assert preflight.run(config, tmp_path) == 0
     report = json.loads((tmp_path / "preflight.json").read_text())["topologies"]["cpu:1"]
     assert list(report["programs"]) == ["training step"]
-    assert report["programs"]["training step"]["memory"]["parts"]["teacher"] > 0
+    assert report["programs"]["training step"]["memory"]["parts"]["frozen weights"] > 0
     flops = report["programs"]["training step"]["flops"]
     assert 1 <= flops["outside_attention_ratio"] < 2
 

@@ -11,7 +11,7 @@ from fluxvit_jax.preflight.compiler.hlo import Instruction, Module, called_parts
 from fluxvit_jax.preflight.compiler.products import OPCODES, Shape, product_flops
 
 ATTENTION = "attention"  # the scope (`jax.named_scope`) that attention's products are in
-TEACHER = "teacher"  # the scope of a teacher's whole forward pass
+FROZEN = "frozen"  # the scope of networks that are run without a backward pass
 KERNEL = "tpu_custom_call"  # target of Pallas kernels in a TPU program
 UNTIMED = 64 * 1024  # bytes of a result from which an instruction without estimate is listed
 _FREE = {
@@ -28,7 +28,7 @@ class Work:
     cycles: of the instructions with an estimate of the compiler's.
     kernel_cycles: of Pallas kernels, and of other instructions whose bundles it writes instead.
     kernels: {name: runs} of Pallas kernels only.
-    teacher_cycles: those of both that are in a teacher's scope.
+    frozen_cycles: those of both that are in the scope of frozen networks.
     unknown_kernels: runs of kernels whose cycles are not or not completely known.
     untimed: {opcode: count} of other instructions without a complete estimate.
     unknown_loops: loops with an unknown trip count; they count as one trip.
@@ -38,7 +38,7 @@ class Work:
     attention_flops: int
     cycles: int
     kernel_cycles: int
-    teacher_cycles: int
+    frozen_cycles: int
     kernels: dict[str, int]
     unknown_kernels: int
     untimed: dict[str, int]
@@ -53,7 +53,7 @@ def work_of(
 
     kernel_cycles: {name: of one run} of instructions without an estimate in the program.
     """
-    flops = attention = cycles = in_kernels = in_teacher = unknown = loops = 0
+    flops = attention = cycles = in_kernels = in_frozen = unknown = loops = 0
     kernels: dict[str, int] = {}
     untimed: dict[str, int] = {}
     exchanges = []
@@ -84,14 +84,14 @@ def work_of(
                 unknown += times * (not count.complete)
             elif not count.complete:
                 untimed[instruction.opcode] = untimed.get(instruction.opcode, 0) + times
-        if in_scope(instruction.op_name, TEACHER):
-            in_teacher += cycles + in_kernels - before
+        if in_scope(instruction.op_name, FROZEN):
+            in_frozen += cycles + in_kernels - before
     return Work(
         flops=flops,
         attention_flops=attention,
         cycles=cycles,
         kernel_cycles=in_kernels,
-        teacher_cycles=in_teacher,
+        frozen_cycles=in_frozen,
         kernels=kernels,
         unknown_kernels=unknown,
         untimed=untimed,

@@ -31,7 +31,7 @@ def make_work(cycles: int, kernel_cycles: int, collectives: tuple[Collective, ..
         attention_flops=0,
         cycles=cycles,
         kernel_cycles=kernel_cycles,
-        teacher_cycles=0,
+        frozen_cycles=0,
         kernels={},
         unknown_kernels=0,
         untimed={},
