@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import cv2
-import pytest
 
 from tests import limited, tiny
 
@@ -35,7 +34,6 @@ def interrupt(out, compiled) -> None:
     assert "Traceback" not in printed, printed
 
 
-@pytest.mark.slow
 def test_the_demo(compiled, tmp_path):
     out = tmp_path / "demo"
     interrupt(out, compiled)

@@ -80,7 +80,6 @@ def assert_same_metrics(workdir: Path, other: Path, missing: int = 0) -> None:
 # --- A run
 
 
-@pytest.mark.slow
 def test_hosts_change_nothing(pair, tiny_data, compiled, tmp_path):
     """Metrics, bad clips and accuracies of two hosts and of one process with one device."""
     alone = tmp_path / "alone"
@@ -219,7 +218,6 @@ if __name__ == "__main__":
 WITH_A_READER = ("--config.data.workers=1", "--config.data.clip_seconds=0")
 
 
-@pytest.mark.slow
 def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled, tmp_path, capsys):
     """From data parallel to a pair of tensor parallel devices, on a host each, with equal clips.
 
@@ -244,7 +242,6 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
     assert_same_metrics(workdir, pair, missing=6)
 
 
-@pytest.mark.slow
 def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
     pair, tiny_data, compiled, tmp_path
 ):
@@ -349,7 +346,6 @@ sys.exit(main())
 """
 
 
-@pytest.mark.slow
 def test_a_search_goes_on_with_two_hosts(pair, tiny_data, compiled, tmp_path, monkeypatch):
     """One process began it, and its kill left half of the lines."""
     monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)

@@ -38,7 +38,6 @@ def test_all_but_whole_runs(compiled, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_whole_runs(compiled, place):
     assert re.fullmatch(
         r"killed at step \d+ of 16, resumed: weights and metrics bit-equal", runs.resume(place)

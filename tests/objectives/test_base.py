@@ -68,7 +68,6 @@ def test_it_is_resumed(trained, tiny_data, tmp_path):
     assert same[0] == same[1]
 
 
-@pytest.mark.slow
 def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
     """The loss compares all clips of a batch, wherever they lie."""
     process = start(

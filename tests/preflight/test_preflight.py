@@ -252,7 +252,6 @@ QUICK = (
 )
 
 
-@pytest.mark.slow
 @pytest.mark.tpu_compiler
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("fsdp", [1, 8])

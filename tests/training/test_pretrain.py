@@ -114,7 +114,6 @@ def test_weight_decay_does_not_reach_the_teacher(tiny_data, data, compiled):
     np.testing.assert_allclose(state["params"]["heads"]["kernel"], kernel / 4, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_stopped_and_resumed_is_as_undisturbed(
     pretrained, tiny_data, data, compiled, tmp_path, capsys
 ):

@@ -221,7 +221,6 @@ def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path
 # --- Stopping and going on
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_is_as_undisturbed(finished, tiny_data, compiled, tmp_path, capsys):
     """Two workers before the kill, of which one is killed first, and none afterwards.
 
@@ -723,7 +722,6 @@ def quiet_config(tiny_data, **changes):
     return tiny.make_config(tiny_data, **off | changes)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("drawn", ["", "train__random_erasing", "model__drop_path"])
 def test_each_step_draws_anew(tiny_data, compiled, drawn):
     """From equal parameters, by the number of the step; with all of it off nothing is drawn."""
@@ -739,7 +737,6 @@ def test_each_step_draws_anew(tiny_data, compiled, drawn):
     assert (abs(first - other) > 1e-6 * first) == bool(drawn)
 
 
-@pytest.mark.slow
 def test_each_clip_draws_for_itself(tiny_data, compiled):
     """Exchanging two clips changes nothing but what each of them draws."""
     changes = {"data__clips_per_grid": 1, "data__repeated_aug": 1, "train__budgets": (24,)}
