@@ -1377,6 +1377,40 @@ MUTATIONS = {
             ("training/test_train.py::test_a_second_signal_acts_at_once",),
         ),
         Mutation(
+            "a-signal-waits-for-the-compiler",
+            "training/train.py",
+            "with ended_by_signals() if host_count() == 1 else nullcontext():",
+            "with nullcontext():",
+            ("distributed/test_interrupts.py::test_a_program_that_compiles_ends_at_once",),
+        ),
+        Mutation(
+            "a-signal-of-a-child-ends-its-parent",
+            "distributed/interrupts.py",
+            "after_in_child=lambda: signal.set_wakeup_fd(NO_DESCRIPTOR)",
+            "after_in_child=lambda: None",
+            ("distributed/test_interrupts.py::test_a_signal_of_a_forked_child_is_its_own",),
+        ),
+        Mutation(
+            "programs-used-last-are-dropped",
+            "distributed/compilation_cache.py",
+            "key=lambda program: program[1].st_atime_ns",
+            "key=lambda program: -program[1].st_atime_ns",
+            (
+                "distributed/test_compilation_cache.py::"
+                "test_programs_that_nobody_used_for_long_make_room",
+            ),
+        ),
+        Mutation(
+            "memory-of-compiling-stays",
+            "distributed/compilation_cache.py",
+            "event == COMPILED and duration_secs >= LONG",
+            "False",
+            (
+                "distributed/test_compilation_cache.py::"
+                "test_memory_of_a_long_compilation_is_given_back",
+            ),
+        ),
+        Mutation(
             "steps-in-vain-count",
             "training/train_step.py",
             "_changed_where(usable & done, ",
