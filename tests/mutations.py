@@ -1379,8 +1379,8 @@ MUTATIONS = {
         Mutation(
             "a-signal-waits-for-the-compiler",
             "training/train.py",
-            "with ended_by_signals() if host_count() == 1 else nullcontext():",
-            "with nullcontext():",
+            "return ended_by_signals_again() if host_count() == 1 else nullcontext()",
+            "return nullcontext()",
             ("distributed/test_interrupts.py::test_a_program_that_compiles_ends_at_once",),
         ),
         Mutation(

@@ -14,20 +14,33 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NO_DESCRIPTOR = -1
 
+_contexts = 0  # of `ended_by_signals` that are open
+
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """A context of the main thread in which a signal ends the program, see `exit_by`."""
+    global _contexts
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_exit_on_signal, args=[reader], daemon=True)
     thread.start()
+    _contexts += 1
     try:
         with handled_by(_leave_it_to_the_thread, writer):
             yield
     finally:
+        _contexts -= 1
         os.close(writer)
         thread.join()
+
+
+def ended_by_signals_again() -> contextlib.AbstractContextManager[None]:
+    """The same within another one, where handlers were replaced; else no change.
+
+    Nobody's notebook is to end because it trains.
+    """
+    return ended_by_signals() if _contexts else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

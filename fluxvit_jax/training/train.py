@@ -8,7 +8,7 @@ leaves the same numbers as a run that was never stopped.
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ from fluxvit_jax.distributed.hosts import (
     compute_on_host0,
     raise_on_all_hosts,
 )
-from fluxvit_jax.distributed.interrupts import ended_by_signals
+from fluxvit_jax.distributed.interrupts import ended_by_signals_again
 from fluxvit_jax.distributed.mesh import (
     host_count,
     host_index,
@@ -96,7 +96,7 @@ def train(
     fresh: start anew, and keep an earlier run's files aside.
 
     Returns the exit status: 0 when the run is finished, 128 + signal when Ctrl-C or SIGTERM ended
-    it, after a checkpoint.
+    it, after a checkpoint. (In the program, a signal before the first step ends the process.)
 
     Raises:
         UserError: a config, data set, workdir or checkpoint that cannot be used; lost checkpoints;
@@ -108,7 +108,8 @@ def train(
     with open_tools(setup, goodput) as tools:
         if fresh:
             keep_earlier_run(setup.workdir)
-        start = restore_or_initialize(setup, tools.checkpoints, accept_data_change)
+        with stopped_at_once():
+            start = restore_or_initialize(setup, tools.checkpoints, accept_data_change)
         validation = Validation(setup, tools.metrics, tools.watchdog, start.step)
         if not start.step:
             check_not_lost(setup.workdir, tools.checkpoints, validation)
@@ -403,8 +404,7 @@ def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -
     )
     batches = open_batches(setup, start.step, bad_clips.quarantine)
     tools.goodput.enter("compile")
-    # Nothing would be lost, and it takes minutes. Several hosts decide together, at the first step.
-    with ended_by_signals() if host_count() == 1 else nullcontext():
+    with stopped_at_once():
         step_fn = compile_step(setup, start.state)
     with closing(batches), closing(progress), closing(bad_clips), closing(step_fn):
         yield Run(
@@ -420,6 +420,14 @@ def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -
             state=start.state,
             saved_step=start.step,
         )
+
+
+def stopped_at_once() -> AbstractContextManager[None]:
+    """A context of what takes minutes before the first step, by whose end nothing is lost.
+
+    Several hosts go on, and decide together at that step.
+    """
+    return ended_by_signals_again() if host_count() == 1 else nullcontext()
 
 
 def restore_or_initialize(

@@ -6,7 +6,11 @@ import sys
 
 import pytest
 
-from fluxvit_jax.distributed.interrupts import ended_by_signals
+from fluxvit_jax.distributed.interrupts import (
+    ended_by_signals,
+    ended_by_signals_again,
+    handled_by,
+)
 from tests import limited, tiny
 
 FORKS = """
@@ -57,6 +61,14 @@ def test_a_signal_of_a_forked_child_is_its_own():
 def test_it_ends_without_a_place_for_its_last_word():
     done = limited.run([sys.executable, "-c", WITHOUT_STDERR])
     assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_in_a_notebook_nothing_is_replaced():
+    before = signal.getsignal(signal.SIGTERM)
+    with ended_by_signals_again():
+        assert signal.getsignal(signal.SIGTERM) is before
+    with ended_by_signals(), handled_by(print), ended_by_signals_again():
+        assert signal.getsignal(signal.SIGTERM) not in (before, print)
 
 
 def test_all_is_as_before_after_the_context():
