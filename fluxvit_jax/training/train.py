@@ -423,7 +423,7 @@ def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -
 
 
 def stopped_at_once() -> AbstractContextManager[None]:
-    """A context of what takes minutes before the first step, by whose end nothing is lost.
+    """A context for what takes minutes before the first step, when there is nothing to save.
 
     Several hosts go on, and decide together at that step.
     """
