@@ -38,6 +38,7 @@ import cv2
 
 from fluxvit_jax.data.decoding import DecodeError
 from fluxvit_jax.distributed import stacks
+from fluxvit_jax.distributed.interrupts import SIGNALS
 from fluxvit_jax.errors import UserError
 
 POLL_SECONDS = 0.1  # within which the main process hears a signal
@@ -283,7 +284,7 @@ def _stop_signals_blocked() -> Iterator[None]:
     """
     # Python would start the resource tracker with the first worker, and unblock the signals then.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ import contextlib
 import os
 import secrets
 import selectors
-import signal
 import socket
 import stat
 import struct
@@ -21,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from fluxvit_jax.distributed.console import say
+from fluxvit_jax.distributed.interrupts import NO_DESCRIPTOR, SIGNALS
 from fluxvit_jax.distributed.mesh import coordinator_address, gather, host_count, host_index
 
 # A machine may be silent for 25 s: less than half of hosts.HEARTBEAT_SECONDS, when JAX may abort.
@@ -29,7 +29,6 @@ CONNECT_SECONDS = 10  # to reach host 0
 OUTLIVE_SECONDS = 5  # for all hosts to say that host 0 died
 NUMBER = struct.Struct("!i")  # a message: number of a host that died, LEAVES, or less
 LEAVES = -1  # the sender ends, and has said why; less than that is -stop_status()
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 _lifelines: "_Lifelines | None" = None  # of this process, if there are several hosts
 
@@ -68,7 +67,7 @@ def stop_status() -> int:
 
 def signal_descriptor() -> int:
     """For `signal.set_wakeup_fd`, which has all hosts told of a signal; -1 without other hosts."""
-    return _lifelines.signal_descriptor if _lifelines is not None else -1
+    return _lifelines.signal_descriptor if _lifelines is not None else NO_DESCRIPTOR
 
 
 class _Lifelines:
@@ -117,7 +116,7 @@ class _Lifelines:
                 elif not (signals := self._theirs.recv(64)):
                     return  # `close`
                 else:
-                    for number in set(signals).intersection(STOPS):
+                    for number in set(signals).intersection(SIGNALS):
                         self._stop(128 + number)
 
     def _stop(self, status: int) -> None:

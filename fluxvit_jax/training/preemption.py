@@ -5,7 +5,7 @@ from types import FrameType
 
 from fluxvit_jax.distributed import lifelines
 from fluxvit_jax.distributed.console import say
-from fluxvit_jax.distributed.interrupts import NO_DESCRIPTOR, handled_by
+from fluxvit_jax.distributed.interrupts import handled_by
 from fluxvit_jax.distributed.mesh import gather, host_count
 
 
@@ -50,8 +50,8 @@ class PreemptionHandler:
         return self.should_stop()
 
     def __enter__(self) -> "PreemptionHandler":
-        descriptor = lifelines.signal_descriptor() if host_count() > 1 else NO_DESCRIPTOR
-        self._handling.enter_context(handled_by(self._on_signal, descriptor))
+        told = lifelines.signal_descriptor()
+        self._handling.enter_context(handled_by(self._on_signal, told))
         return self
 
     def __exit__(self, *_: object) -> None:
