@@ -44,13 +44,16 @@ class Goodput:
     def resume(self, step: int) -> None:
         """Adds the earlier starts of a run that goes on from a checkpoint, or from step 0."""
         spent, saves = self._read()
-        kept = saves.get(str(step), dict.fromkeys(SPENT_ON, 0.0))
+        saves = {saved: own for saved, own in saves.items() if int(saved) <= step}
+        # The latest, if the checkpoint itself has none, as when the disk was full after it.
+        latest = max(saves, key=int, default=None)
+        kept = dict.fromkeys(SPENT_ON, 0.0) if latest is None else saves[latest]
         lost = sum(spent.values()) - sum(kept.values())
         for name in SPENT_ON:
             self._spent[name] += kept[name]
             self._before[name] = kept[name]
         self._spent["lost"] += lost
-        self._saves = {saved: own for saved, own in saves.items() if int(saved) <= step}
+        self._saves = saves
 
     def saved(self, step: int) -> None:
         """Notes that a checkpoint keeps all that was done until now."""

@@ -72,6 +72,19 @@ def test_what_a_kill_has_cost_is_lost(clock, tmp_path):
     assert seconds(tmp_path) == {"lost": 33}
 
 
+def test_a_checkpoint_without_times_keeps_those_of_the_one_before(clock, tmp_path):
+    """As when the disk was full just after it was written."""
+    killed = Goodput(epath.Path(tmp_path))
+    for step in (100, 200):
+        spend(killed, clock, step=10)
+        killed.saved(step)
+
+    resumed = Goodput(epath.Path(tmp_path))
+    resumed.resume(150)
+    resumed.write()
+    assert seconds(tmp_path) == {"step": 10, "lost": 10}
+
+
 def test_a_damaged_file_is_begun_anew(clock, tmp_path):
     (tmp_path / FILE).write_text('{"seconds": 3')
     run = Goodput(epath.Path(tmp_path))
