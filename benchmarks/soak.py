@@ -55,10 +55,11 @@ def main() -> int:
     print(f"undisturbed: {seconds / 60:.1f} minutes", flush=True)
     with small_disk(out / "disk") as disk:
         folder = (disk or out) / "disturbed"
-        soak = Soak(Command(folder, out / "fatal", options.epochs), disk, options)
+        disturbed = Command(folder, out / "fatal", options.epochs)
+        soak = Soak(disturbed, disk, options)
         begin = time.monotonic()
         soak.run()
-        faults = soak.faults + differences(folder, undisturbed.workdir)
+        faults = soak.faults + differences(disturbed, undisturbed)
         print(soak.table(time.monotonic() - begin, seconds))
         print("\n".join(faults) or "parameters and metrics: those of the undisturbed run, all bits")
         if disk:
@@ -270,15 +271,19 @@ def small_disk(folder: Path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def differences(disturbed: Path, undisturbed: Path) -> list[str]:
+def differences(disturbed: Command, undisturbed: Command) -> list[str]:
     """What differs between two finished runs, and counted clips other than the two."""
-    found = []
-    ours, theirs = (jax.tree.leaves(restore_params(folder)) for folder in (disturbed, undisturbed))
+    found, folders = [], (disturbed.workdir, undisturbed.workdir)
+    ours, theirs = (jax.tree.leaves(restore_params(folder)) for folder in folders)
     if not all(map(np.array_equal, ours, theirs)):
         found.append("the parameters are not those of the undisturbed run")
-    if (disturbed / METRICS).read_bytes() != (undisturbed / METRICS).read_bytes():
+    ours, theirs = ((folder / METRICS).read_bytes() for folder in folders)
+    if ours != theirs:
         found.append("the metrics are not those of the undisturbed run")
-    clips = {line["id"] for line in checksums.read_lines(disturbed / "bad_clips.jsonl")}
+    ours, theirs = (run.spent()["step"] for run in (disturbed, undisturbed))
+    if ours < theirs / 2:
+        found.append(f"goodput has {ours:.0f} s of steps, of the undisturbed run {theirs:.0f}")
+    clips = {line["id"] for line in checksums.read_lines(disturbed.workdir / "bad_clips.jsonl")}
     if clips != {HANGS, CRASHES}:
         found.append(f"clips that were counted: {sorted(clips)}")
     return found
