@@ -30,7 +30,7 @@ class Goodput:
     def __init__(self, workdir: epath.Path):
         self._path = workdir / FILE
         self._spent: Seconds = dict.fromkeys(SPENT_ON, 0.0)
-        self._saves: dict[str, Seconds] = {}  # step of a checkpoint -> spent until then
+        self._saves: dict[int, Seconds] = {}  # step of a checkpoint -> spent until then
         self._before = dict(self._spent)  # in earlier starts
         self._on = "start"
         self._since = time.monotonic()
@@ -44,21 +44,19 @@ class Goodput:
     def resume(self, step: int) -> None:
         """Adds the earlier starts of a run that goes on from a checkpoint, or from step 0."""
         spent, saves = self._read()
-        saves = {saved: own for saved, own in saves.items() if int(saved) <= step}
-        # The latest, if the checkpoint itself has none, as when the disk was full after it.
-        latest = max(saves, key=int, default=None)
-        kept = dict.fromkeys(SPENT_ON, 0.0) if latest is None else saves[latest]
+        self._saves = {saved: own for saved, own in saves.items() if saved <= step}
+        # The latest, since a checkpoint has none if the disk was full just after it was written.
+        kept = self._saves[max(self._saves)] if self._saves else dict.fromkeys(SPENT_ON, 0.0)
         lost = sum(spent.values()) - sum(kept.values())
         for name in SPENT_ON:
             self._spent[name] += kept[name]
             self._before[name] = kept[name]
         self._spent["lost"] += lost
-        self._saves = saves
 
     def saved(self, step: int) -> None:
         """Notes that a checkpoint keeps all that was done until now."""
         self.enter(self._on)  # up to now
-        self._saves[str(step)] = dict(self._spent)
+        self._saves[step] = dict(self._spent)
         while len(self._saves) > KEPT_SAVES:
             del self._saves[next(iter(self._saves))]
         self.write()
@@ -96,12 +94,12 @@ class Goodput:
         listed = [f"{n.replace('_', ' ')} {s:.0%}" for n, s in others if n != "step" and s >= 0.01]
         return f"goodput {share:.0%} of {total:.0f} s" + (f"; {', '.join(listed)}" * bool(listed))
 
-    def _read(self) -> tuple[Seconds, dict[str, Seconds]]:
+    def _read(self) -> tuple[Seconds, dict[int, Seconds]]:
         """What the file holds; nothing if it is not there or damaged."""
         try:
             with storage.errors(self._path):
                 content = storage.parse_json(self._path.read_text())
-            saves = {step: _seconds(own) for step, own in content["at_checkpoints"].items()}
+            saves = {int(step): _seconds(own) for step, own in content["at_checkpoints"].items()}
             return _seconds(content["seconds"]), saves
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return dict.fromkeys(SPENT_ON, 0.0), {}

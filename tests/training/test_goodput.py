@@ -85,8 +85,11 @@ def test_a_checkpoint_without_times_keeps_those_of_the_one_before(clock, tmp_pat
     assert seconds(tmp_path) == {"step": 10, "lost": 10}
 
 
-def test_a_damaged_file_is_begun_anew(clock, tmp_path):
-    (tmp_path / FILE).write_text('{"seconds": 3')
+@pytest.mark.parametrize("old, new", [("}", ""), ('"4"', '"t"')], ids=["cut off", "no step"])
+def test_a_damaged_file_is_begun_anew(clock, tmp_path, old, new):
+    Goodput(epath.Path(tmp_path)).saved(4)
+    path = tmp_path / FILE
+    path.write_text(path.read_text().replace(old, new))
     run = Goodput(epath.Path(tmp_path))
     run.resume(4)
     spend(run, clock, step=1)
