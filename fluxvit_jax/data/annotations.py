@@ -303,11 +303,21 @@ def _label(where: str, classes: int | None, text: str) -> int:
     return label
 
 
+def check_file_name(where: str, text: str) -> None:
+    """Raises UserError for half a surrogate pair, which JSON can write, and no file name has."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: path {text!r} is no file name: half of a character") from None
+
+
 def path_inside(where: str, text: str, root: str) -> str:
     """The path relative to the root. Links are not followed: one may lead out of the root.
 
-    where: the place of the path, for messages. Raises UserError for a path outside, or a URL.
+    where: the place of the path, for messages. Raises UserError for a path outside, a URL, or as
+    `check_file_name`.
     """
+    check_file_name(where, text)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
         raise UserError(f"{where}: path {text!r} is a URL; write what comes after the root {root}")
     is_local = os.path.isabs(text) and not storage.is_remote(root)

@@ -88,11 +88,7 @@ def entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     text = text_of(path)
     if path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-        if {"path", "caption"} - set(rows.fieldnames or ()):
-            raise UserError(f"{path}: the first line is not path,caption")
-        for row in rows:
-            yield f"{path}: line {rows.line_num}", {"video": row["path"], "caption": row["caption"]}
+        yield from _csv_entries(path, text)
         return
     try:
         found = storage.parse_json(text)
@@ -104,6 +100,25 @@ def entries(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}: entry {number}", entry
 
 
+def _csv_entries(path: epath.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text), skipinitialspace=True, strict=True)
+    begin = 1  # line of a row; it may have more, in quotes
+    try:
+        if {"path", "caption"} - set(rows.fieldnames or ()):
+            raise UserError(f"{path}: the first line is not path,caption")
+        begin = rows.line_num + 1
+        for row in rows:
+            if None in row:  # columns without a name
+                raise UserError(
+                    f"{path}: line {begin}: has more columns than the first line; put a caption "
+                    'with a comma in quotes: path,"caption"'
+                )
+            yield f"{path}: line {rows.line_num}", {"video": row["path"], "caption": row["caption"]}
+            begin = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{path}: line {begin}: is not valid CSV: {error}") from None
+
+
 def strings(value: Any, what: str) -> Sequence[str]:
     """A text as a list of one. Raises UserError for anything but texts."""
     values = [value] if isinstance(value, str) else value
@@ -113,8 +128,11 @@ def strings(value: Any, what: str) -> Sequence[str]:
 
 
 def cleaned(texts: Sequence[str], where: str) -> tuple[str, ...]:
-    """Captions without punctuation. Raises UserError if one is nothing else."""
-    found = tuple(map(captions.clean, texts))
+    """Captions without punctuation. Raises UserError if one is nothing else.
+
+    Half a surrogate pair, which JSON can write, is dropped.
+    """
+    found = tuple(captions.clean(text.encode(errors="replace").decode()) for text in texts)
     if not all(found):
         raise UserError(f"{where}: a caption is empty, or has nothing but punctuation")
     return found

@@ -102,7 +102,7 @@ def prepare(
     """
     _check_options(split, workers, shard_mb, clip_seconds)
     out = _local_folder(out)
-    with _one_run_at_a_time(out):
+    with _one_run_at_a_time(out), storage.write_errors(out):
         info = _finished_splits(out, captioned)
         videos = _read_videos(out, info, annotations, root, names, captioned)
         plan = _plan(videos, shard_mb)
@@ -216,11 +216,13 @@ def _names(
     out: Path, info: Any, annotations: str | os.PathLike, names: Sequence[str] | None
 ) -> Sequence[str] | None:
     """Class names: as given, else of the class folders, else of the finished splits."""
+    known = getattr(info.features["label"], "names", None) or None if info else None
     if names is None and storage.is_folder(annotations):
         names = class_names(annotations) or None
+        if info and names and not known:
+            raise _only_numbers(annotations, out)
     if info is None:
         return names
-    known = getattr(info.features["label"], "names", None) or None
     if known and names and list(known) != list(names):
         raise UserError(f"{out}: its other splits have other class names; choose another --out")
     highest = max(info.metadata["splits"][split]["max_label"] for split in info.splits)
@@ -242,11 +244,15 @@ def _read(
         known = KnownNames(names, f"the class names of {out}")
     examples, listed = read_named(annotations, root, len(names) if names else None, known=known)
     if listed and info and not names:
-        raise UserError(
-            f"{annotations}: its labels are names, but those of the other splits of {out} are "
-            "numbers; say which is which: --class_names=FILE, a name a line"
-        )
+        raise _only_numbers(annotations, out)
     return examples, names or listed
+
+
+def _only_numbers(annotations: str | os.PathLike, out: Path) -> UserError:
+    return UserError(
+        f"{annotations}: its labels are names, but those of the other splits of {out} are "
+        "numbers; say which is which: --class_names=FILE, a name a line"
+    )
 
 
 # The plan

@@ -2,7 +2,9 @@
 
 A file is a JSON list of {"video": path, "caption": text}, as the official code reads, or a CSV of
 path,caption. A video may have a list of captions, each a query of its own or, of paragraph sets
-such as DiDeMo and ActivityNet, sentences of one; a caption may have a list of videos.
+such as DiDeMo and ActivityNet, sentences of one; a caption may have a list of videos. A video in
+several lines of a CSV is one that has all of their captions; in JSON, as in the official code, each
+entry is a video of its own.
 
 Source: InternVideo2, multi_modality, dataset/ret_dataset.py. There a paragraph that is a string and
 not a list has its letters joined with spaces; here it stays.
@@ -11,6 +13,7 @@ not a list has its letters joined with spaces; here it stays.
 import os
 from dataclasses import dataclass
 
+from fluxvit_jax.data.annotations import check_file_name
 from fluxvit_jax.data.caption_lists import cleaned, entries, strings
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
@@ -34,27 +37,34 @@ def read_retrieval_set(
     root: folder of the videos, for paths that are not absolute; paragraphs: a list of captions is
     one text, joined with spaces.
 
-    Raises UserError: no such file; no list of this form; an entry without a caption or a video.
+    Raises UserError: no such file; no list of this form; an entry without a caption or a video; a
+    path that no file can have.
     """
     path = storage.path_of(path)
     videos: list[str] = []
+    number_of: dict[str, int] = {}  # of the latest video with a path
     texts: list[str] = []
-    texts_of: list[tuple[int, ...]] = []
+    texts_of: list[list[int]] = []
     videos_of: list[tuple[int, ...]] = []
     for where, entry in entries(path):
         own_videos = strings(entry.get("video"), f"{where}: video")
         sentences = strings(entry.get("caption"), f"{where}: caption")
         joined = [" ".join(sentences)] if paragraphs else sentences
         own_texts = cleaned(joined, where)
-        texts_of += [tuple(range(len(texts), len(texts) + len(own_texts)))] * len(own_videos)
-        videos_of += [tuple(range(len(videos), len(videos) + len(own_videos)))] * len(own_texts)
-        videos += [os.path.join(root, video) for video in own_videos]
+        for video in own_videos:
+            check_file_name(where, video)
+            if path.suffix != ".csv" or video not in number_of:
+                number_of[video] = len(videos)
+                videos.append(os.path.join(root, video))
+                texts_of.append([])
+            texts_of[number_of[video]] += range(len(texts), len(texts) + len(own_texts))
+        videos_of += [tuple(number_of[video] for video in own_videos)] * len(own_texts)
         texts += own_texts
     if not videos:
         raise UserError(f"{path}: there are no videos in it")
     return RetrievalSet(
         videos=tuple(videos),
         texts=tuple(texts),
-        texts_of=tuple(texts_of),
+        texts_of=tuple(map(tuple, texts_of)),
         videos_of=tuple(videos_of),
     )

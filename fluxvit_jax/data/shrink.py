@@ -5,7 +5,7 @@
 SMALL has the same names in the same folders: a list still fits with --config.data.root=SMALL. Every
 frame stays, sound goes. Frames are scaled down to a shorter side of `--short_side` pixels, and are
 H.264 with a key frame every 12 frames, so that random ones are read fast. A video that cannot be
-read, or that is no larger, is copied as it is: an evaluation must count the first as failed.
+decoded, or that is no larger, is copied as it is: an evaluation must count the first as failed.
 Finished copies stay, so that the same command goes on where it was stopped. Choose a `--short_side`
 that is larger than the resolution of training: random crops are cut from it.
 """
@@ -42,6 +42,7 @@ SHORT_SIDE = 128
 QUALITY = 18  # x264's constant rate factor: hardly to be told from the original
 KEY_FRAME_INTERVAL = 12
 CHUNK = 240  # frames in memory at a time
+NOTE = ".short_side"  # file in the folder that is written
 FRAME_RATE = 30  # where the file does not say
 CLIP_SECONDS = 600.0
 DYING = (
@@ -70,11 +71,12 @@ def shrink(
       Why videos cannot be read, by their names.
 
     Raises:
-      UserError: no videos, not one that can be read, an `out` that cannot be written, a process
-        that dies again and again.
+      UserError: no videos, not one that can be read, an `out` that cannot be written or has copies
+        of another size, a process that dies again and again.
     """
     root, out = Path(os.path.abspath(root)), Path(os.path.abspath(out))
     names = _names(root, out, short_side)
+    _claim(out, short_side)
     quarantine: Quarantine = {}
     copies = _Copies(root, out, names, short_side, quarantine)
     workers = min(workers, len(names))
@@ -91,7 +93,7 @@ def _names(root: Path, out: Path, short_side: int) -> list[str]:
     """The videos' paths below the root. Raises UserError for arguments that cannot be."""
     if short_side < 16 or short_side % 2:
         raise UserError(f"short_side ({short_side}) must be even and at least 16")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"{storage.display_name(root)}: no such folder")
     if out == root or root in out.parents:
         raise UserError(f"{storage.display_name(out)}: lies in the folder of the videos")
@@ -99,6 +101,25 @@ def _names(root: Path, out: Path, short_side: int) -> list[str]:
     if not names:
         raise UserError(f"{storage.display_name(root)}: holds no videos")
     return names
+
+
+def _claim(out: Path, short_side: int) -> None:
+    """Notes in `out` how large its copies are. Raises UserError if it has others."""
+    note = out / NOTE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        before = note.read_text(errors="replace") if note.exists() else ""
+        if not before:
+            durable_files.write(note, f"{short_side}\n")
+    except OSError as error:
+        raise UserError(
+            f"{storage.display_name(out)}: cannot be written: {error.strerror}"
+        ) from None
+    if before and before.strip() != str(short_side):
+        raise UserError(
+            f"{storage.display_name(out)}: has copies with --short_side={before.strip()}; choose "
+            "another --out"
+        )
 
 
 def _results(pool: SupervisedWorkers, names: list[str]) -> dict[str, str]:
@@ -143,7 +164,8 @@ class _Copies:
                     if not small:
                         _write(video, unfinished, self.short_side)
             except DecodeError as error:
-                _copy(source, unfinished, target)
+                if os.access(source, os.R_OK):
+                    _copy(source, unfinished, target)
                 return error.reason
             if small:
                 _copy(source, unfinished, target)

@@ -144,7 +144,7 @@ class FileSource:
         largest = (max(labels_of(own.label), default=-1) for own in self.examples)
         return len(self.class_names or ()) or 1 + max(largest)
 
-    @property
+    @cached_property
     def labels(self) -> list[Label]:
         return [example.label for example in self.examples]
 
@@ -201,7 +201,7 @@ class Subset:
         ids = self.source.ids
         return None if ids is None else [ids[number] for number in self.numbers]
 
-    @property
+    @cached_property
     def labels(self) -> list[Label] | None:
         labels = self.source.labels
         return None if labels is None else [labels[number] for number in self.numbers]

@@ -5,8 +5,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.data.annotations import is_list, open_source, read_class_names
+from fluxvit_jax.data.annotations import open_source, read_class_names
 from fluxvit_jax.data.class_names import KnownNames, normalized
+from fluxvit_jax.data.prepared_source import is_prepared, split_of
 from fluxvit_jax.data.sources import Source
 from fluxvit_jax.distributed.hosts import check_same
 from fluxvit_jax.errors import UserError
@@ -95,7 +96,7 @@ def open_compared(
 
     known: the names of these classes; None where they have only numbers.
 
-    Raises UserError: as `open_source`; a list has names, and the classes have none.
+    Raises UserError: as `open_source`; a list or class folders have names, and the classes none.
     """
     source = open_source(
         path,
@@ -104,7 +105,7 @@ def open_compared(
         known=known,
         multi_label=config.train.multi_label,
     )
-    if known is None and source.class_names and is_list(path):
+    if known is None and source.class_names and _is_sorted(path):
         raise UserError(
             f"config.{field}={path}: its labels are names, but {reference} has numbers only; say "
             "which is which: --config.data.class_names=FILE, a name a line"
@@ -115,20 +116,25 @@ def open_compared(
 def open_validation(config: ConfigDict, training: Source) -> Source:
     """The videos of `data.validation`, whose names are looked up among those of training.
 
-    Raises UserError: as `open_compared`; it has numbers where the training list has names.
+    Raises UserError: as `open_compared`; it has numbers where training has names.
     """
     train, validation = config.data.train, config.data.validation
     reference, known = f"config.data.train={train}", configured_names(config)
     if training.class_names and not known:
         known = KnownNames(training.class_names, reference)
     source = open_compared(validation, "data.validation", config, known, reference)
-    unordered = training.class_names and not config.data.class_names
-    if unordered and not source.class_names and is_list(train) and is_list(validation):
+    unordered = training.class_names and _is_sorted(train) and not config.data.class_names
+    if unordered and not source.class_names:
         raise UserError(
             f"config.data.validation={validation}: its labels are numbers, but those of "
             f"{reference} are names; write names in both"
         )
     return source
+
+
+def _is_sorted(path: str) -> bool:
+    """Whether classes are numbered in the order of their names; prepared folders keep theirs."""
+    return not is_prepared(split_of(path)[0])
 
 
 def describe_data(

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from fluxvit_jax.data import synthetic_captions
 from fluxvit_jax.data.synthetic_movement import Movement, draw_movement
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 
 # Counts changes that alter the clips; a folder made with another number is not added to.
@@ -338,9 +339,11 @@ def write_dataset(
 ) -> None:
     """Write the demo's data set of train and validation clips to the folder out, or finish it.
 
-    workers is the number of processes, 0 for one a core up to 8. Raises UserError when the folder
-    holds anything else, such as a data set made with other arguments.
+    workers is the number of processes, 0 for one a core up to 8. Raises UserError when it is
+    negative, or the folder holds anything else, such as a data set made with other arguments.
     """
+    if workers < 0:
+        raise UserError(f"--workers={workers}: must be 0 or more")
     out = Path(out)
     _claim(out, {"train": train, "validation": validation, "seed": seed, "recipe": RECIPE})
     splits = {
@@ -480,7 +483,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: one a core)")
     options = parser.parse_args(arguments)
     try:
-        write_dataset(**vars(options))
+        with storage.write_errors(options.out):
+            write_dataset(**vars(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -169,7 +169,8 @@ def files_below(folder: PathLike, inside: Sequence[str] = ("",)) -> list[str]:
 
     inside: names of subfolders, to list only the files in these. Links are followed, but below each
     of these folders every real folder is read once, and no parent of `folder` is read again.
-    Raises UserError, see `errors`; a folder that does not exist has no files.
+    Raises UserError, see `errors`, and if a folder cannot be listed; one that does not exist has no
+    files.
     """
     if is_remote(folder):  # one request lists all of it; each of many folders would need its own
         files, tops = list(_object_sizes(folder)), set(inside)
@@ -192,7 +193,8 @@ def _folders_below(top: str, above: set[str]) -> Iterator[tuple[str, list[str]]]
     tops = [top]
     while tops:
         links = []
-        for parent, folders, names in itertools.chain.from_iterable(map(os.walk, tops)):
+        walks = (os.walk(top, onerror=_refuse_to_skip) for top in tops)
+        for parent, folders, names in itertools.chain.from_iterable(walks):
             real = os.path.realpath(parent)
             if real in read:
                 folders.clear()
@@ -202,6 +204,14 @@ def _folders_below(top: str, above: set[str]) -> Iterator[tuple[str, list[str]]]
             paths = [os.path.join(parent, folder) for folder in folders]
             links += [path for path in paths if os.path.islink(path)]
         tops = sorted(links)
+
+
+def _refuse_to_skip(error: OSError) -> None:
+    """Raises UserError for a folder that cannot be listed: its files would be missed unnoticed."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise UserError(
+            f"{display_name(error.filename)}: cannot be listed: {error.strerror}"
+        ) from None
 
 
 def _with_parents(folder: PathLike) -> set[str]:

@@ -122,6 +122,8 @@ def _search(args: argparse.Namespace) -> None:
         raise UserError(f"{args.words!r}: there are no words to look for")
     out = _place(args.out, ".html") if args.out else None
     index = index_file.load(Path(args.index))
+    if not len(index):
+        raise UserError(f"{args.index}: holds no moment yet; the command that made it goes on")
     model = weights.load(args.checkpoint, args.text_encoder)
     if weights.checksum(model) != index.settings.model:
         raise UserError(

@@ -102,7 +102,7 @@ def load(path: Path) -> Index:
             f"{path}: there is no index; make one: python -m fluxvit_jax.find index VIDEOS "
             "--checkpoint=DIR --tokens=N --out=INDEX.npz"
         ) from None
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, TypeError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is no index, or a damaged one: {error}") from error
 
 

@@ -39,8 +39,8 @@ def make(
     An index in `out` goes on: its videos stay, those that could not be read are tried again, those
     that are not in the folder any more are taken out.
 
-    Raises UserError: no videos, an index of other settings in `out`, not one video that can be
-    read, or as `read_parts`. What was found until then stays.
+    Raises UserError: no videos, an index of other settings or another folder in `out`, not one
+    video that can be read, or as `read_parts`. What was found until then stays.
     """
     folder = storage.path_of(videos)
     if not storage.is_folder(folder):
@@ -50,7 +50,8 @@ def make(
         raise UserError(f"{videos}: holds no videos")
     place = videos if storage.is_remote(videos) else os.path.abspath(videos)
     index = _begun(out, settings, place, set(paths))
-    todo = [name for name in paths if name not in index.moments]
+    # Some parts of a video may be there, and others have failed.
+    todo = [name for name in paths if name not in index.moments or name in index.failures]
     todo.sort(key=lambda name: name in index.failures)  # those that failed before come last
     if done := len(paths) - len(todo):
         print(f"{out}: {done} of {len(paths)} videos are in it already")
@@ -81,6 +82,8 @@ def _begun(out: Path, settings: Settings, folder: str, present: set[str]) -> Ind
     if not out.exists():
         return index
     before = index_file.load(out)
+    if before.folder != folder and os.path.exists(before.folder):  # else it was moved
+        raise UserError(f"{out}: is an index of {before.folder}; name another --out, or delete it")
     if difference := settings.difference(before.settings):
         raise UserError(f"{out}: is an index {difference}; name another --out, or delete it")
     for name, moments in before.moments.items():
@@ -174,8 +177,11 @@ class _Run:
             return
         del self._begun[number]
         name = self._names[number]
-        self._index.failures.pop(name, None)
-        self._index.failures |= begun.failed
+        failures = self._index.failures
+        for before in list(failures):
+            if name in (before, before.rpartition(SEPARATOR)[0]):
+                del failures[before]
+        failures |= begun.failed
         for failure, reason in begun.failed.items():
             _say(f"{failure}: {reason}")
         if begun.rows:

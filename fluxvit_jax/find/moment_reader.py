@@ -81,8 +81,8 @@ def read_parts(
                 if isinstance(made, Exception):
                     raise made
                 under_way -= 1
+                pool.went_on()
                 yield task[0], todo.noted(task, made)
-            pool.went_on()
     finally:
         pool.close()
 

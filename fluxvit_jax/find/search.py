@@ -30,6 +30,8 @@ def search(model: PretrainedModel, index: Index, words: str, top: int) -> list[F
         raise UserError(f"{words!r}: there are no words to look for")
     (vector,) = model.encode_text(words)
     vectors, places = flattened(index)
+    if not places:
+        return []
     cosines = vectors @ vector
     found: list[Found] = []
     for number in np.argsort(-cosines, kind="stable"):

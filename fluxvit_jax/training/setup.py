@@ -119,6 +119,11 @@ def set_up(config: ConfigDict, workdir: storage.PathLike, fresh: bool = False) -
 
     grids = admissible_grids(config)
     has_images = isinstance(data.training, Mixture) and data.training.image_share > 0
+    if has_images and config.data.sampling_period_epochs:
+        raise UserError(
+            "config.data.sampling_period_epochs: steps of images come between those of videos and "
+            "do not repeat with them; set it to 0, or train on videos alone"
+        )
     of_images = image_grids(config) if has_images else ()
     objective = make_objective(config, grids, platform_of(mesh))
     return Setup(

@@ -306,6 +306,19 @@ def test_several_splits_share_class_names(videos, tmp_path):
         prepare(videos / "good.csv", out, split="test", names=["walk", "run"])
 
 
+def test_class_folders_beside_splits_of_numbers_are_refused(videos, tmp_path):
+    """Folders are numbered in the order of their names, and the list may have another one."""
+    for name in ("run", "walk ö"):
+        (tmp_path / "classes").mkdir(exist_ok=True)
+        (tmp_path / "classes" / name).symlink_to(videos / name)
+    prepare(videos / "good.csv", tmp_path / "out")
+    with pytest.raises(UserError, match="classes: its labels are names, but those of the other sp"):
+        prepare(tmp_path / "classes", tmp_path / "out", split="validation")
+    names = ["run", "walk ö"]
+    added = prepare(tmp_path / "classes", tmp_path / "out", split="validation", names=names)
+    assert added == Prepared(12, 0)
+
+
 def test_bad_folders_are_refused(videos, whole, tmp_path):
     prepare(videos / "good.csv", tmp_path, shard_mb=SHARD_MB)
     shard = sorted(tmp_path.glob("videos-*"))[1]

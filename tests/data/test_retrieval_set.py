@@ -40,6 +40,16 @@ def test_a_csv(tmp_path):
     assert found.texts == ("a man playing", "two dogs") and found.videos_of == ((0,), (1,))
 
 
+def test_a_video_in_several_lines_of_a_csv_is_one(tmp_path):
+    """Its captions are all right for it, as of an entry in JSON with a list of captions."""
+    rows = [("a.mp4", "a dog runs"), ("b.mp4", "a cat"), ("a.mp4", "a dog is running")]
+    text = "\n".join(["path,caption", *map(",".join, rows)])
+    found = read_retrieval_set(write(tmp_path, text, "set.csv"))
+    assert found.videos == ("a.mp4", "b.mp4") and found.texts_of == ((0, 2), (1,))
+    assert found.texts == ("a dog runs", "a cat", "a dog is running")
+    assert found.videos_of == ((0,), (1,), (0,))
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -51,6 +61,14 @@ def test_a_csv(tmp_path):
         ("[" * 100_000, "s.json", "s.json: no JSON: nested too deep"),
         ("a.mp4,x\n", "s.csv", "s.csv: the first line is not path,caption"),
         ("path,caption\na.mp4\n", "s.csv", "line 2: caption is no text"),
+        ("path,caption\na,b\nc,d, e\n", "s.csv", "line 3: has more columns than the first"),
+        ('path,caption\na,b\nc,"d e\n' + "f,g\n" * 9, "s.csv", "line 3: is not valid CSV: unexp"),
+        ('path,caption\nc,"d\n' + "f,g\n" * 40_000, "s.csv", "line 2: is not valid CSV: field"),
+        (
+            r'[{"video": "\ud83d.mp4", "caption": "x"}]',
+            "s.json",
+            "0: path .* is no file name",
+        ),
     ],
 )
 def test_other_lists_are_refused(content, name, message, tmp_path):

@@ -1,6 +1,10 @@
 """Small copies: of odd sizes, turned, broken, stopped and gone on with."""
 
 import os
+import re
+import shutil
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -65,6 +69,28 @@ def test_the_same_command_goes_on(videos, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
+def test_copies_of_another_size_are_refused(videos, tmp_path):
+    shrink(videos, tmp_path / "out", short_side=64)
+    with pytest.raises(UserError, match="out: has copies with --short_side=64; choose another --o"):
+        shrink(videos, tmp_path / "out", short_side=32)
+    assert min(read(tmp_path / "out" / "wide.mp4")[0].shape[1:3]) == 64
+
+
+def test_a_file_without_permission_is_only_listed(videos, tmp_path):
+    """Root may read all files, so the command runs without that privilege."""
+    (videos / "wide.mp4").chmod(0)
+    unprivileged = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    if os.getuid() or not shutil.which("setpriv"):
+        unprivileged = []
+    command = [sys.executable, "-m", "fluxvit_jax.data.shrink", f"--root={videos}"]
+    own = [f"--out={tmp_path / 'out'}", "--short_side=64", "--workers=1"]
+    done = subprocess.run([*unprivileged, *command, *own], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if unprivileged or os.getuid():
+        assert re.search("cannot be read: wide.mp4: .*[Pp]ermission denied", done.stdout)
+    assert read(tmp_path / "out" / "in folder" / "tall é.mkv")[0].shape[2] == 64
+
+
 def test_the_command(videos, tmp_path, capsys):
     assert main([f"--root={videos}", f"--out={tmp_path / 'out'}", "--short_side=64"]) == 0
     said = capsys.readouterr().out
@@ -81,7 +107,7 @@ def test_the_command(videos, tmp_path, capsys):
         ({"root": "bad"}, "bad: not one video can be read; text.mp4: "),
         ({"short_side": "63"}, "short_side (63) must be even and at least 16"),
         ({"out": "videos/small"}, "small: lies in the folder of the videos"),
-        ({"out": "file"}, "file/broken.mp4: cannot be written: "),
+        ({"out": "file"}, "file: cannot be written: File exists"),
         ({"workers": "0"}, "--workers must be above 0"),
     ],
 )

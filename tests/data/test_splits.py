@@ -115,6 +115,29 @@ def test_names_and_numbers_that_do_not_go_together(tmp_path, train, validation, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("names", [("0", "1", "2", "11"), ("walk", "run", "jump", "sit")])
+def test_class_folders_and_numbers_do_not_go_together(tiny_data, tmp_path, names):
+    """Folders are numbered in the order of their names, "11" before "2"; a list as it likes."""
+    folder = tiny.class_folders(tiny_data, tmp_path / "folder", names, range(8))
+    config = config_of(tmp_path, [0, 1, 2, 3], [0, 1, 2, 3])
+    numbers = config.data.train
+    for train, validation, message in (
+        (numbers, folder, "its labels are names, but config.data.train=.* has numbers only"),
+        (folder, numbers, "its labels are numbers, but those of config.data.train=.* are names"),
+    ):
+        config.data.train, config.data.validation = str(train), str(validation)
+        config.model.classes = 4
+        with pytest.raises(UserError, match=message):
+            open_validation(config, training_source(config))
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    config.data.train, config.data.validation = numbers, str(folder)
+    config.data.class_names = str(tmp_path / "names.txt")
+    found = open_validation(config, training_source(config))
+    assert [names[found[k].label] for k in range(len(found))] == [
+        found.ids[k].split("/")[0] for k in range(len(found))
+    ]
+
+
 def write_list(folder, name, rows):
     (folder / name).write_text("\n".join(rows) + "\n")
     return folder / name

@@ -1,5 +1,6 @@
 """`python -m fluxvit_jax.find`: the index of a folder of videos, and what it finds by words."""
 
+import errno
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from etils import epath
 
 import fluxvit_jax
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
+from fluxvit_jax.data.annotations import videos_below
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.deploy.windows import windows_of
 from fluxvit_jax.errors import UserError
@@ -155,14 +158,71 @@ def test_a_killed_index_goes_on(made, videos, clip_folder, tmp_path, capsys):
 
 def test_an_index_follows_its_folder(made, videos, clip_folder, tmp_path):
     """Videos that have come are added, those that are gone taken out, mended ones read."""
-    folder = Path(shutil.copytree(videos, tmp_path / "videos"))
-    out = Path(shutil.copy(made, tmp_path / "index.npz"))
+    folder, out = moved(made, videos, tmp_path)
     (folder / "a.mp4").rename(folder / "z.mp4")
     shutil.copy(folder / "b.mp4", folder / "broken.mp4")
     assert not index(folder, clip_folder, out)
     found = index_file.load(out)
     assert set(found.moments) == {*GOOD[1:], "z.mp4", "broken.mp4"} and not found.failures
     np.testing.assert_allclose(found.vectors["broken.mp4"], found.vectors["b.mp4"], atol=1e-5)
+
+
+def moved(made: Path, videos: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of the videos, and the index of it."""
+    index = index_file.load(made)
+    index.folder = str(shutil.copytree(videos, folder / "videos"))
+    index_file.save(index, folder / "index.npz")
+    return folder / "videos", folder / "index.npz"
+
+
+def test_a_video_that_failed_in_part_is_tried_again(made, videos, clip_folder, tmp_path):
+    folder, out = moved(made, videos, tmp_path)
+    index_of = index_file.load(out)
+    expected = index_of.vectors["a.mp4"].copy()
+    index_of.vectors["a.mp4"] *= 0
+    index_of.failures["a.mp4"] = "hangs: not read within 120 s"
+    index_of.failures["a.mp4 at 8.0 to 9.0 s"] = "cannot be read"
+    index_file.save(index_of, out)
+    assert not index(folder, clip_folder, out)
+    found = index_file.load(out)
+    np.testing.assert_allclose(found.vectors["a.mp4"], expected, atol=1e-5)
+    assert found.failures.keys() == {"broken.mp4"}
+
+
+def test_an_index_of_another_folder_is_refused(made, videos, clip_folder, tmp_path, capsys):
+    """Its videos may have the names of others. That of a folder which was moved goes on."""
+    folder, out = moved(made, videos, tmp_path)
+    (tmp_path / "other").mkdir()
+    write_video(tmp_path / "other/a.mp4", moving_texture(6, 48, 64, seed=5))
+    before = out.read_bytes()
+    assert index(tmp_path / "other", clip_folder, out) == 2
+    assert f"{out}: is an index of {folder}; name another --out" in error_of(capsys)
+    assert out.read_bytes() == before
+    folder.rename(tmp_path / "away")
+    assert not index(tmp_path / "away", clip_folder, out)
+    assert index_file.load(out).folder == str(tmp_path / "away")
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_work(videos, tmp_path, monkeypatch):
+    """Its videos would be taken for gone, and their vectors out of the index."""
+    folder = shutil.copytree(videos, tmp_path / "videos")
+    listed = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "be low":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="be low: cannot be listed: Permission denied"):
+        videos_below(epath.Path(folder))
+
+
+def test_a_video_that_takes_all_memory_is_left_out(videos, tmp_path):
+    """The system kills its reader, again and again."""
+    killed = str(shutil.copy(videos / "a.mp4", tmp_path / "killed.mp4"))
+    parts = dict(read_parts([killed, str(videos / "be low/c.mp4")], SETTINGS, 1, 30, open_badly))
+    assert "kill" in parts[0].failure.lower() and not parts[1].failure
 
 
 def test_videos_that_hang_or_crash_their_reader(videos):
@@ -278,6 +338,8 @@ def test_words_that_cannot_be(made, clip_folder, capsys):
 
 def test_weights_and_files_that_cannot_be(made, videos, clip_folder, tmp_path, capsys):
     (tmp_path / "bad.npz").write_bytes(made.read_bytes()[:1000])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    index_file.save(Index(SETTINGS, str(videos)), tmp_path / "none yet.npz")
     (tmp_path / "empty").mkdir()
     weight_files.write(read_weights(clip_folder), tmp_path / "alone")
     out = tmp_path / "new.npz"
@@ -286,6 +348,8 @@ def test_weights_and_files_that_cannot_be(made, videos, clip_folder, tmp_path, c
         (lambda: find("red", tmp_path / "bad.npz", clip_folder), "is no index, or a damaged one"),
         (lambda: find("red", made, clip_folder, "--top=0"), "--top=0: must be at least 1"),
         (lambda: find("red", made, clip_folder, "--out=a.txt"), "must be a file .* in .html"),
+        (lambda: find("red", tmp_path / "one.npy", clip_folder), "is no index, or a damaged one"),
+        (lambda: find("red", tmp_path / "none yet.npz", clip_folder), "holds no moment yet"),
         (lambda: index(videos, clip_folder, tmp_path / "x.zip"), "must be a file .* in .npz"),
         (lambda: index(videos, clip_folder, out, "--stride=1s"), "--stride=1s: add --window"),
         (lambda: index(videos, clip_folder, out, "--tokens=1"), "--tokens: must be at least 2"),
