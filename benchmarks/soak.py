@@ -134,6 +134,8 @@ class Soak:
         """Starts the run again and again until it is finished."""
         finished = False
         while not finished and not self.faults:
+            for damaged in self._command.workdir.glob("checkpoints/*.damaged"):
+                shutil.rmtree(damaged)  # they would fill the small disk
             self._starts += 1
             begin = self._command.log.stat().st_size if self._command.log.exists() else 0
             finished = self._disturb(self._command.start())

@@ -29,7 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fluxvit_jax.config import versions
 from fluxvit_jax.convert.official_names import describe_faults
-from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed import atomic, storage
 from fluxvit_jax.distributed.hosts import broadcast_from_host0, check_shared, compute_on_host0
 from fluxvit_jax.errors import UserError
 
@@ -37,6 +37,7 @@ Tree = Any
 
 FOLDER = "checkpoints"
 CHECKSUMS = "checksums.json"
+METRICS = "metrics"  # Orbax's item, and the file in it
 # The metric that chooses the best step: validation accuracy, or in its place mAP, or a loss with a
 # minus.
 BEST = "top1"
@@ -164,18 +165,39 @@ class Checkpoints:
             state = reader.restore(source / "state", args=ocp.args.StandardRestore(target))
         return step, state, _read_json(source / "data")
 
-    def set_aside(self, step: int) -> str:
-        """Renames a step that is the newest of several to `STEP.nonfinite`.
+    def rate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Gives a saved step the validation results that it was saved without.
 
-        All hosts call it. Returns the new path, or "" if there is no such step.
+        A kill at any moment leaves the step intact: its checksums are rewritten without the file,
+        then the file, then the checksums with it. Raises UserError: it could not be written.
+        """
+        self.close()  # Orbax reads the metrics when it opens the steps
+
+        def rewrite() -> None:
+            folder = self._folder / str(step)
+            path = folder / METRICS / METRICS
+            path.unlink(missing_ok=True)
+            write_checksums(folder)
+            path.parent.mkdir(exist_ok=True)
+            atomic.write(path, json.dumps({name: float(x) for name, x in metrics.items()}))
+            write_checksums(folder)
+
+        self._saving = step
+        with self._write_errors():
+            compute_on_host0(rewrite)
+
+    def set_aside(self, last_good: int) -> str:
+        """Renames the newest of several steps to `STEP.nonfinite`, unless it is before `last_good`.
+
+        All hosts call it. Returns the new path, or "" if nothing is renamed.
         """
         self.close()
 
         def rename() -> str:
             steps = sorted(_steps(self._folder))
-            if len(steps) < 2 or steps[-1] != step:
+            if len(steps) < 2 or steps[-1] < last_good:
                 return ""
-            return os.fspath(self._rename(step, "nonfinite"))
+            return os.fspath(self._rename(steps[-1], "nonfinite"))
 
         return compute_on_host0(rename)
 
@@ -278,13 +300,7 @@ def find_step(path: str | epath.Path) -> epath.Path:
 
 
 def _find_step(path: str | epath.Path) -> epath.Path:
-    path = _absolute(path)
-    if path.name.isdigit() and (path / "state").exists():
-        candidates = [path]
-    else:
-        folder = path / FOLDER if (path / FOLDER).exists() else path
-        ranked = sorted(_steps(folder), key=lambda step: (_quality_of(folder / str(step)), step))
-        candidates = [folder / str(step) for step in reversed(ranked)]
+    candidates = _candidates(_absolute(path))
     if not candidates:
         raise UserError(f"no checkpoint in {path}")
     faults: dict[epath.Path, str] = {}
@@ -296,6 +312,20 @@ def _find_step(path: str | epath.Path) -> epath.Path:
             return candidate
         faults[candidate] = fault
     raise UserError(f"checkpoint {candidates[0]} is damaged: {faults[candidates[0]]}")
+
+
+def has_step(path: str | epath.Path) -> bool:
+    """Whether `find_step` finds a step in a path, intact or not; host 0 looks."""
+    return compute_on_host0(lambda: bool(_candidates(_absolute(path))))
+
+
+def _candidates(path: epath.Path) -> list[epath.Path]:
+    """The step that a path is, or the steps in it, the best first."""
+    if path.name.isdigit() and (path / "state").exists():
+        return [path]
+    folder = path / FOLDER if (path / FOLDER).exists() else path
+    ranked = sorted(_steps(folder), key=lambda step: (_quality_of(folder / str(step)), step))
+    return [folder / str(step) for step in reversed(ranked)]
 
 
 def best_step(workdir: str | epath.Path) -> int | None:
@@ -404,7 +434,7 @@ def write_checksums(step: epath.Path) -> None:
         if item.is_dir()
         for path in _files(item)
     }
-    (step / CHECKSUMS).write_text(json.dumps(files, indent=1, sort_keys=True))
+    atomic.write(step / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True))
 
 
 def find_fault(step: epath.Path) -> str | None:
@@ -444,7 +474,7 @@ def _checksum(path: epath.Path) -> dict[str, Any]:
 
 
 def _steps(folder: epath.Path) -> list[int]:
-    if not folder.exists():
+    if not storage.is_folder(folder):
         return []
     names = [path.name for path in folder.iterdir() if path.name.isdigit()]
     # In a bucket Orbax writes in place, and a step counts only with its marker.
@@ -458,7 +488,7 @@ def _quality(metrics: Mapping[str, float]) -> float:
 def _quality_of(step: epath.Path) -> float:
     """Metric for ranking steps before they are verified; one that cannot be read comes last."""
     try:
-        return _quality(_read_json(step / "metrics", "metrics"))
+        return _quality(_read_json(step / METRICS, METRICS))
     except (OSError, ValueError, AttributeError):
         return -math.inf
 

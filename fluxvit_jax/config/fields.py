@@ -418,7 +418,7 @@ FIELDS: dict[str, Field] = {
     "optim.b1": Field(0.9, "of AdamW", share_below_one),
     "optim.b2": Field(0.999, "of AdamW", share_below_one),
     "optim.eps": Field(1e-8, "of AdamW", positive),
-    "optim.weight_decay": Field(0.05, "of AdamW, for matrices", not_negative),
+    "optim.weight_decay": Field(0.05, "of AdamW, for the kernels of dense layers", not_negative),
     "optim.layer_decay": Field(
         0.75, "factor of the learning rate from block to block; 1: the same", positive_share
     ),

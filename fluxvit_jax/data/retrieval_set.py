@@ -40,20 +40,20 @@ def read_retrieval_set(
     Raises UserError: no such file; no list of this form; an entry without a caption or a video; a
     path that no file can have.
     """
-    path = storage.path_of(path)
+    location = storage.path_of(path)
     videos: list[str] = []
     number_of: dict[str, int] = {}  # of the latest video with a path
     texts: list[str] = []
     texts_of: list[list[int]] = []
     videos_of: list[tuple[int, ...]] = []
-    for where, entry in entries(path):
+    for where, entry in entries(location):
         own_videos = strings(entry.get("video"), f"{where}: video")
         sentences = strings(entry.get("caption"), f"{where}: caption")
         joined = [" ".join(sentences)] if paragraphs else sentences
         own_texts = cleaned(joined, where)
         for video in own_videos:
             check_file_name(where, video)
-            if path.suffix != ".csv" or video not in number_of:
+            if location.suffix != ".csv" or video not in number_of:
                 number_of[video] = len(videos)
                 videos.append(os.path.join(root, video))
                 texts_of.append([])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.arrays import Array
 
 Selector = Literal["group_dynamic", "dynamic_l1", "dynamic_l2", "tube", "random", "none"]
@@ -22,6 +23,7 @@ Rounding = Literal["exact", "official"]
 SELECTORS: tuple[str, ...] = get_args(Selector)
 NOISY_SELECTORS = ("tube", "random")  # with random scores
 MAX_RULE_GROUPS = 4
+MOST_PATCHES = 65_535  # of a clip: half the square of more is no int32
 
 
 class GridLimits(NamedTuple):
@@ -162,8 +164,15 @@ def ranking(
     interleaved by Webster (Sainte-Lague) apportionment, so that each prefix is shared among the
     groups in proportion to their tokens: next is the group with the smallest (rank + 1/2) / size,
     and ties go to the earlier group. Groups of equal size get equal shares. Padding comes last.
+
+    Raises UserError for more than `MOST_PATCHES` patches.
     """
     B, P = scores.shape
+    if P > MOST_PATCHES:
+        raise UserError(
+            f"a clip of {P} patches: tokens are selected of at most {MOST_PATCHES}; use fewer "
+            "frames or a lower resolution"
+        )
     frames, per_frame = grid[:, :1], grid[:, 1:2] * grid[:, 2:3]
     patch = patch_coordinates(grid, P)
     group = jnp.where(patch.real, group_of_frame(patch.t, frames, groups[:, None]), max_groups)
@@ -182,12 +191,14 @@ def ranking(
             other < groups[:, None], tokens_before(other + 1) - tokens_before(other), 0
         )
         # Ranks r with (2r + 1) * size < (2 * rank + 1) * other_size, with equality for earlier
-        # groups: integers throughout, exact up to 16,000 tokens.
+        # groups: integers throughout, exact up to `MOST_PATCHES`.
         limit = (2 * rank + 1) * other_size - size
         ahead = jnp.where(other < group, limit // (2 * size) + 1, -(-limit // (2 * size)))
         order += jnp.where(other == group, 0, jnp.clip(ahead, 0, other_size))
     order = jnp.where(group < max_groups, order, P)
-    return jax.lax.sort(order * P + index, is_stable=False) % P  # one key: faster than two
+    if P * P < 2**31:  # one key: faster than two
+        return jax.lax.sort(order * P + index, is_stable=False) % P
+    return jax.lax.sort((order, index), num_keys=1, is_stable=True)[1]
 
 
 def official_kept_table(budget: int, patches: int) -> Int[np.ndarray, "_ 1+{patches}"]:

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import checkpointer, download
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.data.captions import TextArrays, clip_texts
@@ -23,6 +24,7 @@ from fluxvit_jax.data.group_reader import ClipData
 from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.sources import Source
 from fluxvit_jax.data.splits import open_validation
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.token_selection import GridLimits
@@ -275,6 +277,15 @@ def check_objective(config: ConfigDict, training: bool = False) -> None:
     objective.check(config)
     if training:
         objective.check_for_training(config)
+
+
+def params_of_run(source: str, names: Sequence[str]) -> Tree:
+    """Parameters of these names in a run or one of its steps, as numpy arrays; {} elsewhere."""
+    path = storage.path_of(download.local_copy(source))
+    if not checkpointer.has_step(path):
+        return {}
+    stored = checkpointer.restore_params(path)
+    return {name: stored[name] for name in names if name in stored}
 
 
 def check_without_classes(config: ConfigDict, objective: str, reason: str) -> None:

@@ -43,6 +43,7 @@ from fluxvit_jax.objectives.base import (
     Objective,
     check_without_classes,
     multi_budget_value_and_grad,
+    params_of_run,
     register,
 )
 from fluxvit_jax.objectives.frame_times import VideoTokens, with_times
@@ -165,10 +166,18 @@ class FluxChat(Objective):
 
     @classmethod
     def load_initial(cls, config: ConfigDict) -> Tree:
+        """The projector of `train.init_from`, a run of video chat, and the language model to train.
+
+        That is the run's, if it has trained one, or the one in `chat.llm`.
+        """
+        source = config.train.init_from
+        initial = params_of_run(source, (CONNECTOR, LLM)) if source else {}
         if not trains_llm(config):
-            return {}
-        shapes = language_model_files.shapes(llm_config(config))
-        return {LLM: language_model_files.read(config.chat.llm, shapes)}
+            initial.pop(LLM, None)
+        elif LLM not in initial:
+            shapes = language_model_files.shapes(llm_config(config))
+            initial[LLM] = language_model_files.read(config.chat.llm, shapes)
+        return initial
 
     @classmethod
     def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Tree:

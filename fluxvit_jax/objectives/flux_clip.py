@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints import checkpointer, download
+from fluxvit_jax.checkpoints import download
 from fluxvit_jax.config.fields import REQUIRED
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.config.variants import TEXT_ENCODERS, VARIANTS
@@ -43,6 +43,7 @@ from fluxvit_jax.objectives.base import (
     Objective,
     check_without_classes,
     multi_budget_value_and_grad,
+    params_of_run,
     register,
 )
 from fluxvit_jax.objectives.contrastive_loss import contrastive_loss
@@ -304,10 +305,9 @@ class FluxCLIP(Objective):
 
 def _added_in(source: str) -> Tree:
     """What a run or a folder of Flux-CLIP has beside the network; {} for other weights."""
+    if of_run := params_of_run(source, ADDED):
+        return of_run
     path = storage.path_of(download.local_copy(source))
-    if (path / checkpointer.FOLDER).exists():
-        stored = checkpointer.restore(path).params
-        return {name: stored[name] for name in ADDED if name in stored}
     if storage.is_remote(path) or not clip_parts.is_in(Path(path)):
         return {}
     return added_params(clip_parts.read(Path(path)))

@@ -72,7 +72,7 @@ def read(config: ConfigDict) -> Tree:
     Raises UserError: there are none, they are damaged, or of another size.
     """
     source = config.clip.text_encoder
-    if (storage.path_of(source) / checkpointer.FOLDER).exists():
+    if checkpointer.has_step(storage.path_of(source)):
         params = checkpointer.restore(source).params.get(TEXT)
         if params is None:
             raise UserError(f"{source}: is a run without a trained text encoder")

@@ -16,7 +16,7 @@ from fluxvit_jax.distributed.mesh import host_index
 FILE = "goodput.json"
 # lost: spent on steps that no checkpoint has kept, so that a later start did them again.
 SPENT_ON = ("start", "compile", "data_wait", "step", "evaluation", "checkpoint", "lost")
-KEPT_SAVES = 8  # latest checkpoints whose times are remembered
+KEPT_SAVES = 32  # checkpoints whose times are remembered, at most
 
 Seconds = dict[str, float]
 
@@ -57,8 +57,9 @@ class Goodput:
         """Notes that a checkpoint keeps all that was done until now."""
         self.enter(self._on)  # up to now
         self._saves[step] = dict(self._spent)
-        while len(self._saves) > KEPT_SAVES:
-            del self._saves[next(iter(self._saves))]
+        if len(self._saves) > KEPT_SAVES:  # the best checkpoint may be old: thin out, and keep some
+            for older in list(self._saves)[1 : KEPT_SAVES // 2 : 2]:
+                del self._saves[older]
         self.write()
 
     def write(self) -> None:

@@ -186,8 +186,8 @@ class Run:
 
     def train(self) -> None:
         """The steps that are left, until the last one or a reason to stop before it."""
-        if self.validation.pending:
-            self.validate(self.saved_step)
+        if self.validation.pending and (quality := self.validate(self.saved_step)):
+            self.tools.checkpoints.rate(self.saved_step, quality)
         self.tools.watchdog.alive()
         for step in range(self.saved_step + 1, self.setup.schedule.total + 1):
             if self.ends_before(step):
@@ -300,8 +300,9 @@ class Run:
 
     def log(self, step: int, numbers: dict[str, Any]) -> None:
         """Writes the numbers of a step, with its learning rate."""
-        # The schedule goes by the steps that were not skipped.
-        rate = self.setup.rates[step - 1 - self.nonfinite.total]
+        # The schedule goes by the steps before this one that were not skipped.
+        skipped = self.nonfinite.total - (self.nonfinite.in_row > 0)
+        rate = self.setup.rates[step - 1 - skipped]
         self.tools.metrics.write(
             step,
             "train",
@@ -364,7 +365,8 @@ class Run:
     def save(self, step: int, quality: dict[str, float] | None) -> None:
         """Saves a checkpoint. quality: the metric that ranks it, if it was evaluated."""
         self.tools.goodput.enter("checkpoint")
-        data_state = {"step": step} | self.identity | self.nonfinite.state()
+        data_state = {"step": step, wording.TOTAL: self.setup.schedule.total}
+        data_state |= self.identity | self.nonfinite.state()
         self.tools.checkpoints.save(step, self.state, data_state, self.setup.config, quality)
         self.tools.goodput.saved(step)
         self.saved_step = step
@@ -445,7 +447,9 @@ def restore_or_initialize(
     start = Start(*restored)
     check_data(start.saved, setup.identity, setup.workdir, accept_data_change)
     say(f"going on from step {start.step} of {setup.schedule.total}")
-    if line := wording.describe_new_schedule(setup, start.step):
+    if line := wording.describe_new_schedule(setup, start.step, start.saved):
+        say(line)
+    if line := wording.describe_new_validation(setup):
         say(line)
     return start
 

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.console import say
@@ -57,6 +58,8 @@ def initial_state(
     expected, rules = abstract_params(config), objective_class(config).partition_rules
     shardings = partition_rules.shardings(expected, mesh, rules)
     initial = objective_class(config).load_initial(config)
+    own = {name: expected[name] for name in initial}
+    checkpointer.check_fit(initial, own, config.train.init_from)
     if initial or config.train.init_from:
         params = device_put_global(_start_from(config, class_names) | initial, shardings)
     else:

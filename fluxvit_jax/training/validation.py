@@ -1,5 +1,6 @@
 """Validation on the way of a run: when it is due, what it found, whether to stop early."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ class Validation:
         self._history: list[list[Any]] = [
             [step, line[self._metric]]
             for step, line in found
-            if step <= start and self._metric in line
+            if step <= start and line.get(self._metric) is not None
         ]
         self.pending = self.due(start) and start not in dict(found)
 
@@ -68,7 +69,8 @@ class Validation:
     ) -> dict[str, float] | None:
         """Evaluates the model (its average, if kept); returns the metric that ranks checkpoints.
 
-        None if `interrupted` ended it. quarantine: see `pipeline.evaluation_batches`.
+        None if `interrupted` ended it, or the metric is no finite number. quarantine: see
+        `pipeline.evaluation_batches`.
 
         Raises NothingReadableError if no video can be read.
         """
@@ -87,6 +89,9 @@ class Validation:
         if warning := evaluation.report["warning"]:
             say(f"warning: step {step}: {warning}")
         value = scalars[self._metric]
+        if not math.isfinite(value):
+            say(f"warning: step {step}: {self._metric} is {value}, so it ranks no checkpoint")
+            return None
         self._history.append([step, value])
         return {BEST: -value if self._measure.falls else value}
 

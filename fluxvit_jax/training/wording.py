@@ -1,6 +1,9 @@
 """What a run says of itself: at its start, when it goes on, at its end."""
 
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -15,6 +18,9 @@ from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training.optimizer import learning_rates
 from fluxvit_jax.training.setup import Setup
 from fluxvit_jax.training.validation import VALIDATION, Validation
+
+TOTAL = "total_steps"  # of the run's schedule, in a checkpoint
+VIEW_FIELDS = ("clips", "crops", "frames", "resize", "seconds")  # of `config.eval`
 
 
 def describe_run(setup: Setup) -> str:
@@ -39,10 +45,10 @@ def describe_run(setup: Setup) -> str:
     )
 
 
-def describe_new_schedule(setup: Setup, step: int) -> str:
-    """How the learning rate goes on if the run was given more epochs or a lower rate; or "".
+def describe_new_schedule(setup: Setup, step: int, saved: Mapping[str, Any]) -> str:
+    """How the learning rate goes on if the run was given more steps or a lower rate; or "".
 
-    step: the last one done.
+    step: the last one done; saved: what its checkpoint holds beside the state.
     """
     config, rates, before = setup.config, setup.rates, read_config(setup.workdir)
     if not before or step >= len(rates):
@@ -56,14 +62,41 @@ def describe_new_schedule(setup: Setup, step: int) -> str:
     if earlier.optim.learning_rate != config.optim.learning_rate:
         new, old = config.optim.learning_rate, earlier.optim.learning_rate
         changes.append(f"a learning rate of {new:.3g} in place of {old:.3g}")
+    steps = saved.get(TOTAL, earlier.train.epochs * setup.schedule.steps_per_epoch)
+    if steps != setup.schedule.total and earlier.train.epochs == config.train.epochs:
+        changes.append(f"{setup.schedule.total} steps in place of {steps}")
     if not changes:
         return ""
-    steps = earlier.train.epochs * setup.schedule.steps_per_epoch
-    last = learning_rates(earlier, steps)[step - 1]
+    last = learning_rates(earlier, steps)[min(step, steps) - 1]
     return (
         f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
         f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
     )
+
+
+def describe_new_validation(setup: Setup) -> str:
+    """A warning if validation asks otherwise than before the run was resumed; or ""."""
+    before, now = read_config(setup.workdir), setup.config.to_dict()
+    if not before or setup.data.validation is None:
+        return ""
+    changed = [
+        f"eval.{name}"
+        for name, value in _ranking(now["eval"]).items()
+        if value != _ranking(before["eval"]).get(name, value)
+    ]
+    if not changed:
+        return ""
+    return (
+        f"warning: other {' and '.join(changed)} than before: validation numbers, and which "
+        "checkpoint is the best, cannot be compared with those from before"
+    )
+
+
+def _ranking(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `config.eval` that the metric which ranks checkpoints depends on, as JSON."""
+    first = {"settings": section["settings"][:1]}
+    views = {name: value for name, value in section.items() if name in VIEW_FIELDS}
+    return json.loads(json.dumps(first | views))
 
 
 def describe_waiting(setup: Setup, share: float) -> str:
@@ -125,7 +158,7 @@ def describe_result(config: ConfigDict, workdir: epath.Path) -> str:
             f"{value:{'.4g' if measure.falls else '.2%'}} at {name.removeprefix(measure.start)} "
             "tokens"
             for name, value in numbers.items()
-            if name.startswith(measure.start)
+            if name.startswith(measure.start) and value is not None
         ]
         lines = [f"best checkpoint: step {step}, {measure.word} {', '.join(values)}"]
     commands = objective.next_commands(config, os.fspath(workdir))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import Grid, bounds, capacity, group_sizes, kept_tokens, square_grids
 from fluxvit_jax.models import token_selection
 from fluxvit_jax.models.token_selection import GridLimits, Selection
@@ -291,3 +292,27 @@ def test_official_rounding_takes_the_same_from_each_group():
         assert len(set(np.bincount(member).tolist())) == 1
     with pytest.raises(ValueError, match="only exact"):
         token_selection.take_prefix(kept, 10, 1, "official")
+
+
+@pytest.mark.parametrize("grid", [Grid(12, 40, 60), Grid(12, 60, 65), Grid(16, 55, 74)])
+def test_clips_of_many_patches(grid):
+    """Frames of 720p have so many that the product of two of their numbers is no int32."""
+    scores = np.random.default_rng(0).random(grid.tokens).astype(np.float32)
+    own = Plain(scores, grid, plain_groups(grid.frames))
+    shape = jnp.array([[grid.frames, grid.rows, grid.columns]], jnp.int32)
+    groups = jnp.array([len(own.best_first)], jnp.int32)
+    order = np.asarray(token_selection.ranking(jnp.asarray(scores)[None], shape, groups, 4)[0])
+    for budget in (1, 256, 3072, grid.tokens):
+        np.testing.assert_array_equal(np.sort(order[:budget]), own.kept(budget))
+
+
+def test_more_patches_than_can_be_ranked_are_refused():
+    most = token_selection.MOST_PATCHES
+    scores = jax.ShapeDtypeStruct((1, most + 1), jnp.float32)
+    with pytest.raises(UserError, match="a clip of 65536 patches: tokens are selected of at most"):
+        jax.eval_shape(
+            lambda scores: token_selection.ranking(
+                scores, jnp.array([[4, 128, 128]]), jnp.array([2]), 4
+            ),
+            scores,
+        )

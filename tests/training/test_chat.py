@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fluxvit_jax.checkpoints.checkpointer import best_step, restore_params
+from fluxvit_jax.checkpoints.checkpointer import best_step, find_step, restore_params
 from fluxvit_jax.convert import language_model_files
 from fluxvit_jax.data.captions import ClipTimes
 from fluxvit_jax.data.clips import middle_square
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.frame_sampling import test_frames as spread_frames
 from fluxvit_jax.deploy.chat import FirstQuestion, load_chat
+from fluxvit_jax.distributed.mesh import make_mesh
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import graphdef
 from fluxvit_jax.objectives import flux_chat
 from fluxvit_jax.objectives.flux_chat import CONNECTOR, LLM
-from fluxvit_jax.training import train
+from fluxvit_jax.training import train, train_state
+from fluxvit_jax.training.optimizer import make_optimizer
 from fluxvit_jax.training.wording import describe_result
 from tests import hosts, tiny
 from tests.models.chat_golden import write_stage1_folder, write_tensors
@@ -284,6 +286,18 @@ def test_the_language_model_can_be_trained_too(config, tmp_path):
     )
     moved = jax.tree.map(lambda x, old: not np.array_equal(x, old), params[LLM], start)
     assert all(jax.tree.leaves(moved))
+
+
+def test_a_run_goes_on_from_the_projector_of_another_one(trained, config, tmp_path):
+    """Stage 2 starts from what stage 1 has learned, whether a workdir or a step of it is named."""
+    before = restore_params(trained)[CONNECTOR]
+    for source in (trained, find_step(trained)):
+        own = config.copy_and_resolve_references()
+        own.chat.train, own.train.init_from = "projector+llm", str(source)
+        optimizer = make_optimizer(own, 1, train_state.abstract_params(own))
+        params = train_state.initial_state(own, optimizer, make_mesh(own))["params"]
+        jax.tree.map(np.testing.assert_array_equal, params[CONNECTOR], before)
+        assert LLM in params
 
 
 def test_another_language_model_is_refused_on_resume(trained, config, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from fluxvit_jax.checkpoints.checkpointer import restore, restore_params
+from fluxvit_jax.checkpoints.checkpointer import find_step, restore, restore_params
 from fluxvit_jax.config.variants import TEXT_ENCODERS
 from fluxvit_jax.convert.official_names import to_official
 from fluxvit_jax.convert.text_encoder_names import PREFIX, TEXT_ENCODER
@@ -171,15 +171,19 @@ def test_another_one_is_refused(frozen, tiny_data, captions, tmp_path):
 
 
 def test_a_run_goes_on_from_another_one(frozen, trained, tiny_data, captions, tmp_path, capfd):
-    """Stage 2 takes head and temperature of stage 1, and a trained text encoder from its run."""
-    config = frozen_config(captions, tiny_data, trained, trained, clip__temperature=0.5)
+    """Stage 2 takes head and temperature of stage 1, and a trained text encoder from its run.
+
+    A step of the run is as good as its workdir.
+    """
+    step = find_step(trained)
+    config = frozen_config(captions, tiny_data, step, step, clip__temperature=0.5)
     assert train.train(config, tmp_path / "run") == 0
     before = restore_params(trained)
     first = lines(tmp_path / "run")[0]
     assert first["temperature"] == pytest.approx(float(before[TEMPERATURE]))
     weights = flux_clip_weights.read(tmp_path / "run")
     assert np.array_equal(weights.params[TEXT]["token_embed"], before[TEXT]["token_embed"])
-    assert f"the text encoder is Ti of {trained}" in capfd.readouterr().err
+    assert f"the text encoder is Ti of {step}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,22 @@ def test_a_checkpoint_without_times_keeps_those_of_the_one_before(clock, tmp_pat
     assert seconds(tmp_path) == {"step": 10, "lost": 10}
 
 
+@pytest.mark.parametrize("step", [40, 100, 190])
+def test_going_on_from_an_old_checkpoint_loses_about_what_came_after(step, clock, tmp_path):
+    """The best one may be far behind those that are damaged."""
+    killed = Goodput(epath.Path(tmp_path))
+    for number in range(1, 201):
+        spend(killed, clock, step=10)
+        killed.saved(number)
+
+    resumed = Goodput(epath.Path(tmp_path))
+    resumed.resume(step)
+    resumed.write()
+    spent = seconds(tmp_path)
+    assert spent["step"] + spent["lost"] == 2000 and 0.7 * step <= spent["step"] / 10 <= step
+    assert len(json.loads((tmp_path / FILE).read_text())["at_checkpoints"]) <= goodput.KEPT_SAVES
+
+
 @pytest.mark.parametrize("old, new", [("}", ""), ('"4"', '"t"')], ids=["cut off", "no step"])
 def test_a_damaged_file_is_begun_anew(clock, tmp_path, old, new):
     Goodput(epath.Path(tmp_path)).saved(4)

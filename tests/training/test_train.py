@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from etils import epath
 
 from benchmarks.soak import workers_of
+from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.checkpoints.checkpointer import Checkpoints, check_fit, restore_params
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.config.grids import admissible_grids
@@ -32,7 +34,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.training import init_from, setup, train, validation
+from fluxvit_jax.training import init_from, nonfinite, setup, train, validation
 from fluxvit_jax.training import train_step as steps
 from fluxvit_jax.training.optimizer import learning_rates, make_optimizer
 from fluxvit_jax.training.preemption import PreemptionHandler
@@ -263,10 +265,45 @@ def test_interrupted_while_evaluating(finished, tiny_data, compiled, tmp_path, m
     assert saved_steps(workdir)[-1] == STEPS
     average = restore_params(workdir / "checkpoints/20")  # what is evaluated, and chosen by
     jax.tree.map(np.testing.assert_array_equal, evaluated[0], average)
+    assert ranks(workdir)[STEPS] is None
     for _ in range(2):  # what it owes, and then nothing
         assert train.train(config, workdir) == 0
         metrics = (workdir / "metrics.jsonl").read_bytes()
         assert metrics == (finished.workdir / "metrics.jsonl").read_bytes()
+        assert ranks(workdir)[STEPS] == ranks(finished.workdir)[STEPS]
+        assert checkpointer.find_fault(epath.Path(workdir / "checkpoints/20")) is None
+
+
+def ranks(workdir) -> dict[int, float | None]:
+    """The metric that ranks checkpoints, of each that is left."""
+    files = (workdir / "checkpoints").glob("*/metrics/metrics")
+    return {int(path.parts[-3]): json.loads(path.read_text()).get("top1") for path in files}
+
+
+def test_a_validation_without_a_finite_loss_ranks_nothing(tmp_path):
+    """Neither a checkpoint nor the early stop; in the metrics it is null."""
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 4, "split": "validation", "top1_24": null}\n'
+        '{"step": 8, "split": "validation", "top1_24": 0.5}\n'
+    )
+    setup = SimpleNamespace(
+        config=tiny.make_config(tmp_path, train__early_stopping_epochs=1),
+        workdir=epath.Path(tmp_path),
+        schedule=SimpleNamespace(steps_per_epoch=4, evaluates_at=lambda step: False),
+        data=SimpleNamespace(validation=None),
+    )
+    own = validation.Validation(setup, SimpleNamespace(), SimpleNamespace(), start=8)
+    assert own.reason_to_stop() == ""
+
+
+def test_other_views_in_validation_are_said(finished, tiny_data, tmp_path, capsys):
+    workdir = copy_of(finished.workdir, tmp_path / "run")
+    config = tiny.make_config(tiny_data, eval__settings=((12, 4, 42),), eval__clips=1)
+    assert train.train(config, workdir) == 0
+    assert (
+        "warning: other eval.settings and eval.clips than before: validation numbers, and which "
+        "checkpoint is the best, cannot be compared"
+    ) in capsys.readouterr().err
 
 
 def test_validation_that_cannot_be_read_is_refused_and_costs_no_step(
@@ -489,6 +526,18 @@ def test_steps_without_a_finite_loss_in_a_row_end_the_run(finished, tiny_data, c
     assert [line["skipped_steps"] for line in split_of(workdir, "train")] == [0] * 6
 
 
+def test_a_checkpoint_among_steps_that_were_skipped_is_set_aside(tmp_path):
+    """SIGTERM after three of them: what was saved then is no better than what was before."""
+    with Checkpoints(tmp_path, 9, 1) as checkpoints:
+        for step in (90, 103):
+            checkpoints.save(step, {"params": {"a": jnp.ones(2)}}, {}, {})
+        steps = nonfinite.NonfiniteSteps(4, {nonfinite.SAVED: [3, 3]}, checkpoints)
+        scalars = {"skipped": True, "loss": math.nan, "gradient_norm": 1.0, "update_norm": 1.0}
+        with pytest.raises(UserError, match=r"good step was 100, whose .* is now .*103\.nonfinite"):
+            steps.note(104, scalars)
+    assert saved_steps(tmp_path) == [90]
+
+
 def test_a_step_without_a_finite_gradient_is_skipped(
     tiny_data, compiled, tmp_path, monkeypatch, capsys
 ):
@@ -561,6 +610,20 @@ def test_a_run_goes_on_with_other_data_only_if_told_to(
         train.train(config, workdir)
     assert train.train(config, workdir, accept_data_change=True) == 0
     assert "warning: going on with other data" in capsys.readouterr().err
+
+
+def test_other_steps_an_epoch_change_the_schedule(finished, tiny_data, tmp_path, capsys):
+    """Half of the videos, and a run that is past the end of what would have been its steps."""
+    workdir = copy_of(finished.workdir, tmp_path / "run")
+    unfinish(workdir, 18)
+    data = rewritten(tiny_data, tmp_path, lambda rows: rows[:8])
+    config = tiny.make_config(tiny_data, train__epochs=12, **data)
+    assert train.train(config, workdir, accept_data_change=True) == 0
+    rates = learning_rates(tiny.make_config(tiny_data), STEPS)
+    assert (
+        "12 epochs in place of 5: the learning rate goes on along the new schedule: "
+        f"{rates[17]:.3g} before"
+    ) in capsys.readouterr().err
 
 
 def test_lost_checkpoints_are_said_and_the_log_stays(finished, tiny_data, tmp_path, capsys):
