@@ -25,8 +25,10 @@ Hardware: the hours that recipes tell are estimates, from 1.6 (small), 4.8 (base
 GFLOPs) and 15.6 (large) TFLOP a clip. TPU v5e: at the 44, 53 and 45 % of the chip's peak that the
 TPU compiler estimates (docs/sharding.md). H100: small at the 24 % of its peak that benchmarks.gpu
 measured (H200), the others at 35 % (assumed), if decoding keeps up. On TPU add
---config.model.cls=inside: one token more than the budget costs a tenth more. Where a batch does not
-fit, --config.train.grad_accum_steps=2 or more; --mode=preflight tells.
+--config.model.cls=inside: one token more than the budget costs a tenth more. By the table in
+docs/sharding.md a chip of v5e holds 48 clips of small, 16 of base or, with FSDP, 8 of large at a
+time: --config.train.grad_accum_steps=2 or more splits a larger batch. --mode=preflight checks
+whether it fits before you pay.
 
 Published results: in the files of the data sets.
 """

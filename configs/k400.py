@@ -9,7 +9,9 @@ Argument: small, base or large; `,single=2048` trains one budget (Flux-Single); 
 here for every variant). FluxViT-L is not published: as B. Numbers, sources: configs/finetune.py.
 
 Hardware: the official script uses 64 GPUs. On a TPU v5e-16 about 0.4 h (small), 0.6 h (base) or 2.2
-h (large); base as released, 2 h. An estimate: configs/finetune.py, with what to add on TPU.
+h (large); base as released, 2 h. For base add --config.train.grad_accum_steps=2 (as released, 4).
+For large add --config.train.grad_accum_steps=4 --config.parallel.mesh.fsdp=16
+--config.model.scan=true. An estimate: configs/finetune.py, with what else to add on TPU.
 
 Published top-1 of the paper, 4 x 3 views, plain | with Token Optimization:
     tokens      3072          2048          1024          512

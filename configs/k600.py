@@ -9,7 +9,9 @@ recipe for K600: every number is what it gives for K400, as InternVideo2's scrip
 sources: configs/finetune.py.
 
 Hardware: on a TPU v5e-16 about 0.6 h (small), 1 h (base) or 3.6 h (large) for 390 thousand videos.
-An estimate: configs/finetune.py, with what to add on TPU.
+For base add --config.train.grad_accum_steps=2. For large add --config.train.grad_accum_steps=4
+--config.parallel.mesh.fsdp=16 --config.model.scan=true. An estimate: configs/finetune.py, with what
+else to add on TPU.
 
 Published result: none.
 """

@@ -10,7 +10,9 @@ with FluxViT's grids and budgets. Numbers, sources: configs/finetune.py. It star
 weights; K400 ones will do.
 
 Hardware: on a TPU v5e-16 about 3.3 h (small), 8 h (base) or 31 h (large) for 169 thousand videos.
-An estimate: configs/finetune.py, with what to add on TPU.
+For base add --config.train.grad_accum_steps=2. For large add --config.train.grad_accum_steps=4
+--config.data.clips_per_grid=8 --config.parallel.mesh.fsdp=16 --config.model.scan=true. An estimate:
+configs/finetune.py, with what else to add on TPU.
 
 Published top-1 of the paper, 2 x 3 views, plain | with Token Optimization:
     tokens      3072          2048          1024          512

@@ -8,14 +8,16 @@
 # below go to `xpk workload create`:
 #
 #   launch/gke_xpk.sh --name=k400 --cluster=tpus --zone=us-west4-a --project=mine \
-#     --type=v5litepod-16 --image=us-docker.pkg.dev/mine/images/fluxvit --priority=high -- \
-#     --config=configs/k400.py:base --workdir=gs://BUCKET/k400_base
+#     --type=v5litepod-16 --image=REGISTRY/PROJECT/fluxvit --priority=high -- \
+#     --config=configs/k400.py:base --workdir=gs://BUCKET/k400_base \
+#     --config.train.grad_accum_steps=2
 #
 # See first, on your own machine and for nothing, that the run compiles and fits (v5litepod-16 is
 # v5e:4x4), and what it would take:
 #
 #   python -m fluxvit_jax.main --mode=preflight --config=configs/k400.py:base \
-#     --config.preflight.topology=v5e:4x4 --config.preflight.videos=240000
+#     --config.train.grad_accum_steps=2 --config.preflight.topology=v5e:4x4 \
+#     --config.preflight.videos=240000
 #
 # Steps (default: up). The same command may be repeated:
 #   up      build, run, logs
@@ -30,7 +32,7 @@
 #   --name=NAME        of the workload: small letters, digits and hyphens
 #   --cluster=CLUSTER  that `xpk cluster create` has made, with --zone and --project
 #   --type=TYPE        of its TPUs, such as v5litepod-16
-#   --image=IMAGE      where the image goes: REGION-docker.pkg.dev/PROJECT/REPOSITORY/NAME
+#   --image=IMAGE      where the image goes: REGISTRY/PROJECT/fluxvit
 #   --dry-run          print the commands, as if there were no workload yet, and run nothing
 #   --help             print this
 #

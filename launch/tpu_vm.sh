@@ -6,13 +6,15 @@
 # ARGUMENTS go unchanged to `python -m fluxvit_jax.main` on all workers:
 #
 #   launch/tpu_vm.sh watch --name=flux --zone=us-west4-a --type=v5litepod-16 --spot --queued -- \
-#     --config=configs/k400.py:base --workdir=gs://BUCKET/k400_base
+#     --config=configs/k400.py:base --workdir=gs://BUCKET/k400_base \
+#     --config.train.grad_accum_steps=2
 #
 # See first, on your own machine and for nothing, that the run compiles and fits (v5litepod-16 is
 # v5e:4x4), and what it would take:
 #
 #   python -m fluxvit_jax.main --mode=preflight --config=configs/k400.py:base \
-#     --config.preflight.topology=v5e:4x4 --config.preflight.videos=240000
+#     --config.train.grad_accum_steps=2 --config.preflight.topology=v5e:4x4 \
+#     --config.preflight.videos=240000
 #
 # Steps (default: up). Each leaves alone what is there already, so the same command may be repeated:
 #   up      start, then logs

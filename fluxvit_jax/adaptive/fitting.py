@@ -121,8 +121,8 @@ def credited(found: Sequence[Found], entries: Sequence[Entry], labels: np.ndarra
 def credit(right: np.ndarray, cells: Sequence[np.ndarray]) -> float:
     """Accuracy less one standard error of its difference, paired by video, from the best cell's.
 
-    After the one-standard-error rule (Breiman et al., 1984): what thresholds gained by a choice
-    among many must be more than chance to be preferred to a simple cell.
+    After the one-standard-error rule ("Classification and Regression Trees", 1984): what thresholds
+    gained by a choice among many must be more than chance to be preferred to a simple cell.
 
     right: bool [n], which videos are right; cells: the same of each single cell.
     """

@@ -1,10 +1,10 @@
 """Calibration of probabilities: how far to trust them, and the temperature that corrects them.
 
 A network is calibrated if, among predictions of 80 % confidence, 80 % are right. Temperature
-scaling (Guo et al., 2017, "On calibration of modern neural networks") divides log probabilities by
-one number T: T > 1 makes an overconfident network less sure, and no T changes which class is the
-likeliest. Probabilities may be means over views, as evaluation and prediction give them. NumPy
-only, so that a server of an exported model can import this.
+scaling ("On calibration of modern neural networks", 2017) divides log probabilities by one number
+T: T > 1 makes an overconfident network less sure, and no T changes which class is the likeliest.
+Probabilities may be means over views, as evaluation and prediction give them. NumPy only, so that a
+server of an exported model can import this.
 
 Videos may be spread over hosts: each passes its own to the functions, and in `total` a function
 that sums arrays over the hosts. All hosts then call together, and get the same.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-BINS = 15  # as in Guo et al.
+BINS = 15  # as in that paper
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures that are searched
 BISECTIONS = 20  # T to a relative precision of 2e-6
 FLOOR = float(np.finfo(np.float32).tiny)  # of a probability: softmax in float32 reaches 0 below it

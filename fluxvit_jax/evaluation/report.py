@@ -6,6 +6,7 @@ for an evaluation that was made before:
     python -m fluxvit_jax.evaluation.report runs/mine/evaluation/NAME.predictions.jsonl
 """
 
+import argparse
 import html
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fluxvit_jax.distributed import atomic, storage
-from fluxvit_jax.errors import UserError
+from fluxvit_jax.errors import ArgumentParser, UserError
 from fluxvit_jax.evaluation import confusion_chart, precision_page
 from fluxvit_jax.evaluation.calibration_chart import calibration_section
 from fluxvit_jax.evaluation.page_parts import (
@@ -303,13 +304,23 @@ def _mistakes(results: Results) -> str:
     return section("Most confidently wrong", legend, f'<div class="card">{content}</div>\n')
 
 
-def main(argv: Sequence[str]) -> int:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m fluxvit_jax.evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "predictions", metavar=f"NAME{SUFFIX}", help="of the folder evaluation in a workdir"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Makes the page anew; returns the exit status: 2 for bad input, with one line on stderr."""
-    if len(argv) != 2:
-        print(f"usage: python -m fluxvit_jax.evaluation.report NAME{SUFFIX}", file=sys.stderr)
-        return 2
     try:
-        print(f"written to {write(argv[1])}")
+        print(f"written to {write(_arguments(argv).predictions)}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -317,4 +328,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

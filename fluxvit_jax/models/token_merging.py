@@ -9,7 +9,7 @@ It costs more than selection at the same budget: all tokens pass the first block
 the merging blocks still process more tokens than the budget. Selection embeds all patches too, but
 its blocks process only the selected ones. In return every patch contributes to the output.
 
-Source: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3. Differences:
+Source: "Token Merging: Your ViT But Faster", ICLR 2023, section 3. Differences:
 - In ToMe every block merges the same number of tokens. Here the first blocks merge the same share,
   so that as many blocks as possible run at the budget.
 - ToMe puts the remaining tokens of one set before the other set. Here tokens stay in order. If a

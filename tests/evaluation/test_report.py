@@ -119,7 +119,7 @@ def test_hundreds_of_classes_stay_visible(tmp_path):
 
 def test_predictions_alone_and_what_is_none(tmp_path, capsys):
     path = write(tmp_path, about=False)
-    assert report.main(["", str(path)]) == 0
+    assert report.main([str(path)]) == 0
     assert "class 2" in (tmp_path / "val-0a.html").read_text()
     (tmp_path / "a.predictions.jsonl").write_text('{"id": "a", "label"\n')
     (tmp_path / "b.predictions.jsonl").write_text('{"id": "a", "label": 0, "failure": "gone"}\n')
@@ -130,11 +130,23 @@ def test_predictions_alone_and_what_is_none(tmp_path, capsys):
         ("b.predictions.jsonl", "has no prediction"),
     ):
         capsys.readouterr()
-        assert report.main(["", str(tmp_path / name)]) == 2
+        assert report.main([str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
         with pytest.raises(UserError, match=message):
             results.read(tmp_path / name)
+
+
+def test_help_and_a_wrong_command_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr()
+    assert "NAME.predictions.jsonl" in said.out and not said.err
+    for wrong in ([], ["a", "b"]):
+        assert report.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert "see --help" in error and error.count("\n") == 1
 
 
 def test_the_page_shows_calibration(tmp_path):
