@@ -7,6 +7,7 @@ from absl import flags
 
 from fluxvit_jax.config import loading, reference
 from fluxvit_jax.config.fields import default_config
+from fluxvit_jax.errors import UserError
 
 # Modes that need a recipe, and the modules that run them.
 OF_A_RUN = {
@@ -105,8 +106,12 @@ def define_flags() -> None:
         "Folder of compiled programs, which later commands load; empty: none. Default: the "
         "environment variable JAX_COMPILATION_CACHE_DIR, or ~/.cache/fluxvit_jax.",
     )
+    flags.DEFINE_string(
+        "coordinator",
+        "",
+        "ADDRESS:PORT that process 0 listens on; needed only outside Cloud TPU and SLURM.",
+    )
     cluster = "of several processes, where neither Cloud TPU nor SLURM tells: "
-    flags.DEFINE_string("coordinator", "", f"{cluster}ADDRESS:PORT on which the first listens.")
     flags.DEFINE_integer("hosts", 0, f"{cluster}number of processes.")
     flags.DEFINE_integer("host", -1, f"{cluster}number of this one, from 0.")
     mode = "predict, export, chat: "
@@ -157,6 +162,8 @@ def resolved(argv: Sequence[str]) -> list[str]:
 
     A recipe of ours may be given by its name, and flags may be spelled with hyphens. Modes of a run
     take the config of the workdir's own run where no recipe is given.
+
+    Raises UserError: fields of a config are given, and there is no such run; or two recipes.
     """
     argv = loading.located([_with_underscores(argument) for argument in argv])
     workdir = loading.flag_argument(argv, "workdir")
@@ -166,6 +173,11 @@ def resolved(argv: Sequence[str]) -> list[str]:
 
         if stored_recipe.is_run(workdir):
             return [argv[0], f"--config={stored_recipe.__file__}:{workdir}", *argv[1:]]
+        if fields := loading.override_names(argv):
+            raise UserError(
+                f"--workdir={workdir}: there is no run whose config.{fields[0]} could be set; name "
+                "another folder, or add a recipe with --config"
+            )
     return argv
 
 

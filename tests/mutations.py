@@ -1038,8 +1038,8 @@ MUTATIONS = {
         Mutation(
             "failures-leave-the-denominator",
             "evaluation/accuracy.py",
-            '"top1": sum(label == top[0] for label, top in pairs) / len(videos)',
-            '"top1": sum(label == top[0] for label, top in pairs) / len(read)',
+            '"top1": sum(label in top[:1] for label, top in pairs) / len(videos)',
+            '"top1": sum(label in top[:1] for label, top in pairs) / len(read)',
             (EVALUATED,),
         ),
         Mutation(
@@ -1430,8 +1430,8 @@ MUTATIONS = {
         Mutation(
             "rate-of-the-step-before",
             "training/train.py",
-            "setup.rates[step - 1 - self.nonfinite.total]",
-            "setup.rates[max(step - 2 - self.nonfinite.total, 0)]",
+            "setup.rates[step - 1 - skipped]",
+            "setup.rates[max(step - 2 - skipped, 0)]",
             ("training/test_train.py::test_the_logged_learning_rate_is_that_of_the_step",),
         ),
     ],
@@ -1474,8 +1474,8 @@ MUTATIONS = {
         Mutation(
             "index-begun-anew",
             "find/indexing.py",
-            "    todo = [name for name in paths if name not in index.moments]",
-            "    todo = list(paths)",
+            "[name for name in paths if name not in index.moments or name in index.failures]",
+            "list(paths)",
             (f"{FIND}::test_a_killed_index_goes_on",),
         ),
         Mutation(
@@ -1504,7 +1504,7 @@ MUTATIONS = {
         Mutation(
             "another-epsilon",
             "convert/language_model_files.py",
-            'epsilon=values["rms_norm_eps"]',
+            'epsilon=float(values["rms_norm_eps"])',
             "epsilon=1e-5",
             ("models/test_language_model.py::test_golden_logits_loss_and_gradients",),
         ),

@@ -14,7 +14,9 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints.workdir import check_workdir
+from fluxvit_jax import command_line
+from fluxvit_jax.checkpoints import stored_recipe
+from fluxvit_jax.checkpoints.workdir import check_workdir, read_config, write_config
 from fluxvit_jax.config.checks import validate, validate_for_training
 from fluxvit_jax.config.fields import (
     ADDED,
@@ -35,7 +37,7 @@ from fluxvit_jax.models.token_selection import SELECTORS, Rounding
 from fluxvit_jax.objectives.base import check_objective
 from fluxvit_jax.objectives.flux_umt import MASKS
 from fluxvit_jax.objectives.flux_umt_teacher import block_pairs
-from tests import limited
+from tests import limited, programs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -692,7 +694,65 @@ def test_every_field_is_described_and_its_default_is_right():
         assert not field.rule(field.default), name
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "is not the config of a run"),
+        ("null", "is not the config of a run"),
+        ("5", "is not the config of a run"),
+        ('{"train": null}', "is not the config of a run"),
+        ('{"train": [1]}', "is not the config of a run"),
+        ('{"chat": null, "train": {"objective": "flux_chat"}}', "is not the config of a run"),
+        ('{"data": {"grids": 3}}', "is not the config of a run"),
+        ('{"train": {"objective": []}}', "is not the config of a run"),
+        ('{"train": {"epochs": "5"}}', "config.train.epochs: '5' is not a whole number"),
+        ('{"optim": {"b1": null}}', "config.optim.b1: None is not a number"),
+        ('{"train": {"budgets": ["a"]}}', "config.train.budgets: ['a'] is not one or more whole"),
+    ],
+)
+def test_a_config_of_a_run_that_is_none(tmp_path, content, message):
+    path = epath.Path(tmp_path / "config.json")
+    path.write_text(content)
+    for reader in (read_config, stored_recipe.is_run, stored_recipe.get_config):
+        error = error_of(reader, epath.Path(tmp_path))
+        assert error.startswith(f"{path}: ") and message in error
+    assert message in error_of(check_workdir, epath.Path(tmp_path), recipe("k400"))
+
+
 # --- As a program
+
+
+def test_of_a_flag_that_is_given_twice_the_last_holds(tmp_path, capsys):
+    for name, epochs in (("a", 3), ("b", 7)):
+        (tmp_path / name).mkdir()
+        config = recipe("k400", "base", [f"--config.train.epochs={epochs}"])
+        write_config(epath.Path(tmp_path / name), config)
+    twice = [f"--workdir={tmp_path}/a", "--workdir", f"{tmp_path}/b"]
+    assert programs.run_module("fluxvit_jax.main", *twice, "--print_config") == 0
+    assert json.loads(capsys.readouterr().out)["train"]["epochs"] == 7
+    modes = ["main", "--mode=train", "--mode=export", twice[0]]
+    assert command_line.resolved(modes) == modes  # of weights: no recipe is put in
+
+
+def test_two_recipes_are_one_too_many():
+    lines = (["--config=demo", "--config", "k400"], ["--config=demo", "--config=demo:single"])
+    for line in lines:
+        assert "leave one of them out" in error_of(command_line.resolved, ["main", *line])
+    same = ["main", "--config=k400", "--config=k400"]
+    assert len(set(command_line.resolved(same)[1:])) == 1
+
+
+def test_a_workdir_that_is_no_run_is_named(tmp_path, capsys):
+    """And not the field of its config, which is right."""
+    field = "--config.search.split=x"
+    typo = f"--workdir={tmp_path}/typo"
+    assert programs.run_module("fluxvit_jax.main", "--mode=search", typo, field) == 2
+    error = capsys.readouterr().err
+    assert f"{typo}: there is no run whose config.search.split could be set" in error
+    assert error.count("\n") == 1
+    assert programs.run_module("fluxvit_jax.main", "--mode=search", field) == 2
+    assert "--config.search.split: no recipe to set it in; add one" in capsys.readouterr().err
+
 
 PROGRAM = """
 import sys

@@ -19,6 +19,7 @@ import numpy as np
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.calibration import at_temperature
+from fluxvit_jax.grids import PATCH
 from fluxvit_jax.reports.wording import count
 
 CONFIDENCES = ("probability", "margin", "entropy", "agreement")
@@ -276,6 +277,10 @@ def _step(described: Any, source: str, last: bool) -> Step:
         if isinstance(value, bool) or not isinstance(value, int | allowed) or not value >= least:
             raise UserError(f"{source}: {name} is a number of at least {least}, not {value!r}")
     step = Step(**described)
+    if step.resolution % PATCH:
+        raise UserError(
+            f"{source}: resolution is a multiple of the patch size {PATCH}, not {step.resolution}"
+        )
     if step.weight > 1:
         raise UserError(f"{source}: weight is above 0 and at most 1, not {step.weight}")
     if last and step.threshold is not None:

@@ -1,6 +1,7 @@
 """Weights by name: those of the package, hf://OWNER/NAME of a hub, https:// with a checksum."""
 
 import hashlib
+import http.client
 import os
 import re
 import urllib.error
@@ -127,7 +128,7 @@ def _hub_errors(
 def _from_web(source: str) -> Path:
     address, _, fragment = source.partition("#")
     match = re.fullmatch("sha256=([0-9a-fA-F]{64})", fragment)
-    name = os.path.basename(unquote(urlsplit(address).path))
+    name = _file_name(address)
     if not match or not name:
         raise UserError(
             f"{source}: write https://HOST/FILE#sha256=HEX, with the 64 digits that the publisher "
@@ -136,28 +137,48 @@ def _from_web(source: str) -> Path:
     expected = match[1].lower()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fluxvit_jax"
     path = folder / expected / name
-    if path.exists():  # it was checked before it got this name
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weight_files.replace(path, lambda new: _download(address, new, expected))
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: cannot be downloaded: {error.code} {error.reason}") from error
-    except urllib.error.URLError as error:
-        raise UserError(f"{address}: cannot be reached: {error.reason}") from error
+        if not path.exists():  # it is checked before it gets this name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            weight_files.replace(path, lambda new: _download(address, new, expected))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     return path
 
 
+def _file_name(address: str) -> str:
+    """The name of the file at an address; "" if it names none that a file may have."""
+    try:
+        name = os.path.basename(unquote(urlsplit(address).path))
+    except ValueError:
+        return ""
+    return name if name.isprintable() and name.strip(".") else ""
+
+
 def _download(address: str, path: Path, expected: str) -> None:
     """Writes what is at an address. Raises UserError if its checksum is another."""
     digest = hashlib.sha256()
-    with urllib.request.urlopen(address, timeout=60) as answer, path.open("wb") as file:
-        while chunk := answer.read(_CHUNK):
+    with path.open("wb") as file:
+        for chunk in _content(address):
             digest.update(chunk)
             file.write(chunk)
     if digest.hexdigest() != expected:
         raise UserError(
             f"{address}: its sha256 is {digest.hexdigest()}, not {expected}; nothing was kept"
         )
+
+
+def _content(address: str) -> Iterator[bytes]:
+    """What is at an address, piece by piece. Raises UserError if it cannot be had."""
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            while chunk := answer.read(_CHUNK):
+                yield chunk
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{address}: cannot be downloaded: {error.code} {error.reason}") from error
+    except urllib.error.URLError as error:
+        raise UserError(f"{address}: cannot be reached: {error.reason}") from error
+    except OSError as error:  # the connection broke
+        raise UserError(f"{address}: cannot be downloaded: {error.strerror or error}") from error
+    except (http.client.HTTPException, ValueError) as error:  # it is none, or the answer is
+        raise UserError(f"{address}: cannot be downloaded: {error}") from error

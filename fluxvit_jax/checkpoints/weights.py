@@ -56,18 +56,22 @@ def _find_workdir(workdir: storage.PathLike) -> FoundWeights:
     from fluxvit_jax.checkpoints import checkpointer  # late: Orbax takes seconds to import
 
     trained = checkpointer.restore(workdir)
-    described = config_json.from_run_config(from_dict(trained.config), trained.class_names)
+    config = from_dict(trained.config)
+    described = config_json.from_run_config(config, trained.class_names)
     state = official_names.to_official(fluxvit.network_params(trained.params))
     return FoundWeights(
         state,
         config_json.to_json(described),
         config_json.preprocessor_json(described),
-        _evaluations(trained.step),
+        _evaluations(trained.step, config.model.selector.to_dict()),
     )
 
 
-def _evaluations(step: epath.Path) -> tuple[dict[str, Any], ...]:
-    """The reports of `--mode=evaluate` in a workdir that are of one of its steps, newest last."""
+def _evaluations(step: epath.Path, selector: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The reports of `--mode=evaluate` in a workdir that are of one of its steps, newest last.
+
+    selector: the run's own; reports of another one, which was tried for comparison, are left out.
+    """
     workdir = step.parents[1]
     folder, found = workdir / EVALUATION, []
     with storage.errors(folder):
@@ -77,7 +81,8 @@ def _evaluations(step: epath.Path) -> tuple[dict[str, Any], ...]:
                 report = storage.parse_json(path.read_text())
             except (OSError, ValueError):
                 continue  # the card lacks it
-            if report.get("checkpoint") == os.fspath(step.relative_to(workdir)):
+            own = report.get("checkpoint") == os.fspath(step.relative_to(workdir))
+            if own and report.get("selector", selector) == selector:  # earlier reports do not tell
                 found.append(report)
     return tuple(found)
 

@@ -49,8 +49,10 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     recipe = flag_argument(argv, "config")
     if recipe is not None:
         check_names(flatten(read_recipe(recipe)))
-    for name in _override_names(argv):
+    for name in override_names(argv):
         check_name(name)
+        if recipe is None:
+            raise UserError(f"--config.{name}: no recipe to set it in; add one: --config=RECIPE")
     try:
         program, *rest = flag_values(argv)
     except (flags.Error, ValueError) as error:
@@ -87,8 +89,13 @@ def located(argv: Sequence[str]) -> list[str]:
     """A command line in which `--config=NAME:ARGUMENT` names the file of a recipe of ours.
 
     Nothing changes where there is a file of that name already.
+
+    Raises UserError for two recipes: fields set between them would be those of the first.
     """
     recipe = flag_argument(argv, "config") or ""
+    first, *others = _flag_arguments(argv, "config") or [recipe]
+    if set(others) - {first}:
+        raise UserError(f"--config={first} and --config={recipe}: leave one of them out")
     path, colon, argument = recipe.partition(":")
     if Path(path).is_file() or path not in shipped():
         return [*argv]
@@ -146,14 +153,23 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def flag_argument(argv: Sequence[str], name: str) -> str | None:
-    """The value of `--name=VALUE` or `--name VALUE` in argv, if it is there."""
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
-        if match := re.fullmatch(rf"--?{name}(?:=(.*))?", argument):
-            return following if match[1] is None else match[1]
-    return None
+    """The value of `--name=VALUE` or `--name VALUE` in argv, if it is there.
+
+    Of several it is the last, as absl has it.
+    """
+    values = _flag_arguments(argv, name)
+    return values[-1] if values else None
 
 
-def _override_names(argv: Sequence[str]) -> list[str]:
+def _flag_arguments(argv: Sequence[str], name: str) -> list[str | None]:
+    """All values of a flag, in their order."""
+    pairs = zip(argv, [*argv[1:], None], strict=True)
+    matches = ((re.fullmatch(rf"--?{name}(?:=(.*))?", own), following) for own, following in pairs)
+    return [following if match[1] is None else match[1] for match, following in matches if match]
+
+
+def override_names(argv: Sequence[str]) -> list[str]:
+    """The fields of the config that a command line sets, "train.epochs" of each."""
     matches = (re.match(r"--?(?:no)?config\.([^=]+)", argument) for argument in argv)
     return [match[1] for match in matches if match]
 

@@ -19,6 +19,7 @@ from fluxvit_jax.convert import official_names, weight_files
 from fluxvit_jax.convert.official_names import Architecture, affine, describe_faults, linear
 from fluxvit_jax.convert.text_encoder_names import PREFIX, TEXT_ENCODER
 from fluxvit_jax.data.tokenizer import VOCABULARY
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.checksums import sha256
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models.text_encoder import TextEncoderConfig
@@ -156,7 +157,7 @@ def _float32(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _check_belonging(path: Path, texts: Mapping[str, str]) -> None:
     """Raises UserError unless the network beside is the one that the parts were trained with."""
     try:
-        expected = json.loads(texts[weight_files.EMBEDDED])[BELONGS_TO]
+        expected = storage.parse_json(texts[weight_files.EMBEDDED])[BELONGS_TO]
     except (KeyError, ValueError, TypeError):
         raise UserError(
             f"{path}: does not say which {weight_files.WEIGHTS} it belongs to; write the folder "

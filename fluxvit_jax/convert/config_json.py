@@ -291,6 +291,17 @@ def _check(given: Mapping[str, Any], source: str) -> None:
         raise UserError(f"{source}: head_budgets {budgets!r} are no numbers, largest first")
 
 
+def check_sizes(model: FluxViTConfig, settings: Sequence[Setting]) -> None:
+    """Raises UserError for a budget, number of frames or resolution that cannot be."""
+    fewest = 2 if model.cls == "inside" else 1
+    for budget, frames, resolution in settings:
+        if budget < fewest or frames < 1 or resolution < PATCH or resolution % PATCH:
+            raise UserError(
+                f"{budget} tokens of {frames} frames of {resolution} px: a resolution is a "
+                f"multiple of {PATCH}, frames are above 0, a budget is at least {fewest}"
+            )
+
+
 def _class_names(labels: Any, classes: int, source: str) -> tuple[str, ...]:
     if not labels:
         return ()
@@ -308,15 +319,24 @@ def _settings(
     """Those of `preprocessor_config.json`; else the released recipe's, or the native grid."""
     if preprocessor.get("settings"):
         try:
-            return tuple(
-                (int(one["tokens"]), int(one["frames"]), int(one["resolution"]))
-                for one in preprocessor["settings"]
-            )
-        except (TypeError, KeyError, ValueError):
+            settings = tuple(map(_setting, preprocessor["settings"]))
+            check_sizes(model, settings)
+        except (TypeError, KeyError):
             raise UserError(
                 f"{source}: a setting in preprocessor_config.json is not "
-                '{"tokens": .., "frames": .., "resolution": ..}'
+                '{"tokens": .., "frames": .., "resolution": ..} with whole numbers'
             ) from None
+        except UserError as error:
+            raise UserError(f"{source}: preprocessor_config.json says {error}") from error
+        return settings
     if tuple(budgets) == HEAD_BUDGETS:
         return tuple(default_config().eval.settings)
     return tuple((budget, model.frames, model.rows * PATCH) for budget in budgets)
+
+
+def _setting(described: Mapping[str, Any]) -> Setting:
+    """Raises TypeError or KeyError for what is none."""
+    budget, frames, resolution = (described[name] for name in ("tokens", "frames", "resolution"))
+    if not all(type(number) is int for number in (budget, frames, resolution)):
+        raise TypeError(described)
+    return budget, frames, resolution

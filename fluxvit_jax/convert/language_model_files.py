@@ -20,6 +20,7 @@ from flax import nnx
 
 from fluxvit_jax.convert import weight_files
 from fluxvit_jax.convert.weight_files import CONFIG, WEIGHTS
+from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
@@ -28,6 +29,11 @@ Tree = dict[str, Any]
 
 INDEX = f"{WEIGHTS}.index.json"
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+# Fields of config.json that are numbers from 1.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "vocab_size", "max_position_embeddings"),
+)
 SAMPLED_BYTES = 4096  # of each tensor, for a fingerprint
 
 # Ours, within a layer -> theirs, and whether the matrix is transposed.
@@ -64,9 +70,14 @@ def read_config(folder: str | os.PathLike) -> LanguageModelConfig:
         raise UserError(f"{folder}: no language model: there is no {CONFIG}")
     values = weight_files.read_config(path)
     family = values.get("model_type")
-    if family not in CLASSES:
+    if family not in list(CLASSES):
         raise UserError(f"{path}: model_type {family!r} is none of {', '.join(CLASSES)}")
+    for name in SIZES:
+        if values.get(name) is not None and (type(values[name]) is not int or values[name] < 1):
+            raise UserError(f"{path}: {name} {values[name]!r} is no number from 1")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters {rope!r} are no object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     unsupported = {
         f"rope_type {kind!r}": kind != "default",
@@ -84,13 +95,13 @@ def read_config(folder: str | os.PathLike) -> LanguageModelConfig:
             width=values["hidden_size"],
             depth=values["num_hidden_layers"],
             heads=heads,
-            kv_heads=values.get("num_key_value_heads", heads),
+            kv_heads=values.get("num_key_value_heads") or heads,
             head_size=values.get("head_dim") or values["hidden_size"] // heads,
             hidden=values["intermediate_size"],
             vocabulary=values["vocab_size"],
             context=values["max_position_embeddings"],
             rope_theta=float(values.get("rope_theta") or rope.get("rope_theta", 10_000.0)),
-            epsilon=values["rms_norm_eps"],
+            epsilon=float(values["rms_norm_eps"]),
             qkv_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             tied=values.get("tie_word_embeddings", False),
@@ -192,6 +203,12 @@ class TensorFiles(NamedTuple):
 
     def check(self, expected: Tree) -> None:
         """Raises UserError unless the tensors are those of a model, each of its shape."""
+        layers = expected["layers"]["norm1"]["scale"].shape[0]
+        if layers > len(self.tensors):
+            raise UserError(
+                f"{self.folder}: is not the model of its {CONFIG}: {len(self.tensors)} tensors are "
+                f"too few for {layers} layers"
+            )
         wanted: dict[str, tuple[int, ...]] = {}
         for path, like in jax.tree_util.tree_leaves_with_path(expected):
             own = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -278,10 +295,11 @@ def _files(folder: Path) -> list[Path]:
     """The files of weights in a folder, as its index lists them."""
     if (folder / INDEX).is_file():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            index = storage.parse_json((folder / INDEX).read_text())
+            names = {Path(name).name for name in index["weight_map"].values()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / INDEX}: cannot be read: {error}") from error
-        paths = [folder / Path(name).name for name in sorted(names)]
+        paths = [folder / name for name in sorted(names)]
     else:
         paths = [folder / WEIGHTS]
     for path in paths:

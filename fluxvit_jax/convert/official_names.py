@@ -93,11 +93,15 @@ class Architecture(NamedTuple):
         return {name: leaf for leaf in self.leaves for name in self.names(leaf, counts)}
 
     def member_counts(self, state: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """How many members of each stack the names in a state speak of."""
+        """How many members of each stack the names in a state speak of.
+
+        A number that the state has too few tensors for speaks of none.
+        """
         found = {branch: 0 for branch in self.stacked}
         for branch, prefix in self.stacked.items():
             for name in state:
-                if number := re.match(rf"{prefix}\.(\d+)\.", name):
+                number = re.match(rf"{prefix}\.(\d{{1,9}})\.", name)
+                if number and int(number[1]) < len(state):
                     found[branch] = max(found[branch], int(number[1]) + 1)
         return self.counts(found)
 

@@ -13,7 +13,7 @@ import math
 import pickletools
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,9 +211,11 @@ class _Interpreter:
     def __init__(self) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.copies_left = 0  # items that calls may still copy
 
     def run(self, pickle: bytes) -> Any:
         """The object that a pickle describes."""
+        self.copies_left = len(pickle)  # an item takes a byte at least
         for opcode, operand, _ in pickletools.genops(pickle):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -264,7 +266,7 @@ class _Interpreter:
             case "BINPERSID":
                 push(_storage(*self.stack.pop()))
             case "REDUCE" | "NEWOBJ":
-                push(_call(*self._pop(2)))
+                push(self._call(*self._pop(2)))
             case "BUILD":
                 self._pop(1)  # attributes of an object: nothing that weights are made of
             case _:
@@ -281,6 +283,16 @@ class _Interpreter:
             items.append(item)
         return items[::-1]
 
+    def _call(self, name: Any, arguments: Any) -> Any:
+        """What a call gives; a list that is copied again and again would fill the memory."""
+        if type(name) is not _Name or type(arguments) is not tuple:
+            raise _RefusedError("its pickle calls what is no function")
+        if arguments and isinstance(arguments[0], Sized):
+            self.copies_left -= len(arguments[0])
+        if self.copies_left < 0:
+            raise _RefusedError("its pickle makes more of itself than it holds")
+        return _called(name, arguments)
+
     def _extend(self, kind: type, items: Sequence[Any]) -> None:
         """Puts items into the list, set or dict on the stack; a dict takes keys and values."""
         target = self.stack[-1]
@@ -294,7 +306,9 @@ class _Interpreter:
             target.update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
 
-def _known(module: str, name: str) -> _Name:
+def _known(module: Any, name: Any) -> _Name:
+    if type(module) is not str or type(name) is not str:
+        raise _RefusedError(f"it asks for a {type(name).__name__} of a {type(module).__name__}")
     known = _Name(f"{module}.{name}".replace("__builtin__.", "builtins."))
     if known not in CALLS and known not in DTYPES and known not in PLAIN_NAMES:
         raise _RefusedError(
@@ -304,10 +318,8 @@ def _known(module: str, name: str) -> _Name:
     return known
 
 
-def _call(name: _Name, arguments: tuple) -> Any:
+def _called(name: _Name, arguments: tuple) -> Any:
     """What a call in the pickle gives, made here and not by what it names."""
-    if type(name) is not _Name or type(arguments) is not tuple:
-        raise _RefusedError("its pickle calls what is no function")
     match name:
         case "torch._utils._rebuild_tensor_v2":
             return _tensor(*arguments[:4])
@@ -320,7 +332,7 @@ def _call(name: _Name, arguments: tuple) -> Any:
         case "torch.Size":
             return tuple(arguments[0])
         case "torch.device":
-            return ":".join(map(str, arguments))
+            return None  # where the weights once were
         case "argparse.Namespace":
             return {}
     raise _RefusedError(f"its pickle calls {name}")
@@ -336,9 +348,9 @@ def _key(value: Any) -> Any:
 
 def _storage(kind: str, name: _Name, key: str, _location: str, count: int) -> _Storage:
     if kind != "storage" or type(name) is not _Name or name not in DTYPES:
-        raise _RefusedError(f"it refers to a {kind} of {name}")
+        raise _RefusedError("it refers to what is no storage")
     if type(key) is not str or not re.fullmatch(r"\d{1,9}", key):
-        raise _RefusedError(f"a storage is called {key!r}")
+        raise _RefusedError("a storage is not called by a number")
     _check_counts(count)
     return _Storage(key, np.dtype(DTYPES[name]), count)
 
@@ -363,5 +375,7 @@ def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple) -> _Te
 
 
 def _check_counts(*counts: int) -> None:
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
-        raise _RefusedError(f"it counts {counts[:MAX_AXES]} elements")
+    for count in counts:
+        if type(count) is not int or not 0 <= count <= MAX_COUNT:
+            what = count if type(count) is int else f"a {type(count).__name__} of"
+            raise _RefusedError(f"it counts {what} elements")

@@ -107,7 +107,8 @@ def complete(
         state |= {name: fresh[name].astype(_dtype_of(state)) for name in lacking}
         notes += [f"{source}: {name} is missing and starts afresh" for name in lacking]
     _check(state, source)
-    as_measured = not lacking and not (config or {}).keys() & config_json.BEHAVIOUR.keys()
+    changes = {*config_json.BEHAVIOUR, "groups"}.intersection(config or {})
+    as_measured = not lacking and not changes
     evaluations = found.evaluations if as_measured else ()
     return Pretrained(state, described, tuple(notes), evaluations)
 
@@ -145,6 +146,8 @@ def _find_file(source: Path) -> FoundWeights:
         config, preprocessor = embedded.get("config", {}), embedded.get("preprocessor", {})
     except (ValueError, AttributeError) as error:
         raise UserError(f"{source}: the config it carries is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(preprocessor, dict):
+        raise UserError(f"{source}: the config it carries is damaged: it is no object")
     return FoundWeights(tensors, config, preprocessor)
 
 

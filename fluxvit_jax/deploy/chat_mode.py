@@ -1,15 +1,17 @@
 """`--mode=chat`: questions about a video, from the command line.
 
-Without --question questions are read from the terminal, one a line, until it ends. With it one
+Without --question questions are read from the terminal, or a pipe, one a line, until it ends. On
+the terminal an empty line ends it too; in a pipe empty lines are skipped. With --question one
 answer is printed; of a folder of videos, one JSON object a line, in `OUT/answers.jsonl` too.
 """
 
+import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -67,22 +69,27 @@ def run(options: Options, config: ConfigDict | None = None) -> int:
     if options.question:
         _say_answer(conversation, options.question)
     else:
-        _talk(conversation)
+        for question in _questions():
+            _say_answer(conversation, question)
     return 0
 
 
-def _talk(conversation: Conversation) -> None:
-    """Reads questions until there are no more."""
+def _questions() -> Iterator[str]:
+    """The lines of stdin until it ends, without empty ones; on a terminal an empty one ends it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # of another encoding than the terminal's
     asks = sys.stdin.isatty()
     if asks:
         _tell("ask about the video; an empty line or Ctrl-D ends")
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
-        question = sys.stdin.readline().strip()
-        if not question:
+        line = sys.stdin.readline()
+        question = line.strip()
+        if not line or (asks and not question):
             return
-        _say_answer(conversation, question)
+        if question:
+            yield question
 
 
 def _say_answer(conversation: Conversation, question: str) -> None:
@@ -103,14 +110,13 @@ def _answer_folder(chat: Chat, folder: Path, options: Options, batch_size: int) 
     videos = videos_below(folder)
     if not videos:
         raise UserError(f"--video={folder}: holds no videos")
-    out, failed = Path(options.out), 0
-    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
     too_large = (
         f"config.eval.batch_size: {batch_size} videos at once are more than the devices' memory "
         "takes; add a recipe, such as --config=mvbench, and a lower --config.eval.batch_size"
     )
     with (
-        (out / ANSWERS).open("w") as file,
+        _open_answers(Path(options.out)) as file,
         tqdm(total=len(videos), desc="answering", unit="video", disable=None) as bar,
     ):
         for first in range(0, len(videos), batch_size):
@@ -128,8 +134,17 @@ def _answer_folder(chat: Chat, folder: Path, options: Options, batch_size: int) 
             bar.update(len(part))
     if failed == len(videos):
         raise UserError(f"--video={folder}: none of {count(failed, 'video')} was answered: {line}")
-    _tell(f"{count(len(videos) - failed, 'answer')}, {failed} failed, in {out / ANSWERS}")
+    _tell(f"{count(len(videos) - failed, 'answer')}, {failed} failed, in {file.name}")
     return 0
+
+
+def _open_answers(out: Path) -> TextIO:
+    """The file for answers, in a folder that may be new. Raises UserError if it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return (out / ANSWERS).open("w")
+    except OSError as error:
+        raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
 
 
 def _answers(

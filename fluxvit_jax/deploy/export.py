@@ -25,6 +25,7 @@ from fluxvit_jax.convert import official_names
 from fluxvit_jax.convert.config_json import (
     PretrainedConfig,
     Setting,
+    check_sizes,
     describe_assumption,
     to_json,
 )
@@ -54,9 +55,11 @@ def export(
 
     Raises UserError: a setting that cannot be, or a folder that cannot be written or is not empty.
     """
-    check_settings(model.config, settings)
+    _check_settings(model.config.model, settings)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; export into another folder")
+    if folder.resolve() == Path.cwd():
+        raise UserError(f"{folder} is the current folder; export into another, such as exported")
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
     try:
@@ -243,18 +246,17 @@ def _setting(cell: dict[str, Any]) -> Setting:
     return cell["budget"], cell["frames"], cell["resolution"]
 
 
-def check_settings(config: PretrainedConfig, settings: Sequence[Setting]) -> None:
-    """Raises UserError for a budget, number of frames or resolution that cannot be."""
-    inside = config.model.cls == "inside"
+def _check_settings(model: FluxViTConfig, settings: Sequence[Setting]) -> None:
+    """Raises UserError for a setting that cannot be, for any network or for this one."""
+    check_sizes(model, settings)
+    inside = model.cls == "inside"
     for budget, frames, resolution in settings:
-        what = f"{budget} tokens of {frames} frames of {resolution} px"
-        if budget < 1 + inside or frames < 1 or resolution < PATCH or resolution % PATCH:
-            raise UserError(f"{what}: a resolution is a multiple of {PATCH}, a budget above 0")
-        if (
-            config.model.selector == "none"
-            and Grid.square(frames, resolution).tokens > budget - inside
-        ):
-            raise UserError(f"{what}: the network selects nothing, so they do not fit the budget")
+        tokens = Grid.square(frames, resolution).tokens
+        if model.selector == "none" and tokens > budget - inside:
+            raise UserError(
+                f"{budget} tokens of {frames} frames of {resolution} px: the network selects "
+                "nothing, so they do not fit the budget"
+            )
 
 
 def run(

@@ -37,11 +37,17 @@ def likeliest(probabilities: np.ndarray) -> list[list[tuple[int, float]]]:
 
 
 def top_accuracies(classes: int, videos: Sequence[dict], k: int) -> dict[str, Any]:
-    """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong."""
+    """Top-1 and top-5 of the k-th setting; a video that could not be read counts as wrong.
+
+    So does one whose probabilities are NaN.
+    """
     read = [video for video in videos if not video["failure"]]
-    pairs = [(video["label"], [c for c, _ in video["top"][k]]) for video in read]
+    pairs = [
+        (video["label"], [c for c, share in video["top"][k] if not np.isnan(share)])
+        for video in read
+    ]
     return {
-        "top1": sum(label == top[0] for label, top in pairs) / len(videos),
+        "top1": sum(label in top[:1] for label, top in pairs) / len(videos),
         "top5": sum(label in top for label, top in pairs) / len(videos),
     }
 
@@ -51,7 +57,7 @@ def mean_average_precision(classes: int, videos: Sequence[dict], k: int) -> dict
     read = [video for video in videos if not video["failure"]]
     positive = multi_hot(read, classes)
     missed = multi_hot(videos, classes).sum(axis=0) - positive.sum(axis=0)
-    scores = np.array([video["probabilities"][k] for video in read])
+    scores = np.nan_to_num([video["probabilities"][k] for video in read])  # NaN: found last
     precisions = average_precision.of_classes(scores, positive, missed)
     return {"map": average_precision.mean(precisions), "ap": precisions}
 

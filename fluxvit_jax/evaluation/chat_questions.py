@@ -4,10 +4,11 @@ Frames, prompts and rules are the official ones (`mvbench`). Answers are kept as
 evaluation that was stopped goes on with those that it lacks.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from fluxvit_jax.data.pipeline import Batches
 from fluxvit_jax.data.sources import digest
 from fluxvit_jax.data.supervised_workers import Quarantine
 from fluxvit_jax.deploy.chat import Chat, FirstQuestion
-from fluxvit_jax.distributed import storage
+from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.console import progress_bar
 from fluxvit_jax.distributed.devices import enough_memory
 from fluxvit_jax.distributed.mesh import make_mesh, round_up_to_shards
@@ -73,8 +74,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     words = f"{report_words(config.data.validation)}-mvbench"
     answers_file = folder / EVALUATION / f"{words}-{digits}-answers.jsonl"
-    storage.make_folder(answers_file.parent)
-    kept = _kept(answers_file, questions)
+    kept = _take_up(answers_file, questions)
     todo = {
         setting: [question for question in questions if _key(setting, question) not in kept]
         for setting in settings
@@ -83,19 +83,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     if left < len(questions) * len(settings):
         print(f"{len(kept)} answers are in {answers_file}; {left} are to be given")
     chat = Chat(weights, config.model.dtype, mesh)
-    with (
-        Watchdog(config.log.watchdog_seconds, folder) as watchdog,
-        progress_bar(left, desc="answering", unit="question") as bar,
-        open(answers_file, "a") as file,
-    ):
-        for setting, lacking in todo.items():
-            for answers in answered(chat, config, setting, lacking, mesh) if lacking else ():
-                kept |= {_key(setting, answer.question): answer for answer in answers}
-                file.writelines(_line(setting, answer) for answer in answers)
-                file.flush()
-                bar.update(len(answers))
-                watchdog.alive()
-            watchdog.pause()  # the next setting has to be compiled
+    with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
+        kept |= _give(chat, config, todo, answers_file, mesh, watchdog)
     budgets = {
         str(setting[0]): {"frames": setting[1], "resolution": setting[2]}
         | mvbench.summarize([kept[_key(setting, question)] for question in questions])
@@ -108,10 +97,39 @@ def run(config: ConfigDict, workdir: str) -> int:
     return 0
 
 
+def _give(
+    chat: Chat,
+    config: ConfigDict,
+    todo: Mapping[Setting, Sequence[Question]],
+    path: epath.Path,
+    mesh: Mesh,
+    watchdog: Watchdog,
+) -> dict[Key, Answer]:
+    """The answers to the questions of each setting, each in the file as soon as it is given.
+
+    Raises UserError: as `answered`, or the file cannot be written.
+    """
+    given: dict[Key, Answer] = {}
+    with (
+        progress_bar(sum(map(len, todo.values())), desc="answering", unit="question") as bar,
+        contextlib.closing(atomic.LineFile(path)) as file,
+    ):
+        for setting, lacking in todo.items():
+            for answers in answered(chat, config, setting, lacking, mesh) if lacking else ():
+                for answer in answers:
+                    given[_key(setting, answer.question)] = answer
+                    file.add(checksums.to_line(_row(setting, answer)))
+                bar.update(len(answers))
+                watchdog.alive()
+            watchdog.pause()  # the next setting has to be compiled
+    return given
+
+
 def _about(config: ConfigDict, weights: ChatWeights, questions: Sequence[Question]) -> Report:
     """What the answers depend on, besides the setting."""
     return {
         "checkpoint": weights.projection.origin,
+        "dtype": config.model.dtype,
         "language_model": os.path.basename(os.path.normpath(weights.llm_folder)),
         "language_model_fingerprint": weights.llm_fingerprint,
         "data": config.data.validation,
@@ -185,28 +203,36 @@ def _key(setting: Setting, question: Question) -> Key:
     return Key(*setting, question.task, question.number)
 
 
-def _line(setting: Setting, answer: Answer) -> str:
-    """A line of the file of answers."""
-    row = _key(setting, answer.question)._asdict() | {
+def _row(setting: Setting, answer: Answer) -> Report:
+    """A line of the file of answers, as JSON."""
+    return _key(setting, answer.question)._asdict() | {
         "prediction": answer.prediction,
         "failure": answer.failure,
     }
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _kept(path: epath.Path, questions: Sequence[Question]) -> dict[Key, Answer]:
-    """The answers of an evaluation that was stopped; videos that failed are tried again."""
+def _take_up(path: epath.Path, questions: Sequence[Question]) -> dict[Key, Answer]:
+    """The answers of an evaluation that was stopped, whose file then holds nothing else.
+
+    A question whose video failed, or whose line a kill cut off, is asked again.
+
+    Raises UserError or OSError if the file cannot be read or written.
+    """
     by_number = {(question.task, question.number): question for question in questions}
     found: dict[Key, Answer] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    rows = []
+    for row in checksums.read_lines(path):
         try:
-            row = storage.parse_json(line)
             key = Key(**{name: row[name] for name in Key._fields})
-            if not row["failure"]:
-                question = by_number[key.task, key.number]
-                found[key] = Answer(question=question, prediction=row["prediction"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the end of a line that a kill cut off; its question is asked again
+            question, prediction = by_number[key.task, key.number], row["prediction"]
+            failure = row["failure"]
+        except (KeyError, TypeError):
+            continue  # no answer to these questions
+        if not failure:
+            found[key] = Answer(question=question, prediction=prediction)
+            rows.append(row)
+    storage.make_folder(path.parent)
+    checksums.write_lines(path, rows)
     return found
 
 

@@ -23,6 +23,7 @@ from fluxvit_jax.distributed.mesh import host_index, make_mesh
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.evaluation.results import SUFFIX
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given
 from fluxvit_jax.evaluation.trained_weights import Weights, check_class_names, open_named
@@ -57,7 +58,7 @@ def run_weights(config: ConfigDict, loaded: Weights, folder: epath.Path) -> int:
     settings by those that a search chose: Token Optimization, the paper's "+TO".
 
     Returns the exit status, 0. Raises UserError: no videos, none that can be read, other class
-    names, a plan of other weights.
+    names, a plan of other weights, weights that give no finite numbers.
     """
     source, mesh, names = opened_validation(config, loaded)
     settings = planned_or_given(config, loaded.params)
@@ -88,11 +89,16 @@ def tell(
     """Prints the table of an evaluation, and writes its files; host 0 does.
 
     name: of the files in the folder's `evaluation`; names: of the classes, if known.
+
+    Raises UserError, on all hosts, if the network gave no finite numbers.
     """
+    for budget, row in evaluation.report["budgets"].items():
+        check_finite(row["loss"], loaded.origin, f"at budget {budget}")
     if host_index() != 0:
         return
     path = folder / EVALUATION / f"{name}.json"
     about = {"data": config.data.validation, "plan": config.eval.plan or None}
+    about |= {"selector": config.model.selector.to_dict(), "dtype": config.model.dtype}
     about |= {"class_names": list(names or numbered(config.model.classes))}
     print(evaluation.table())  # before what may fail
     page = write(evaluation, path, {"checkpoint": loaded.origin} | about)

@@ -2,7 +2,7 @@
 
 A file is a JSON list of {"video": path, "option": texts, "answer": number, or a list of 0 and 1},
 as of SSv2-MC, measured by accuracy, and Charades-MC, by mAP over the options, which are the same
-for all videos. A video that cannot be read is wrong, or not found.
+for all videos, in any order. A video that cannot be read is wrong, or not found.
 
 Source: InternVideo2, multi_modality, tasks_clip/retrieval_mc.py and retrieval_mc2.py. There an
 option that no video has counts 0 in the mean; here it does not count. Reports have both.
@@ -27,6 +27,7 @@ from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import average_precision, retrieve, vectors
 from fluxvit_jax.evaluation.evaluate_mode import report_words
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given
 from fluxvit_jax.evaluation.zero_shot import option_shares
 from fluxvit_jax.objectives.flux_clip import TEMPERATURE
@@ -39,7 +40,8 @@ Report = dict[str, Any]
 class Questions:
     """videos: paths; options: cleaned texts, as many for each; right: bool [videos, options].
 
-    several: whether a video may have several right options.
+    several: whether a video may have several right options. Then the options of all videos are the
+    same, in one order.
     """
 
     videos: tuple[str, ...]
@@ -51,12 +53,14 @@ class Questions:
 def read_questions(path: str, root: str = "") -> Questions:
     """The questions that a file lists.
 
-    Raises UserError: no such file; no list of this form; another number of options.
+    Raises UserError: no such file; no list of this form; another number of options; where several
+    may be right, other options, or none that is right.
     """
     videos: list[str] = []
     options: list[tuple[str, ...]] = []
     right: list[np.ndarray] = []
     several = False
+    places: list[str] = []
     for where, entry in entries(storage.path_of(path)):
         video, answer = entry.get("video"), entry.get("answer")
         if not isinstance(video, str):
@@ -64,27 +68,68 @@ def read_questions(path: str, root: str = "") -> Questions:
         texts = cleaned(strings(entry.get("option"), f"{where}: option"), where)
         if options and len(texts) != len(options[0]):
             raise UserError(f"{where}: {len(texts)} options where others have {len(options[0])}")
-        own = np.zeros(len(texts), bool)
-        if isinstance(answer, int) and 0 <= answer < len(texts):
-            own[answer] = True
-        elif isinstance(answer, list) and len(answer) == len(texts) and set(answer) <= {0, 1}:
-            own[:], several = answer, True
-        else:
-            raise UserError(f"{where}: the answer {answer} is no number of an option, nor a list")
+        several |= isinstance(answer, list)
         videos.append(os.path.join(root, video))
         options.append(texts)
-        right.append(own)
+        right.append(_right_options(answer, len(texts), where))
+        places.append(where)
     if not videos:
         raise UserError(f"{path}: there are no questions in it")
+    if several:
+        orders = [
+            _order_of(texts, options[0], at) for texts, at in zip(options, places, strict=True)
+        ]
+        right = [own[order] for own, order in zip(right, orders, strict=True)]
+        options = [options[0]] * len(videos)
+        if not np.any(right):
+            raise UserError(f"{path}: no option of any question is right; mend its answers")
     return Questions(
         videos=tuple(videos), options=tuple(options), right=np.stack(right), several=several
     )
 
 
+def _right_options(answer: Any, options: int, where: str) -> np.ndarray:
+    """Which options an answer names, a number or a list of 0 and 1: bool [options].
+
+    Raises UserError if it is neither. where: the entry, for the message.
+    """
+    right = np.zeros(options, bool)
+    if type(answer) is int and 0 <= answer < options:
+        right[answer] = True
+    elif (
+        isinstance(answer, list)
+        and len(answer) == options
+        and all(type(own) is int and own in (0, 1) for own in answer)
+    ):
+        right[:] = answer
+    else:
+        raise UserError(
+            f"{where}: the answer {answer} is no number of an option, nor a list of 0 and 1"
+        )
+    return right
+
+
+def _order_of(texts: Sequence[str], first: Sequence[str], where: str) -> np.ndarray:
+    """Where the texts of the first question are among those of another one: int [options].
+
+    Each option has an average precision, so those of all videos are the same. Raises UserError if
+    they are not. where: the entry, for the message.
+    """
+    if sorted(texts) != sorted(first):
+        raise UserError(
+            f"{where}: its options are not those of the first question; where the answers are "
+            "lists of 0 and 1, all videos have the same options"
+        )
+    order = np.empty(len(first), int)
+    order[np.argsort(first, kind="stable")] = np.argsort(texts, kind="stable")
+    return order
+
+
 def run(config: ConfigDict, workdir: str) -> int:
     """Evaluates a run on the questions of `data.validation`; prints a table, writes the report.
 
-    Returns the exit status, 0. Raises UserError: no such run, no questions, no video to be read.
+    Returns the exit status, 0. Raises UserError: no such run, no questions, no video to be read,
+    weights that give no finite numbers.
     """
     folder = storage.path_of(workdir)
     with raise_on_all_hosts():
@@ -108,11 +153,12 @@ def run(config: ConfigDict, workdir: str) -> int:
     assert found is not None  # nothing stops it
     options = by_text[np.array([[number[text] for text in own] for own in questions.options])]
     temperature = float(weights.params[TEMPERATURE])
-    budgets = {
-        str(setting.budget): retrieve.about_setting(own, setting)
-        | measures(option_shares(videos, options, temperature), questions, list(found.failures))
-        for setting, videos in zip(settings, found.by_setting, strict=True)
-    }
+    budgets = {}
+    for setting, videos in zip(settings, found.by_setting, strict=True):
+        shares = option_shares(videos, options, temperature)
+        check_finite(shares, weights.origin, f"at budget {setting.budget}")
+        measured = measures(shares, questions, list(found.failures))
+        budgets[str(setting.budget)] = retrieve.about_setting(own, setting) | measured
     report = {
         "task": "multiple_choice",
         **retrieve.about_run(config, weights),
@@ -122,7 +168,8 @@ def run(config: ConfigDict, workdir: str) -> int:
         **retrieve.about_failures(config, questions.videos, found.failures),
     }
     if host_index() == 0:
-        digits = _digits(own, settings, questions)
+        model = retrieve.about_model(config, retrieve.outside_source(config, folder))
+        digits = _digits(own, settings, questions, model)
         name = f"{report_words(config.data.validation)}-multiple_choice-{digits}"
         retrieve.write(report, table(report), retrieve.failure_notes(report), folder, name)
     return 0
@@ -159,6 +206,9 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _digits(config: ConfigDict, settings: Sequence[Setting], questions: Questions) -> str:
-    """A hash of what tells reports of a list apart."""
-    return digest([f"{settings} {views_of(config)}", str(questions.options), *questions.videos])[:8]
+def _digits(
+    config: ConfigDict, settings: Sequence[Setting], questions: Questions, model: Sequence[Any]
+) -> str:
+    """A hash of what tells reports of a list apart. model: as `retrieve.about_model` tells."""
+    asked = [str(questions.options), str(questions.right.tolist()), *questions.videos]
+    return digest([f"{settings} {views_of(config)} {model}", *asked])[:8]

@@ -65,14 +65,15 @@ def dual_weights(scores: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 def ranks(scores: np.ndarray, right: Sequence[Sequence[int]]) -> np.ndarray:
     """Rank of the best right item of each query, from 0: int [Q].
 
-    A wrong item with exactly its score comes before it, so that equal scores never look right.
+    A wrong item with exactly its score comes before it, so that equal scores never look right, and
+    so does every one that cannot be compared: NaN is found last.
 
     scores: [Q, G]; right: items of each query, at least one.
     """
     found = np.empty(len(scores), int)
     for query, items in enumerate(right):
         own = list(items)
-        at_least = scores[query] >= scores[query, own].max()
+        at_least = ~(scores[query] < scores[query, own].max())
         at_least[own] = False
         found[query] = at_least.sum()
     return found

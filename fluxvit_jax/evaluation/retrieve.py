@@ -33,6 +33,7 @@ from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieval, vectors
 from fluxvit_jax.evaluation.evaluate_mode import report_words
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given, tokens_kept
 from fluxvit_jax.evaluation.unreadable import (
     NothingReadableError,
@@ -55,7 +56,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     """Evaluates a run on the pairs of `data.validation`; prints a table and writes the report.
 
     Returns the exit status, 0. Raises UserError: no such run, no or another number of pairs, not
-    one video that can be read.
+    one video that can be read, weights that give no finite numbers.
     """
     folder = storage.path_of(workdir)
     with raise_on_all_hosts():
@@ -67,7 +68,8 @@ def run(config: ConfigDict, workdir: str) -> int:
     with Watchdog(config.log.watchdog_seconds, folder) as watchdog:
         report = evaluate(config, weights, pairs, mesh, watchdog)
     if host_index() == 0:
-        write(report, table(report), notes(report), folder, report_name(config, report))
+        name = report_name(config, report, outside_source(config, folder))
+        write(report, table(report), notes(report), folder, name)
     return 0
 
 
@@ -81,11 +83,20 @@ def write(report: Report, table: str, notes: Sequence[str], folder: epath.Path, 
 
 
 def read_weights(config: ConfigDict, workdir: epath.Path) -> ClipWeights:
-    """The weights of the workdir's run, or of the run that `train.init_from` names."""
+    """The weights of the workdir's run, or those that `train.init_from` names, which is the origin.
+
+    Raises UserError: there are none, or they are not of Flux-CLIP.
+    """
+    outside = outside_source(config, workdir)
+    found = flux_clip_weights.read(outside or workdir, config.clip.text_encoder)
+    return found._replace(origin=outside) if outside else found
+
+
+def outside_source(config: ConfigDict, workdir: epath.Path) -> str:
+    """`train.init_from` if the weights to evaluate are there; "" if they are the workdir's own."""
     given = config.train.init_from
     has_run = (workdir / checkpointer.FOLDER).exists() or given in ("", REQUIRED)
-    source = workdir if has_run else given
-    return flux_clip_weights.read(source, config.clip.text_encoder)
+    return "" if has_run else given
 
 
 def read_pairs(config: ConfigDict) -> RetrievalSet:
@@ -127,19 +138,24 @@ def evaluate(
 ) -> Report:
     """The report of a set of pairs.
 
-    Raises NothingReadableError if no video can be read.
+    Raises NothingReadableError if no video can be read, UserError if the weights give no finite
+    numbers.
     """
     own = with_evaluation(config, weights.config)
     settings = planned_or_given(own, weights.params)
-    found = measure(weights.params, own, pairs, settings, mesh, watchdog.alive)
-    assert found is not None  # nothing stops it
+    embedded = embed_pairs(weights.params, own, pairs, settings, mesh, watchdog.alive)
+    assert embedded is not None  # nothing stops it
+    check_finite(embedded.texts, weights.origin, "for the texts")
+    for setting, videos in zip(settings, embedded.videos.by_setting, strict=True):
+        check_finite(videos, weights.origin, f"at budget {setting.budget}")
+    found = compare(embedded, own, pairs, settings)
     return {
         "task": "retrieval",
         **about_run(config, weights),
         "videos": len(pairs.videos),
         "texts": len(pairs.texts),
         "expected": {what: number for what, number, _ in _counts(config, pairs) if number},
-        "pairs": digest([*pairs.videos, *pairs.texts]),
+        "pairs": digest([*pairs.videos, *pairs.texts, str(pairs.texts_of)]),
         "paragraphs": config.eval.paragraphs,
         "cut_texts": sum(token_count(text) > CONTEXT for text in pairs.texts),
         "dual_temperature": config.eval.dual_temperature,
@@ -179,24 +195,54 @@ def measure(
 ) -> Retrieval | None:
     """Retrieval between videos and texts at each of `settings`; None if `stop` ended it.
 
+    What is no finite number is found last. Arguments and errors: as of `embed_pairs`.
+    """
+    embedded = embed_pairs(params, config, pairs, settings, mesh, after_batch, stop, quarantine)
+    return compare(embedded, config, pairs, settings) if embedded else None
+
+
+class PairVectors(NamedTuple):
+    """Unit vectors of a set of pairs. texts: float32 [T, D]; videos: at each setting."""
+
+    texts: np.ndarray
+    videos: VideoVectors
+
+
+def embed_pairs(
+    params: dict,
+    config: ConfigDict,
+    pairs: RetrievalSet,
+    settings: Sequence[Setting],
+    mesh: Mesh,
+    after_batch: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    quarantine: Quarantine | None = None,
+) -> PairVectors | None:
+    """The vectors of videos and texts; None if `stop` ended it.
+
     params: as in `flux_clip_weights`; config: of their network; the rest as in `evaluate.evaluate`.
 
     Raises NothingReadableError if no video can be read.
     """
     texts = vectors.of_texts(params, config, pairs.texts, mesh)
     after_batch()
-    found = embed_videos(
+    videos = embed_videos(
         config, params, settings, pairs.videos, mesh, after_batch, stop, quarantine
     )
-    if found is None:
-        return None
+    return PairVectors(texts, videos) if videos else None
+
+
+def compare(
+    embedded: PairVectors, config: ConfigDict, pairs: RetrievalSet, settings: Sequence[Setting]
+) -> Retrieval:
+    """Retrieval between the vectors of `embed_pairs`, whose arguments the others are."""
+    texts, (by_setting, failures) = embedded
     budgets = {
         str(setting.budget): about_setting(config, setting)
-        | both_scores(videos, texts, pairs, found.failures, config.eval.dual_temperature)
-        for setting, videos in zip(settings, found.by_setting, strict=True)
+        | both_scores(videos, texts, pairs, failures, config.eval.dual_temperature)
+        for setting, videos in zip(settings, by_setting, strict=True)
     }
-    failures = about_failures(config, pairs.videos, found.failures)
-    return Retrieval({"budgets": budgets, **failures})
+    return Retrieval({"budgets": budgets, **about_failures(config, pairs.videos, failures)})
 
 
 def embed_videos(
@@ -240,6 +286,8 @@ def about_run(config: ConfigDict, weights: ClipWeights) -> Report:
     """What a report tells of its weights and data."""
     return {
         "checkpoint": weights.origin,
+        "selector": config.model.selector.to_dict(),
+        "dtype": config.model.dtype,
         "dataset": config.eval.dataset or os.path.basename(config.data.validation),
         "data": config.data.validation,
         "views": str(views_of(config)),
@@ -255,6 +303,14 @@ def about_failures(config: ConfigDict, videos: Sequence[str], failures: dict[int
         "failures": listed,
         "warning": warn_of_failures(config, len(listed), len(videos), first),
     }
+
+
+def about_model(config: ConfigDict, weights: str) -> list[Any]:
+    """What tells reports apart that are of the same videos at the same settings.
+
+    weights: as `outside_source` tells.
+    """
+    return [config.model.selector.to_dict(), config.model.dtype, config.seed, weights]
 
 
 def with_evaluation(config: ConfigDict, trained: ConfigDict) -> ConfigDict:
@@ -360,8 +416,11 @@ def failure_notes(report: Report) -> list[str]:
     return [describe_failures(len(failures), report["videos"], first)]
 
 
-def report_name(config: ConfigDict, report: Report) -> str:
-    """The name of a report's file; its digits are a hash of what tells reports apart."""
+def report_name(config: ConfigDict, report: Report, weights: str) -> str:
+    """The name of a report's file; its digits are a hash of what tells reports apart.
+
+    weights: as `outside_source` tells.
+    """
     rows = report["budgets"].items()
     about = {
         "pairs": report["pairs"],
@@ -369,7 +428,7 @@ def report_name(config: ConfigDict, report: Report) -> str:
         "settings": [[budget, row["frames"], row["resolution"]] for budget, row in rows],
         "paragraphs": report["paragraphs"],
         "dual_temperature": report["dual_temperature"],
-        "selector": config.model.selector.to_dict(),
+        "model": about_model(config, weights),
     }
     digits = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     plan = "plan-" if config.eval.plan else ""

@@ -73,7 +73,8 @@ def zero_shot_weights(config: ConfigDict, folder: epath.Path) -> tuple[ConfigDic
     )
     own.model.classes = len(names)
     params = weights.params | classifier
-    return own, Weights(params, weights.origin, own.to_dict(), tuple(names))
+    trained = None if retrieve.outside_source(config, folder) else weights.config.to_dict()
+    return own, Weights(params, weights.origin, trained, tuple(names))
 
 
 def class_names(config: ConfigDict) -> Sequence[str]:

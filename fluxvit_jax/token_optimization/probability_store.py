@@ -1,7 +1,9 @@
 """The probabilities that each cell of a search gave to the videos, kept for finding cascades."""
 
 import io
+import re
 import zipfile
+from collections import defaultdict
 
 import numpy as np
 from etils import epath
@@ -12,33 +14,39 @@ from fluxvit_jax.distributed.mesh import host_index
 from fluxvit_jax.errors import UserError
 
 FOLDER = "probabilities"  # in that of the search
+NAME = re.compile(r"(\d{8,})-(\d{8,})\.npz")  # of a chunk's file: its first video, and its end
 
 
 class ProbabilityStore:
-    """One file for each split, cell and chunk of videos: SPLIT/CELL/FIRST.npz.
+    """One file for each split, cell and chunk of videos, `first` up to `end`.
 
-    A file is whole or not there, and its checksum is compared when it is read. Host 0 reads and
-    writes; the other hosts know what is there.
+    Its name is SPLIT/CELL/FIRST-END.npz; chunks may overlap. A file is whole or not there, and its
+    checksum is compared when it is read. Host 0 reads and writes; the other hosts know what is
+    there.
     """
 
     def __init__(self, folder: epath.Path):
         self._folder = folder / FOLDER
-        self._known = set(compute_on_host0(self._list))
+        self._chunks: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
+        # 1 for each video that is there, by its number.
+        self._known: dict[tuple[str, str], bytearray] = defaultdict(bytearray)
+        for split, cell, first, end in compute_on_host0(self._list):
+            self._note(split, cell, first, end)
 
-    def has(self, split: str, first: int, cell: str) -> bool:
-        """Whether those of the chunk of videos from number `first` on are there."""
-        return _name(split, first, cell) in self._known
+    def has(self, split: str, first: int, end: int, cell: str) -> bool:
+        """Whether those of all videos from number `first` up to `end` are there."""
+        return self._known[split, cell].count(1, first, end) == end - first
 
     def add(self, split: str, first: int, cell: str, probabilities: np.ndarray) -> None:
         """Keeps those of the videos from number `first` on: float32 [videos, view counts, classes].
 
         Raises UserError if they cannot be written.
         """
-        name = _name(split, first, cell)
-        self._known.add(name)
+        end = first + len(probabilities)
+        self._note(split, cell, first, end)
         if host_index() != 0:
             return
-        path, content = self._folder / name, io.BytesIO()
+        path, content = self._path(split, cell, first, end), io.BytesIO()
         np.savez(content, probabilities=probabilities.astype(np.float32))
         try:
             storage.make_folder(path.parent)
@@ -52,33 +60,50 @@ class ProbabilityStore:
         Raises UserError: a file is missing or damaged.
         """
         parts: list[np.ndarray] = []
-        while (first := sum(map(len, parts))) < videos:
-            parts.append(self._read(self._folder / _name(split, first, cell)))
+        read = 0
+        for first, end in sorted(self._chunks[split, cell]):
+            if first <= read < min(end, videos):
+                parts.append(
+                    self._read(self._path(split, cell, first, end), end - first)[read - first :]
+                )
+                read = end
+        if read < videos:
+            raise UserError(
+                f"{self._folder / split / cell}: has nothing of video {read} of {videos}; remove "
+                f"{self._folder} and run --mode=search again"
+            )
         return np.concatenate(parts)[:videos]
 
-    def _list(self) -> list[str]:
+    def _note(self, split: str, cell: str, first: int, end: int) -> None:
+        self._chunks[split, cell].add((first, end))
+        known = self._known[split, cell]
+        known.extend(bytes(max(0, end - len(known))))
+        known[first:end] = b"\1" * (end - first)
+
+    def _list(self) -> list[tuple[str, str, int, int]]:
+        """Split, cell, first and end of each file."""
         if not self._folder.exists():
             return []
         return [
-            f"{split.name}/{cell.name}/{file.name}"
+            (split.name, cell.name, int(chunk[1]), int(chunk[2]))
             for split in self._folder.iterdir()
             for cell in split.iterdir()
             for file in cell.iterdir()
-            if file.suffix == ".npz"
+            if (chunk := NAME.fullmatch(file.name))
         ]
 
-    def _read(self, path: epath.Path) -> np.ndarray:
+    def _path(self, split: str, cell: str, first: int, end: int) -> epath.Path:
+        return self._folder / split / cell / f"{first:08d}-{end:08d}.npz"
+
+    def _read(self, path: epath.Path, videos: int) -> np.ndarray:
+        """The array of a file, of so many videos."""
         try:
             with np.load(io.BytesIO(path.read_bytes())) as arrays:
                 found = arrays["probabilities"]
+            if len(found) != videos:
+                raise ValueError(f"{len(found)} videos")
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(
                 f"{path}: is missing or damaged; remove {self._folder} and run --mode=search again"
             ) from error
-        if not len(found):
-            raise UserError(f"{path}: holds no videos; remove it and run --mode=search again")
         return found
-
-
-def _name(split: str, first: int, cell: str) -> str:
-    return f"{split}/{cell}/{first:08d}.npz"

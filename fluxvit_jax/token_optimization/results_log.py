@@ -21,6 +21,7 @@ from fluxvit_jax.token_optimization.candidates import Candidate
 
 FILE = "cells.jsonl"
 TOP1, TOP5, WRONG, FAILED = "15.-"  # a video's outcome: top-1, top-5, neither, could not be read
+UNKNOWN = b" "  # that of a video that was not evaluated
 CHOOSE, REPORT = "choose", "report"  # the splits
 
 
@@ -38,7 +39,8 @@ class ResultsLog:
         """
         self._path = folder / FILE
         self._file: atomic.LineFile | None = None
-        self._outcomes: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        # A character for each video, by its number.
+        self._outcomes: dict[tuple[str, str], bytearray] = defaultdict(bytearray)
         self._failures: dict[str, dict[int, str]] = defaultdict(dict)
         self._costs: dict[tuple[str, int], dict[str, dict[str, float]]] = defaultdict(dict)
         lines = compute_on_host0(lambda: checksums.read_lines(self._path))
@@ -63,16 +65,14 @@ class ResultsLog:
         """The cost of a candidate's program on a device."""
         self._add({"device": device, "batch": batch, "program": program, "cost": dict(cost)})
 
-    def has(self, split: str, first: int, cell: str) -> bool:
-        """Whether the chunk of videos from number `first` on has been evaluated."""
-        return first in self._outcomes[split, cell]
+    def has(self, split: str, first: int, end: int, cell: str) -> bool:
+        """Whether all videos from number `first` up to `end` have been evaluated."""
+        known = self._outcomes[split, cell]
+        return len(known) >= end and UNKNOWN not in known[first:end]
 
     def outcomes(self, split: str, cell: str) -> str:
         """Outcomes of the evaluated videos, from the first on without a gap."""
-        chunks, text = self._outcomes[split, cell], ""
-        while len(text) in chunks:
-            text += chunks[len(text)]
-        return text
+        return self._outcomes[split, cell].partition(UNKNOWN)[0].decode()
 
     def failures(self, split: str) -> dict[int, str]:
         """Number and reason of each unreadable video."""
@@ -100,7 +100,10 @@ class ResultsLog:
     def _take(self, line: Mapping[str, Any]) -> None:
         match line:
             case {"split": split, "first": first, "cell": cell, "found": outcomes}:
-                self._outcomes[split, cell][first] = outcomes
+                # Chunks are of any size: eval.batch_size may change from one run to the next.
+                known = self._outcomes[split, cell]
+                known.extend(UNKNOWN * (first - len(known)))
+                known[first : first + len(outcomes)] = outcomes.encode()
             case {"split": split, "failures": failures}:
                 self._failures[split] |= {int(number): why for number, why in failures.items()}
             case {"device": device, "batch": batch, "program": program, "cost": cost}:

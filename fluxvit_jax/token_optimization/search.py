@@ -39,6 +39,7 @@ from fluxvit_jax.distributed.mesh import (
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieve, tasks, trained_weights, zero_shot
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.evaluation.settings import tokens_kept
 from fluxvit_jax.evaluation.trained_weights import (
     Weights,
@@ -58,6 +59,7 @@ from fluxvit_jax.token_optimization.pairs import Split
 from fluxvit_jax.token_optimization.probability_store import ProbabilityStore
 from fluxvit_jax.token_optimization.results_log import (
     CHOOSE,
+    FAILED,
     REPORT,
     TOP1,
     ResultsLog,
@@ -463,13 +465,13 @@ class Search:
     ) -> None:
         """Evaluates candidates on videos `start` to `stop` of a split, but for known results."""
         chunks = {
-            first: [c for c in remaining if not self._has(split.name, first, c)]
+            first: [c for c in remaining if not self._has(split, first, c)]
             for first in range(start, stop, self._chunk)
         }
         pending = [
             (first, missing)
             for first, missing in chunks.items()
-            if missing or self._lacks_motion(split.name, first)
+            if missing or self._lacks_motion(split, first)
         ]
         if not pending:
             return
@@ -483,34 +485,38 @@ class Search:
         )
         local = len(self._local_numbers(0))
         with bar, FrameReader(self._config, split.source, local) as reader:
-            reader.start(self._tasks(split.name, *pending[0]))
+            reader.start(self._tasks(split, *pending[0]))
             for (first, missing), following in zip(pending, [*pending[1:], None], strict=True):
                 bar.set_postfix_str(f"{first} of {stop} videos are done", refresh=False)
                 if split.name == CHOOSE:
                     self._num_compared = first
-                videos = [reader.take(task) for task in self._tasks(split.name, first, missing)]
+                videos = [reader.take(task) for task in self._tasks(split, first, missing)]
                 if following:  # is read while the devices work on this chunk
-                    reader.start(self._tasks(split.name, *following))
+                    reader.start(self._tasks(split, *following))
                 self._evaluate_chunk(split, first, missing, videos, reader, bar)
 
-    def _has(self, split: str, first: int, candidate: Candidate) -> bool:
-        """Whether all is known of a chunk of videos that is needed."""
-        if not self._results.has(split, first, candidate.name):
+    def _has(self, split: Split, first: int, candidate: Candidate) -> bool:
+        """Whether all is known of the chunk of videos that begins with number `first`."""
+        chunk = (split.name, first, self._end(split, first), candidate.name)
+        if not self._results.has(*chunk):
             return False
-        return not self._keeps_probabilities(candidate) or self._probabilities.has(
-            split, first, candidate.name
-        )
+        return not self._keeps_probabilities(candidate) or self._probabilities.has(*chunk)
+
+    def _end(self, split: Split, first: int) -> int:
+        """Number after the last video of the chunk that begins with number `first`."""
+        return min(first + self._chunk, len(split.source))
 
     def _local_numbers(self, first: int) -> list[int]:
         """This host's videos of the chunk that begins with number `first`."""
         return [first + int(row) for row in local_row_indices(self._mesh, self._chunk)]
 
-    def _lacks_motion(self, split: str, first: int) -> bool:
+    def _lacks_motion(self, split: Split, first: int) -> bool:
         """Whether the videos of a chunk need scores of motion, as cascades need probabilities."""
         wanted = any(map(self._keeps_probabilities, self._candidates))
-        return wanted and not self._probabilities.has(split, first, MOTION)
+        end = self._end(split, first)
+        return wanted and not self._probabilities.has(split.name, first, end, MOTION)
 
-    def _tasks(self, split: str, first: int, missing: Sequence[Candidate]) -> list[Task]:
+    def _tasks(self, split: Split, first: int, missing: Sequence[Candidate]) -> list[Task]:
         """The reading of this host's part of a chunk for the candidates, and for its motion."""
         motion = (self._motion_grid,) if self._lacks_motion(split, first) else ()
         grids = tuple(dict.fromkeys([*(candidate.grid for candidate in missing), *motion]))
@@ -525,17 +531,22 @@ class Search:
         reader: FrameReader,
         bar: tqdm,
     ) -> None:
-        """Evaluates candidates on the chunk of videos that begins with number `first`."""
+        """Evaluates candidates on the chunk of videos that begins with number `first`.
+
+        Raises UserError if the weights give no finite numbers.
+        """
         numbers = self._local_numbers(first)
         failures = [[n, v.failure] for n, v in zip(numbers, videos, strict=True) if v.failure]
         self._results.add_failures(split.name, dict(gather(failures)))
-        if self._lacks_motion(split.name, first):
+        if self._lacks_motion(split, first):
             scores = self._evaluator.motion(videos, self._motion_grid, reader)
             self._keep(split, first, MOTION, videos, scores[:, None, None])
         if not missing:
             return
         for candidate, local, found in self._evaluator.evaluate(videos, missing, reader):
             # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
+            read = [row for row, outcome in enumerate(local) if outcome != FAILED]
+            check_finite(found[read], self._weights.origin, f"in cell {candidate.name}")
             outcomes = dict(gather(list(zip(numbers, local, strict=False))))
             text = "".join(outcomes[number] for number in sorted(outcomes))
             if self._keeps_probabilities(candidate):

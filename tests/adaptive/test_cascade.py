@@ -76,6 +76,8 @@ def test_files(tmp_path):
         ([{"budget": 3}], "step 1: lacks 'frames'"),
         ([SMALL, LARGE | {"tokens": 3}], "step 2: has no field 'tokens'"),
         ([SMALL, LARGE | {"head": -1}], "step 2: head is a number of at least 0"),
+        ([SMALL, LARGE | {"resolution": 60}], "step 2: resolution is a multiple of the patch size"),
+        ([SMALL, LARGE | {"resolution": 10}], "patch size 14, not 10"),
         ([SMALL, LARGE | {"weight": 2.0}], "step 2: weight is above 0 and at most 1"),
         ([SMALL, LARGE | {"frames": "8"}], "step 2: frames is a number"),
         ([SMALL, 7], "step 2: is no object"),

@@ -5,6 +5,8 @@ import http.server
 import importlib.util
 import re
 import shutil
+import socket
+import struct
 import threading
 
 import numpy as np
@@ -190,6 +192,50 @@ def test_a_file_of_a_web_server_is_checked_and_kept(server, tmp_path, monkeypatc
         with pytest.raises(UserError, match=message) as error:
             read_weights(source)
         assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://127.0.0.1/a file.pth", "cannot be downloaded: "),
+        ("http://127.0.0.1:port/w.pth", "cannot be downloaded: nonnumeric port"),
+        ("http://127.0.0.1:9/caf\u00e9.pth", "cannot be downloaded: 'ascii' codec"),
+        ("https://ex..ample/w.pth", "cannot be "),
+        ("https://[::1/w.pth", "write https://HOST/FILE#sha256=HEX"),
+        ("https://127.0.0.1/..", "write https://HOST/FILE#sha256=HEX"),
+        ("https://127.0.0.1/a%00.pth", "write https://HOST/FILE#sha256=HEX"),
+    ],
+)
+def test_addresses_that_are_none(tmp_path, monkeypatch, address, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        read_weights(f"{address}#sha256={'0' * 64}")
+    assert str(error.value).startswith(address) and message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_connection_that_breaks(tmp_path, monkeypatch):
+    """The server is to blame, not the place that the file was to be written to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            connection, _ = listening.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\nstart")
+            # Closed so, it is reset.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/w.pth"
+        with pytest.raises(UserError) as error:
+            read_weights(f"{address}#sha256={'0' * 64}")
+        thread.join()
+    assert str(error.value) == f"{address}: cannot be downloaded: Connection reset by peer"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

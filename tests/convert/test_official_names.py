@@ -1,12 +1,21 @@
 """Names, shapes and layouts against the official state dicts in tests/golden."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fluxvit_jax.convert.official_names import FLUXVIT, from_official, to_official
+from fluxvit_jax.convert.official_names import (
+    DECODERS,
+    FLUXVIT,
+    INTERNVIDEO2,
+    check,
+    from_official,
+    to_official,
+)
+from fluxvit_jax.convert.text_encoder_names import TEXT_ENCODER
 from fluxvit_jax.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -139,3 +148,22 @@ def test_stacks_of_different_length_are_refused():
     params["heads"] = {name: tensor[:2] for name, tensor in params["heads"].items()}
     with pytest.raises(UserError, match=r"missing: head\.2\.weight, head\.2\.bias$"):
         to_official(params)
+
+
+@pytest.mark.parametrize("number", ["80000", "3", "9" * 5000])
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        (FLUXVIT, "blocks.{}.norm1.weight"),
+        (FLUXVIT, "head.{}.bias"),
+        (INTERNVIDEO2, "blocks.{}.norm1.weight"),
+        (DECODERS, "clip_decoder.{}.norm.bias"),
+        (TEXT_ENCODER, "transformer.{}.pre_norm_mha.0.weight"),
+    ],
+)
+def test_a_large_number_in_a_name_is_not_believed(of, name, number):
+    """A file of 100 bytes would otherwise take seconds and fill the memory."""
+    state = {name.format(number): np.zeros(1, np.float32)}
+    assert len(of.all_names(state)) < 200
+    with pytest.raises(UserError, match=re.escape(f"unexpected: {name.format(number)}")):
+        check(state, of)

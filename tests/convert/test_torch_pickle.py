@@ -334,3 +334,57 @@ def test_a_file_of_pytorch_before_1_6_is_refused(tmp_path):
 def test_what_is_no_tensor_is_named(tmp_path):
     pickled = state(text("x"), tensor(), text("epoch"), number(3))
     refuse(write(tmp_path / "a.pth", pickled), "there are epoch")
+
+
+def doubling(levels: int = 200) -> bytes:
+    """The opcodes of a list that holds one list twice, which holds one list twice, and so on."""
+    inner = b"]q\x00"
+    for level in range(levels):
+        inner += b"](h" + bytes([level]) + b"h" + bytes([level]) + b"eq" + bytes([level + 1])
+    return inner
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"ctorch\ndevice\n" + doubling() + b"\x85R",
+        b"(" + doubling() + FLOATS + text("0") + text("cpu") + number(6) + b"tQ",
+        b"(" + text("storage") + FLOATS + doubling() + text("cpu") + number(6) + b"tQ",
+        b"(" + text("storage") + FLOATS + text("0") + text("cpu") + doubling() + b"tQ",
+        doubling() + doubling() + b"\x93",
+        text("torch") + doubling() + b"\x93",
+        REBUILD + b"(" + tensor()[len(REBUILD) + 1 :].partition(b"Q")[0] + b"Q"
+        b"K\x00(" + doubling() + b"t(K\x01t\x89tR",
+    ],
+)
+def test_what_is_nested_is_not_written_out(tmp_path, pickled):
+    """A text of it would have 2^200 characters."""
+    path = write(tmp_path / "a.pth", b"\x80\x02" + pickled + b".")
+    assert path.stat().st_size < 5000
+    refuse(path, "cannot be read as .pth")
+
+
+PAIRS = b"](" + text("ab") * 1000 + b"e"  # a list of 1000 texts, each also a key and a value
+
+
+@pytest.mark.parametrize(
+    ("called", "items"),
+    [
+        (b"ctorch\nSize\n", PAIRS),
+        (b"c__builtin__\nset\n", PAIRS),
+        (b"ccollections\nOrderedDict\n", PAIRS),
+        (b"ctorch\nSize\n", text("a" * 1000)),
+    ],
+)
+def test_one_list_is_not_copied_again_and_again(tmp_path, called, items):
+    """Else a file of 1 MB would make more of it than a machine has memory."""
+    calls = (called + b"h\x00\x85R") * 500
+    path = write(tmp_path / "a.pth", b"\x80\x02" + items + b"q\x00" + calls + b".")
+    refuse(path, "makes more of itself than it holds")
+
+
+def test_a_device_beside_the_weights_is_left_aside(tmp_path):
+    device = b"ctorch\ndevice\n" + text("cuda") + number(0) + b"\x86R"
+    weights = text("model") + b"}" + text("x") + tensor() + b"s"
+    read, texts = read_pth(write(tmp_path / "a.pth", state(text("device"), device, weights)))
+    assert list(read) == ["x"] and texts == {}

@@ -15,7 +15,7 @@ from fluxvit_jax.checkpoints.checkpointer import find_step
 from fluxvit_jax.checkpoints.weights import read_weights, write_workdir
 from fluxvit_jax.config.loading import from_dict
 from fluxvit_jax.config.variants import VARIANTS
-from fluxvit_jax.convert import adapt, config_json, official_names, weight_files
+from fluxvit_jax.convert import adapt, config_json, official_names, teacher, weight_files
 from fluxvit_jax.convert.__main__ import main
 from fluxvit_jax.data import class_names
 from fluxvit_jax.errors import UserError
@@ -429,3 +429,38 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         weight_files.write(pretrained, target)
     assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokens": 0}, {"frames": 0}, {"resolution": 0}, {"resolution": 60}, {"resolution": -14}],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, change):
+    folder = tmp_path / "folder"
+    weight_files.write(read_weights(TINY_PTH, CONFIG | {"head_budgets": [16]}), folder)
+    path = folder / "preprocessor_config.json"
+    content = json.loads(path.read_text())
+    content["settings"] = [content["settings"][0] | change]
+    path.write_text(json.dumps(content))
+    assert "folder: preprocessor_config.json says " in refusal(folder)
+    for bad in ({"tokens": "16"}, {"frames": 8.5}, {"frames": float("inf")}):
+        content["settings"] = [{"tokens": 16, "frames": 8, "resolution": 56} | bad]
+        path.write_text(json.dumps(content))
+        assert "a setting in preprocessor_config.json is not" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "embedded", ["[]", "null", '{"config": []}', '{"config": null}', '{"preprocessor": [1]}']
+)
+def test_a_config_in_a_file_that_is_no_object_is_refused(tmp_path, embedded):
+    path = save(tmp_path / "a.safetensors", tiny(), fluxvit_jax=embedded)
+    assert f"{path}: the config it carries is damaged" in refusal(path, CONFIG)
+
+
+def test_a_small_file_with_a_large_number_is_refused_at_once(tmp_path):
+    """Of a name with a number N, not N blocks are listed."""
+    name = "blocks.100000000.norm1.weight"
+    path = save(tmp_path / "a.safetensors", {name: np.zeros(0, np.float32)})
+    assert f"unexpected: {name}" in refusal(path, CONFIG)
+    with pytest.raises(UserError, match=f"unexpected: {name}"):
+        teacher.read(path)

@@ -141,6 +141,27 @@ def test_from_the_command_line(workdir, tiny_data, tmp_path, capsys, monkeypatch
     assert again.startswith(out) and len(again) > len(out)
 
 
+def test_questions_through_a_pipe(workdir, tiny_data, tmp_path, capsys, monkeypatch):
+    """Empty lines are passed over, and letters of another encoding are no error."""
+    lines = b"What is it?\n\n  \nO\xf9 est-il?\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    video = str(tiny_data / "0.mp4")
+    assert chat_mode.run(chat_mode.Options(str(workdir), str(tmp_path), video, tokens=24)) == 0
+    assert capsys.readouterr().err.count("first word after") == 2
+
+
+def test_answers_go_into_no_file(workdir, tiny_data, tmp_path):
+    (tmp_path / "videos").mkdir()
+    shutil.copy(tiny_data / "0.mp4", tmp_path / "videos")
+    (tmp_path / "file").write_text("mine")
+    options = chat_mode.Options(
+        str(workdir), str(tmp_path / "file"), str(tmp_path / "videos"), question="What?"
+    )
+    with pytest.raises(UserError, match=r"--out=.*file: cannot be written: File exists$"):
+        chat_mode.run(options)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_folder_is_answered_line_by_line(workdir, loaded, tiny_data, tmp_path, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -125,6 +125,14 @@ def test_what_cannot_be_is_refused(live, folder, tmp_path):
         export(live, tmp_path / "other", ((20, 4, 40),))
 
 
+def test_the_current_folder_is_left_alone(live, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for here in (Path("."), tmp_path):
+        with pytest.raises(UserError, match="is the current folder; export into another"):
+            export(live, here, SETTINGS)
+    assert Path.cwd() == tmp_path and not any(tmp_path.iterdir())
+
+
 def test_the_command_exports_a_workdir(finished, tmp_path, capsys):
     assert run(str(finished.workdir), str(tmp_path / "out"), tokens=(20,)) == 0
     assert "1 budgets" in capsys.readouterr().out

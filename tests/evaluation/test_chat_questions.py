@@ -78,6 +78,35 @@ def test_an_evaluation_goes_on_where_it_was_stopped(config, workdir, questions, 
     assert report_of(workdir) == first
 
 
+def test_no_answer_is_lost_whatever_it_holds(config, workdir, tmp_path, capsys, monkeypatch):
+    """Nor the first one after a kill; some characters end a line for Python, and not in a file."""
+    own = shutil.copytree(workdir, tmp_path / "run", ignore=EVALUATED)
+    given = mvbench.prediction_of
+    monkeypatch.setattr(
+        mvbench, "prediction_of", lambda *asked: f"{given(*asked)}\u2028 \x85 \ud800"
+    )
+    assert tasks.run(config, str(own)) == 0
+    first = report_of(own)
+    (file,) = (own / "evaluation").glob("*-answers.jsonl")
+    file.write_bytes(file.read_bytes()[:-20])  # a kill
+    for kept in (7, 8):  # of ten; two are about a video that cannot be read, and asked again
+        capsys.readouterr()
+        assert tasks.run(config, str(own)) == 0
+        assert f"{kept} answers are in" in capsys.readouterr().out
+        assert report_of(own) == first
+
+
+def test_another_precision_has_answers_of_its_own(config, workdir, tmp_path):
+    own = shutil.copytree(workdir, tmp_path / "run", ignore=EVALUATED)
+    for dtype in ("float32", "bfloat16"):
+        other = config.copy_and_resolve_references()
+        other.model.dtype, other.eval.settings = dtype, SETTINGS[1:]
+        assert tasks.run(other, str(own)) == 0
+    assert len(list((own / "evaluation").glob("*-answers.jsonl"))) == 2
+    reports = [json.loads(path.read_text()) for path in (own / "evaluation").glob("*.json")]
+    assert {report["dtype"] for report in reports} == {"float32", "bfloat16"}
+
+
 def answers_of(workdir):
     """{(tokens, task, number): prediction} of the file of answers."""
     (file,) = (workdir / "evaluation").glob("*-answers.jsonl")

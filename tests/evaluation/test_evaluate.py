@@ -14,6 +14,7 @@ import pytest
 from fluxvit_jax.checkpoints.weights import read_weights, write_workdir
 from fluxvit_jax.config.grids import evaluation_grids
 from fluxvit_jax.config.network import model_config
+from fluxvit_jax.convert import weight_files
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.data.pipeline import evaluation_batches
@@ -246,6 +247,7 @@ def test_a_workdir_is_evaluated(finished, tiny_data, capsys):
     printed = capsys.readouterr().out
     report, lines = tiny.read_evaluation(finished.workdir)
     assert report["data"] == config.data.validation and report["plan"] is None
+    assert (report["selector"], report["dtype"]) == (config.model.selector.to_dict(), "float32")
     assert {b: own["head"] for b, own in report["budgets"].items()} == {"24": 0, "17": 0, "4": 1}
     assert report["checkpoint"].startswith("checkpoints/")
     assert f"{report['budgets']['24']['top1']:.2%}" in printed
@@ -360,6 +362,57 @@ def test_no_accuracy_where_nothing_can_be_read(tiny_data):
     source = FileSource([Example(tiny.BAD, 2, str(tiny_data / tiny.BAD))])
     with pytest.raises(UserError, match=r"not one of 1 videos can be read; bad.mp4: cannot open"):
         evaluate.evaluate(random_params(config), config, source)
+
+
+def spoiled(finished, tmp_path) -> Path:
+    """The best weights of a run, with a NaN in one bias."""
+    found = read_weights(finished.workdir)
+    bias = found.state["blocks.0.mlp.fc1.bias"].copy()
+    bias[0] = np.nan
+    state = found.state | {"blocks.0.mlp.fc1.bias": bias}
+    weight_files.write(found._replace(state=state), tmp_path / "nan.safetensors")
+    return tmp_path / "nan.safetensors"
+
+
+def test_weights_without_finite_numbers_have_no_report(finished, tiny_data, tmp_path, capsys):
+    """Not the share of class 0 as their accuracy, and a status of 0."""
+    weights = spoiled(finished, tmp_path)
+    options = ["--mode=evaluate", f"--config.train.init_from={weights}"]
+    status, out, err = outcome_here(capsys, tiny_data, tmp_path / "run", *options)
+    assert status == 2 and not out
+    assert error_line(err).startswith(
+        f"error: {weights}: these weights give no finite numbers at budget 24, so nothing"
+    )
+    assert not (tmp_path / "run" / "evaluation").exists()
+    config = tiny.make_config(tiny_data, search__split=str(tiny_data / "train.csv"), data__train="")
+    config.train.init_from = str(weights)
+    with pytest.raises(
+        UserError, match=r"no finite numbers in cell \w+-\d+-\d+x\d+-h\d, so nothing"
+    ):
+        search.run(config, str(tmp_path / "run"))
+    assert '"found"' not in (tmp_path / "run" / "search" / "cells.jsonl").read_text()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_probabilities_that_are_no_numbers_find_nothing(tiny_data, compiled, several):
+    """On the way of a run, which goes on: what to do about its weights, its loss tells."""
+    config = tiny.make_config(
+        tiny_data, eval__settings=((12, 4, 28),), train__label_smoothing=0.0,
+        train__multi_label=several,
+    )  # fmt: skip
+    params = random_params(config)
+    params["heads"]["bias"] = np.full_like(params["heads"]["bias"], np.nan)
+    source = make_source(tiny_data)
+    if several:
+        source = FileSource([e._replace(label=(e.label,)) for e in source.examples])
+    found = evaluate.evaluate(params, config, source)
+    scalars = found.scalars()
+    assert np.isnan(scalars["loss_12"])
+    if not several:
+        assert scalars["top1_12"] == scalars["top5_12"] == 0
+        return
+    # As where all scores are equal: 3 of the 12 that can be read, and class 2 lacks one of its 4.
+    assert found.report["budgets"]["12"]["ap"] == pytest.approx([0.25, 0.25, 0.1875, 0.25])
 
 
 def test_reports_replace_only_themselves(finished, tiny_data, tmp_path):

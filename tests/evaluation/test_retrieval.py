@@ -78,6 +78,15 @@ def test_equal_scores_are_no_success():
     assert ranks(scores, [[0, 1, 2, 3]] * 4).tolist() == [0] * 4
 
 
+def test_what_is_no_number_is_found_last():
+    """Weights with a NaN gave every query a recall of 100 %."""
+    nothing = similarities(*2 * [np.full((4, 8), np.nan, np.float32)])
+    assert ranks(nothing, [[0], [1], [2], [3]]).tolist() == [3] * 4
+    assert recall(nothing, [[0], [1], [2], [3]]).recall[1] == 0
+    one = np.array([[np.nan, 0.2, 0.3], [0.1, np.nan, 0.3]], np.float32)
+    assert ranks(one, [[0], [2]]).tolist() == [2, 1]
+
+
 def test_a_colder_dual_softmax_is_sharper():
     scores = np.array([[0.3, 0.29], [0.1, 0.28]], np.float32)
     assert ranks(scores, [[0], [1]]).tolist() == [0, 0]

@@ -40,7 +40,7 @@ def state(results: ResultsLog) -> tuple:
         results.costs("a device", 8),
         results.costs("a device", 4),
         results.costs("another", 8),
-        [results.has(CHOOSE, first, "a") for first in (0, 2, 4)],
+        [results.has(CHOOSE, *videos, "a") for videos in ((0, 4), (2, 5), (4, 6), (4, 7), (6, 8))],
     )
 
 
@@ -51,7 +51,7 @@ EXPECTED = (
     {"select-8-2x28": {"milliseconds": 1.5}},
     {},
     {},
-    [True, False, True],
+    [True, True, True, False, False],
 )
 
 
@@ -116,8 +116,19 @@ def test_chunks_of_another_size_go_on(tmp_path):
         results.add_outcomes(CHOOSE, 0, "a", "11")
         results.add_outcomes(CHOOSE, 3, "a", "...")
         assert results.outcomes(CHOOSE, "a") == "11"
+        ranges = ((0, 2), (0, 3), (2, 3), (3, 6), (4, 6), (4, 7))
+        known = [results.has(CHOOSE, *videos, "a") for videos in ranges]
+        assert known == [True, False, False, True, True, False]
         results.add_outcomes(CHOOSE, 0, "a", "11.")
         assert results.outcomes(CHOOSE, "a") == "11...."
+        assert results.has(CHOOSE, 0, 6, "a")
+    # Six videos at once, then the four from the fifth on: no boundary of one is one of the other.
+    with ResultsLog(tmp_path, ABOUT) as results:
+        results.add_outcomes(CHOOSE, 0, "b", "1" * 6)
+        results.add_outcomes(CHOOSE, 4, "b", "15.-")
+        assert results.outcomes(CHOOSE, "b") == "111115.-"
+    with ResultsLog(tmp_path, ABOUT) as results:
+        assert results.outcomes(CHOOSE, "b") == "111115.-"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

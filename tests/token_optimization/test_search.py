@@ -269,6 +269,31 @@ run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames="4", searc
         assert cell["choose"] == whole["cells"][name]["choose"]
 
 
+@pytest.mark.parametrize("batch", [3, 8])
+def test_another_batch_size_goes_on_with_what_is_known(found, tiny_data, tmp_path, batch):
+    """As the message about too little memory advises: no cell and no video is left out.
+
+    Batches round otherwise, and the network is a random one, so one video may fall the other way.
+    """
+    few = {"search__budgets": (12,), "search__frames": "4"}
+    run(tiny_data, tmp_path, eval__batch_size=6, **few)
+    path = tmp_path / FILE
+    header, *lines = path.read_text().splitlines()
+    # It was stopped after one cell of the first chunk; the cells are two.
+    first = next(line for line in lines if '"found"' in line)
+    path.write_text(f"{header}\n{first}\n")
+    report = run(tiny_data, tmp_path, eval__batch_size=batch, **few)
+    assert len(report["cells"]) == 2
+    for name, cell in report["cells"].items():
+        expected = found[0]["cells"][name]["choose"]
+        assert cell["choose"]["videos"] == VIDEOS["choose"]
+        assert abs(cell["choose"]["top1"] - expected["top1"]) <= 1 / VIDEOS["choose"] + 1e-9
+    tops = {name: cell["choose"]["top1"] for name, cell in report["cells"].items()}
+    assert tops[report["chosen"]["12"]["select"]] == max(tops.values())
+    assert report["cells"][report["chosen"]["12"]["select"]]["report"]["videos"] == VIDEOS["report"]
+    assert report["cascades"]
+
+
 # --- Kills ----------------------------------------------------------------------------------------
 
 QUICK = """
