@@ -6,7 +6,7 @@ the run's processes have lived since they began to train. The share of `step` is
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from etils import epath
 
@@ -57,9 +57,8 @@ class Goodput:
         """Notes that a checkpoint keeps all that was done until now."""
         self.enter(self._on)  # up to now
         self._saves[step] = dict(self._spent)
-        if len(self._saves) > KEPT_SAVES:  # the best checkpoint may be old: thin out, and keep some
-            for older in list(self._saves)[1 : KEPT_SAVES // 2 : 2]:
-                del self._saves[older]
+        if len(self._saves) > KEPT_SAVES:
+            del self._saves[_least_missed(list(self._saves))]
         self.write()
 
     def write(self) -> None:
@@ -104,6 +103,15 @@ class Goodput:
             return _seconds(content["seconds"]), saves
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return dict.fromkeys(SPENT_ON, 0.0), {}
+
+
+def _least_missed(steps: Sequence[int]) -> int:
+    """Of rising steps the one whose neighbors are closest for its age; some old ones stay."""
+
+    def gap(k: int) -> float:
+        return (steps[k + 1] - steps[k - 1]) / (steps[-1] - steps[k])
+
+    return steps[min(range(1, len(steps) - 1), key=gap)]
 
 
 def _seconds(stored: Mapping[str, float]) -> Seconds:
