@@ -21,7 +21,7 @@ def validate(config: ConfigDict) -> None:
     """
     values = flatten(config)
     check_names(values)
-    _check_types(values)
+    check_types(values)
     _check_rules(values)
     _check_mesh(config)
     _check_model(config)
@@ -109,7 +109,7 @@ def type_message(name: str, value: Any) -> str:
     return f"config.{name}: {value!r} is not {TYPE_NAMES[type(FIELDS[name].default)]}"
 
 
-def _check_types(values: Mapping[str, Any]) -> None:
+def check_types(values: Mapping[str, Any]) -> None:
     for name, field in FIELDS.items():
         value = values[name]
         if not _has_type(value, type(field.default)):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fluxvit_jax.config.checks import _check_types
+from fluxvit_jax.config.checks import check_types
 from fluxvit_jax.config.fields import FIELDS, flatten, upgraded
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.version import __version__
@@ -37,7 +37,7 @@ def unstamp(content: Any, source: Any) -> dict[str, Any]:
             f"does not know its {', '.join(sorted(unknown))}"
         )
     try:
-        _check_types({name: field.default for name, field in FIELDS.items()} | values)
+        check_types({name: field.default for name, field in FIELDS.items()} | values)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     return config

@@ -269,7 +269,7 @@ run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames="4", searc
         assert cell["choose"] == whole["cells"][name]["choose"]
 
 
-@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("batch", [4, 8])
 def test_another_batch_size_goes_on_with_what_is_known(found, tiny_data, tmp_path, batch):
     """As the message about too little memory advises: no cell and no video is left out.
 
