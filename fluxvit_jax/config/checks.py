@@ -110,6 +110,7 @@ def type_message(name: str, value: Any) -> str:
 
 
 def check_types(values: Mapping[str, Any]) -> None:
+    """Raises UserError for a value of another type than its field's; values: of all fields."""
     for name, field in FIELDS.items():
         value = values[name]
         if not _has_type(value, type(field.default)):

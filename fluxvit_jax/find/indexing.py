@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +116,10 @@ class _Run:
     ):
         self._model, self._index, self._names, self._out = model, index, names, out
         self._batch_size = batch_size
+        self._failed_before: dict[str, list[str]] = defaultdict(list)  # by the name of the video
+        for failure in index.failures:
+            for name in (failure, failure.rpartition(SEPARATOR)[0]):  # of it whole, of a window
+                self._failed_before[name].append(failure)
         self._begun: dict[int, _Begun] = {}
         self._clips: list[tuple[int, Moment, np.ndarray]] = []  # that wait for a full batch
         self._saved_at = time.monotonic()
@@ -177,11 +182,9 @@ class _Run:
             return
         del self._begun[number]
         name = self._names[number]
-        failures = self._index.failures
-        for before in list(failures):
-            if name in (before, before.rpartition(SEPARATOR)[0]):
-                del failures[before]
-        failures |= begun.failed
+        for before in self._failed_before.pop(name, ()):
+            self._index.failures.pop(before, None)
+        self._index.failures |= begun.failed
         for failure, reason in begun.failed.items():
             _say(f"{failure}: {reason}")
         if begun.rows:

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from fluxvit_jax.checkpoints import checkpointer, download
+from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.config.fields import OLD_OBJECTIVES
 from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
 from fluxvit_jax.data.captions import TextArrays, clip_texts
@@ -279,9 +279,9 @@ def check_objective(config: ConfigDict, training: bool = False) -> None:
         objective.check_for_training(config)
 
 
-def params_of_run(source: str, names: Sequence[str]) -> Tree:
+def params_of_run(path: storage.PathLike, names: Sequence[str]) -> Tree:
     """Parameters of these names in a run or one of its steps, as numpy arrays; {} elsewhere."""
-    path = storage.path_of(download.local_copy(source))
+    path = storage.path_of(path)
     if not checkpointer.has_step(path):
         return {}
     stored = checkpointer.restore_params(path)

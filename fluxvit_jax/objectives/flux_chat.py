@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import download
 from fluxvit_jax.config.fields import REQUIRED, numbers_of
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import VARIANTS
@@ -171,7 +172,8 @@ class FluxChat(Objective):
         That is the run's, if it has trained one, or the one in `chat.llm`.
         """
         source = config.train.init_from
-        initial = params_of_run(source, (CONNECTOR, LLM)) if source else {}
+        parts = (CONNECTOR, LLM)
+        initial = params_of_run(download.local_copy(source), parts) if source else {}
         if not trains_llm(config):
             initial.pop(LLM, None)
         elif LLM not in initial:

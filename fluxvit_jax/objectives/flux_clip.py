@@ -305,9 +305,9 @@ class FluxCLIP(Objective):
 
 def _added_in(source: str) -> Tree:
     """What a run or a folder of Flux-CLIP has beside the network; {} for other weights."""
-    if of_run := params_of_run(source, ADDED):
-        return of_run
     path = storage.path_of(download.local_copy(source))
+    if of_run := params_of_run(path, ADDED):
+        return of_run
     if storage.is_remote(path) or not clip_parts.is_in(Path(path)):
         return {}
     return added_params(clip_parts.read(Path(path)))

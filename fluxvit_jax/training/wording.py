@@ -79,10 +79,11 @@ def describe_new_validation(setup: Setup) -> str:
     before, now = read_config(setup.workdir), setup.config.to_dict()
     if not before or setup.data.validation is None:
         return ""
+    earlier = _ranking(before["eval"])
     changed = [
         f"eval.{name}"
         for name, value in _ranking(now["eval"]).items()
-        if value != _ranking(before["eval"]).get(name, value)
+        if value != earlier.get(name, value)
     ]
     if not changed:
         return ""
