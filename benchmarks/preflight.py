@@ -86,7 +86,7 @@ ROWS = (
     # A whole pod of v5e.
     Row("B", "v5e:16x16", 4, "scan"),
     Row("B", "v5e:16x16", 4, "scan", fsdp=16),
-    Row("B", "v5e:16x16", 16, "scan", fsdp=16),  # does not fit
+    Row("B", "v5e:16x16", 16, "scan", fsdp=16),
     # Pre-training from InternVideo2-1B, 2048 clips a step.
     Row("B", "v5e:16x16", 8, "scan", fsdp=16, largest=True, recipe="pretrain"),
     Row("B", "v5p:4x4x8", 16, "scan", fsdp=16, largest=True, recipe="pretrain"),

@@ -8,6 +8,7 @@ registered by importing it, for example in the recipe that trains it.
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ from fluxvit_jax.data.splits import open_validation
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.arrays import zeros_of
+from fluxvit_jax.models.sharding_constraints import ambient_mesh
 from fluxvit_jax.models.token_selection import GridLimits
 
 Tree = dict[str, Any]
@@ -64,6 +67,7 @@ class Objective:
         captioned: whether the training lists have captions: see `pipeline.train_batches`.
         training_data: what `data.train` may name, for people.
         task: what `--mode=evaluate` measures unless it is told: see `eval.task`.
+        pools: whether the loss is of clip vectors, of which each budget has a pooling head.
         freezes: whether `train.freeze` can freeze a part of the network.
         takes_multi_label: whether it can train on multi-hot labels (`train.multi_label`).
         partition_rules: sharding of the parameters that the objective adds and of frozen ones; see
@@ -77,6 +81,7 @@ class Objective:
         "a list of path,label (train.csv, val.csv) or class folders (train/, val/)"
     )
     task: ClassVar[str] = "accuracy"
+    pools: ClassVar[bool] = True
     freezes: ClassVar[bool] = False
     takes_multi_label: ClassVar[bool] = False
     partition_rules: ClassVar[Rules] = ()
@@ -311,9 +316,9 @@ def multi_budget_value_and_grad(
 ) -> tuple[Tree, Tree]:
     """Gradients of the sum of the losses at several token budgets, and metrics.
 
-    The budgets run one after another, so only one budget's activations are in memory at a time.
-    Positions are computed once, before the loop. Gradients with respect to them are summed over the
-    budgets and backpropagated once.
+    The budgets run one after another, so only one budget's activations are in memory at a time: see
+    `_in_turn`. Positions are computed once, before the loop. Gradients with respect to them are
+    summed over the budgets and backpropagated once.
 
     Args:
         loss_at: (params, position, i, carry) -> (loss, (terms, carry)) of budget i. The returned
@@ -331,9 +336,14 @@ def multi_budget_value_and_grad(
     for i, name in enumerate(names):
         if gradients is not None:  # otherwise XLA may run the budgets side by side
             params, gradients, carry = jax.lax.optimization_barrier((params, gradients, carry))
-        (loss, (terms, carry)), (d_params, d_position) = jax.value_and_grad(
-            loss_at, argnums=(0, 1), has_aux=True
-        )(params, position[i], i, carry)
+
+        def budget_loss(params: Tree, position: Any, carry: Any, i: int = i) -> tuple:
+            return loss_at(params, position, i, carry)
+
+        value_and_grad = jax.value_and_grad(budget_loss, argnums=(0, 1), has_aux=True)
+        (loss, (terms, carry)), (d_params, d_position) = _in_turn(
+            value_and_grad, params, position[i], carry
+        )
         d_params = optax.tree.cast(d_params, jnp.float32)
         gradients = d_params if gradients is None else jax.tree.map(jnp.add, gradients, d_params)
         d_positions.append(d_position)
@@ -341,3 +351,17 @@ def multi_budget_value_and_grad(
         metrics |= {f"{term}_{name}": value for term, value in terms.items()}
     (through_positions,) = positions_vjp(d_positions)
     return jax.tree.map(jnp.add, gradients, through_positions), metrics
+
+
+def _in_turn(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, and nothing of it before its arguments are there.
+
+    With `fsdp` the TPU compiler's scheduler starts the work of several budgets at once, to hide
+    exchanges of parameters behind it, and holds the activations of all. It does not look into a
+    branch, so each budget gets one, which is always taken.
+    """
+    mesh = ambient_mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1 or mesh.abstract_device.platform != "tpu":
+        return function(*arguments)
+    always = jax.lax.optimization_barrier(jnp.array(True))  # otherwise the branch is folded away
+    return jax.lax.cond(always, function, partial(zeros_of, function), *arguments)

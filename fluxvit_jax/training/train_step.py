@@ -26,6 +26,7 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.grids import Grid, bounds, capacity
 from fluxvit_jax.models import fluxvit
+from fluxvit_jax.models.arrays import zeros_of
 from fluxvit_jax.models.fluxvit import PATCH_VALUES
 from fluxvit_jax.models.token_selection import GridLimits
 from fluxvit_jax.objectives.base import Objective, objective_class
@@ -182,8 +183,7 @@ def accumulate(
 
     batches = split(batch, parts, group)
     first = jax.tree.map(lambda x: x[0], batches)
-    shapes = jax.eval_shape(objective.value_and_grad, params, frozen, first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = zeros_of(objective.value_and_grad, params, frozen, first)
     return jax.lax.scan(add, zeros, batches)[0]
 
 

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import weight_files
-from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.distributed.mesh import AXES
+from fluxvit_jax.objectives.base import multi_budget_value_and_grad, objective_class
 from fluxvit_jax.training import train
 from tests import limited, tiny
 from tests.objectives import toy
@@ -108,3 +111,40 @@ def test_no_objective_is_named_elsewhere():
         if path.name not in {*allowed, "fields.py"}:
             assert "config.distill" not in text and "is_distillation" not in text, path
             assert "flux_umt" not in text or path.name == "fields.py", path
+
+
+def value_and_grad_on(platform: str, fsdp: int):
+    """`multi_budget_value_and_grad` of two small budgets, jitted for a mesh of such devices."""
+    device = AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    axes = (AxisType.Auto,) * len(AXES)
+    mesh = AbstractMesh((1, fsdp, 1), AXES, axis_types=axes, abstract_device=device)
+
+    def positions(params):
+        return [2 * params["position"], 3 * params["position"]]
+
+    def loss_at(params, position, i, carry):
+        out = jnp.tanh(position @ params["weight"])
+        loss = jnp.mean((out - i) ** 2) if carry is None else jnp.mean(jnp.abs(out - carry))
+        return loss, ({"largest": jnp.max(out)}, out)
+
+    def both(params):
+        with jax.sharding.use_abstract_mesh(mesh):
+            return multi_budget_value_and_grad(loss_at, positions, params, (64, 32))
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize(
+    ("platform", "fsdp", "branches"), [("tpu", 4, 2), ("tpu", 1, 0), ("cpu", 4, 0)]
+)
+def test_budgets_of_fsdp_on_tpus_are_branches(platform, fsdp, branches):
+    """The TPU compiler would otherwise start them together; the numbers are the same."""
+    params = {
+        name: jax.random.normal(jax.random.key(seed), (8, 8))
+        for seed, name in enumerate(("position", "weight"))
+    }
+    compared = value_and_grad_on(platform, fsdp)
+    assert compared.lower(params).as_text().count("stablehlo.case") == branches
+    jax.tree.map(
+        np.testing.assert_array_equal, compared(params), value_and_grad_on("cpu", 1)(params)
+    )
