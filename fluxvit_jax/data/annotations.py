@@ -19,8 +19,8 @@ from fluxvit_jax.errors import UserError
 
 MAX_LABEL = 2**31 - 1  # labels are int32 on the device
 VIDEO_SUFFIXES = {
-    ".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4",
-    ".mpeg", ".mpg", ".mts", ".ts", ".webm", ".wmv",
+    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
+    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
 }  # fmt: skip
 
 
@@ -195,6 +195,8 @@ def _read_list(
     rows, named = read_rows(path, root, labelled, multi_label)
     if labelled:
         _check_labels(path, rows, known, multi_label)
+        if named:
+            _check_names(path, rows)
     if not named:
         known = None  # labels are numbers
     elif not known:
@@ -260,6 +262,17 @@ def _check_labels(
                 f"{path}, line {number}: {label!r} is several labels, which only "
                 "--config.train.multi_label=True reads"
             )
+
+
+def _check_names(path: epath.Path, rows: Sequence[Row]) -> None:
+    """Raises UserError for a label that is not UTF-8, and where all labels are names of videos."""
+    for number, (_, label) in rows:
+        if (shown := storage.display_name(label)) != label:
+            raise UserError(
+                f"{path}, line {number}: label {shown} is not UTF-8; write the list as UTF-8"
+            )
+    if len(_videos(label for _, (_, label) in rows)) == len(rows):
+        raise UserError(f"{path}: the second column holds the videos; write path,label")
 
 
 def _spelled(label: Label, names: Sequence[str] | None) -> str:

@@ -7,6 +7,7 @@ import difflib
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
@@ -52,7 +53,9 @@ def dataset_of(names: Sequence[str]) -> str | None:
 
 def normalized(name: str) -> str:
     """What of a name counts when names are compared."""
-    return " ".join(re.split(r"[\s_-]+", name.strip())).casefold()
+    # File systems of macOS write an accent as a letter of its own.
+    composed = unicodedata.normalize("NFC", name.strip())
+    return " ".join(re.split(r"[\s_-]+", composed)).casefold()
 
 
 class KnownNames:

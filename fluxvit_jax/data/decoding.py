@@ -195,6 +195,9 @@ class Video:
         return open(source, "rb")
 
     def _open_container(self, file: BinaryIO) -> av.container.InputContainer:
+        if not file.read(1):
+            raise DecodeError(self.name, "is empty")
+        file.seek(0)
         options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "none"}
         try:
             return av.open(file, "r", options=options, metadata_errors="replace")

@@ -39,7 +39,6 @@ def read_rows(
     rows = [
         (number, _columns(path, number, line, delimiter, labelled)) for number, line in numbered
     ]
-    # In a list of names all that tells a header is that there is no such file.
     named = (
         labelled
         and delimiter is not None
@@ -47,7 +46,7 @@ def read_rows(
             _is_number(text) for _, row in rows for text in label_texts(row[1], multi_label)
         )
     )
-    if rows and _is_header(rows[0][1], root, labelled and not named):
+    if rows and _is_header([row for _, row in rows], root, labelled and not named):
         del rows[0]
     if not rows:
         raise UserError(f"{path}: holds no videos; write one a line: path,label")
@@ -164,12 +163,19 @@ def _csv_columns(line: str, delimiter: str) -> list[str]:
     return [column.strip() for column in row]
 
 
-def _is_header(columns: Sequence[str], root: epath.Path, labelled: bool) -> bool:
-    """Whether a first line names columns; in doubt it is taken for a video."""
-    first, second = columns
-    if not _COLUMN_NAME.fullmatch(first):
+def _is_header(rows: Sequence[list[str]], root: epath.Path, numbered: bool) -> bool:
+    """Whether the first row names columns; in doubt it is taken for a video.
+
+    numbered: whether labels are numbers. Otherwise a header is told by its words, or is unlike all
+    other rows, and there is no such file.
+    """
+    (first, second), *others = rows
+    if numbered:
+        return bool(_COLUMN_NAME.fullmatch(first) and _COLUMN_NAME.fullmatch(second))
+    stands_out = bool(others) and not _has_suffix(first)
+    if stands_out:
+        stands_out = all(_has_suffix(path) and label != second for path, label in others)
+    if not stands_out and not _COLUMN_NAME.fullmatch(first):
         return False
-    if labelled:
-        return _COLUMN_NAME.fullmatch(second) is not None
     with storage.errors(root):
         return not (root / first).exists()

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import io
 import math
@@ -29,7 +28,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,7 +101,7 @@ def prepare(
     """
     _check_options(split, workers, shard_mb, clip_seconds)
     out = _local_folder(out)
-    with _one_run_at_a_time(out), storage.write_errors(out):
+    with durable_files.one_run_at_a_time(out, "prepare"), storage.write_errors(out):
         info = _finished_splits(out, captioned)
         videos = _read_videos(out, info, annotations, root, names, captioned)
         plan = _plan(videos, shard_mb)
@@ -322,23 +321,6 @@ def _quarantined(reports: list[Report]) -> int:
 
 
 # Folder and state
-
-
-@contextlib.contextmanager
-def _one_run_at_a_time(out: Path) -> Iterator[None]:
-    """Makes the folder and locks it; the system releases the lock when the process dies."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be used as a folder: {error.strerror}") from None
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{out}: another run of `prepare` is at work here") from None
-    finally:
-        os.close(folder)
 
 
 def _work_folder(out: Path, split: str, plan: str) -> Path:

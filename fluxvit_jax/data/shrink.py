@@ -71,18 +71,19 @@ def shrink(
       Why videos cannot be read, by their names.
 
     Raises:
-      UserError: no videos, not one that can be read, an `out` that cannot be written or has copies
-        of another size, a process that dies again and again.
+      UserError: no videos, not one that can be read, an `out` that cannot be written, is in use or
+        has copies of another size, a process that dies again and again.
     """
     root, out = Path(os.path.abspath(root)), Path(os.path.abspath(out))
     names = _names(root, out, short_side)
-    _claim(out, short_side)
     quarantine: Quarantine = {}
     copies = _Copies(root, out, names, short_side, quarantine)
     workers = min(workers, len(names))
-    pool = SupervisedWorkers(copies, workers, clip_seconds, quarantine, ahead=2, dying=DYING)
-    with contextlib.closing(pool):
-        unreadable = _results(pool, names)
+    with durable_files.one_run_at_a_time(out, "shrink"):
+        _claim(out, short_side)
+        pool = SupervisedWorkers(copies, workers, clip_seconds, quarantine, ahead=2, dying=DYING)
+        with contextlib.closing(pool):
+            unreadable = _results(pool, names)
     if len(unreadable) == len(names):
         name, reason = min(unreadable.items())
         raise UserError(f"{root}: not one video can be read; {name}: {reason}")
@@ -107,7 +108,6 @@ def _claim(out: Path, short_side: int) -> None:
     """Notes in `out` how large its copies are. Raises UserError if it has others."""
     note = out / NOTE
     try:
-        out.mkdir(parents=True, exist_ok=True)
         before = note.read_text(errors="replace") if note.exists() else ""
         if not before:
             durable_files.write(note, f"{short_side}\n")

@@ -8,9 +8,12 @@ from ml_collections import ConfigDict
 from fluxvit_jax.data.annotations import open_source, read_class_names
 from fluxvit_jax.data.class_names import KnownNames, normalized
 from fluxvit_jax.data.prepared_source import is_prepared, split_of
-from fluxvit_jax.data.sources import Source
+from fluxvit_jax.data.sources import Source, labels_of
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.hosts import check_same
 from fluxvit_jax.errors import UserError
+
+MAX_COUNTED_CLASSES = 100_000  # above, a label is rather an identifier: other columns, a wrong list
 
 
 def common_class_names(known: Mapping[str, Sequence[str] | None]) -> tuple[str, ...] | None:
@@ -77,8 +80,7 @@ def count_classes(config: ConfigDict) -> ConfigDict:
     if config.data.class_names:
         classes = len(read_class_names(config.data.class_names))
     elif config.data.train:
-        multi_label = config.train.multi_label
-        classes = open_source(config.data.train, config.data.root, multi_label=multi_label).classes
+        classes = _counted(config)
     else:
         raise UserError(
             "no data to count the classes of: add --config.data.train=LIST, or say how many with "
@@ -87,6 +89,23 @@ def count_classes(config: ConfigDict) -> ConfigDict:
     counted = config.copy_and_resolve_references()
     counted.model.classes = classes
     return counted
+
+
+def _counted(config: ConfigDict) -> int:
+    """The number of classes that `data.train` has, and a line if some of them have no video."""
+    path = config.data.train
+    source = open_source(path, config.data.root, multi_label=config.train.multi_label)
+    classes = source.classes
+    if classes > MAX_COUNTED_CLASSES:
+        raise UserError(
+            f"{path}: has label {classes - 1}, but labels count from 0; for so many classes add "
+            f"--config.model.classes={classes}"
+        )
+    if source.labels is not None:
+        present = {label for labels in source.labels for label in labels_of(labels)}
+        if absent := classes - len(present):
+            say(f"{path}: {absent} of its {classes} classes have no video; labels count from 0")
+    return classes
 
 
 def open_compared(

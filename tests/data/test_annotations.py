@@ -20,7 +20,7 @@ from fluxvit_jax.errors import UserError
 
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, newline="")
+    path.write_text(text, newline="", errors="surrogateescape")
     return path
 
 
@@ -191,6 +191,27 @@ def test_labels_may_be_names(tmp_path, text):
         open_source(tmp_path / "list.csv", classes=3)
 
 
+@pytest.mark.parametrize("header", ["recording,gesture", "# videos, recorded in May"])
+def test_a_first_line_unlike_all_others_names_columns(tmp_path, header):
+    rows = "a.mp4,walk\nb.mp4,run\n"
+    path = write(tmp_path / "list.csv", f"{header}\n{rows}")
+    assert open_source(path).class_names == ("run", "walk")
+    write(tmp_path / header.split(",")[0], "x")  # there is such a video
+    assert len(open_source(path)) == 3
+    assert len(open_source(write(path, f"c,walk\n{rows}"))) == 3
+    assert len(open_source(write(path, f"c.mp4,jump\n{rows}"))) == 3
+    assert len(open_source(write(path, "c,jump\n"))) == 1
+
+
+def test_accents_may_be_letters_of_their_own(tmp_path):
+    """As file systems of macOS write them."""
+    path = write(tmp_path / "list.csv", "a.mp4,caf\u00e9\nb.mp4,cafe\u0301\n")
+    assert open_source(path).class_names == ("caf\u00e9",)
+    write(tmp_path / "folders" / "cafe\u0301" / "a.mp4", "x")
+    known = KnownNames(("caf\u00e9",), "the checkpoint")
+    assert open_source(tmp_path / "folders", known=known)[0].label == 0
+
+
 def test_names_with_separators_in_them(tmp_path):
     path = write(tmp_path / "list.csv", 'a, 1.mp4\tfold; unfold\n"b.mp4"\tput, take\n')
     assert open_source(path).class_names == ("fold; unfold", "put, take")
@@ -234,6 +255,9 @@ def test_names_are_looked_up_where_their_order_is_known(tmp_path):
         ("a.mp4,1.0\nb.mp4,2.0\n", "line 1: label '1.0' is no integer"),
         ("a.mp4,nan\nb.mp4,nan\n", "line 1: label 'nan' is no integer"),
         ("a.mp4,walk\nb.mp4,walk,run\n", "line 2: 3 columns where path,label are 2"),
+        ("a.mp4,walk\nb.mp4,caf\udce9\n", r"line 2: label caf\\xe9 is not UTF-8; write the list"),
+        ("label,path\nwalk,a.mp4\nwalk,b.mp4\n", "the second column holds the videos; write path"),
+        ("0,a.mp4\n1,b.MOV\n", "the second column holds the videos"),
         ("a.mp4,walk\na.mp4,Archery\n", "line 2: a.mp4 has label 'Archery', but 'walk' in line 1"),
     ],
 )

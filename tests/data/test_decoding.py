@@ -400,6 +400,8 @@ def test_what_is_no_video(make, tmp_path):
                 Video(source, name)
             assert caught.value.path == name
             assert "\n" not in str(caught.value)
+    with pytest.raises(DecodeError, match="is empty"):
+        Video(tmp_path / "empty.mp4")
     with pytest.raises(DecodeError, match="no such file"):
         Video(tmp_path / "missing.mp4")
     with pytest.raises(DecodeError, match="no such file"):

@@ -1,5 +1,6 @@
 """Small copies: of odd sizes, turned, broken, stopped and gone on with."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -76,6 +77,15 @@ def test_copies_of_another_size_are_refused(videos, tmp_path):
     assert min(read(tmp_path / "out" / "wide.mp4")[0].shape[1:3]) == 64
 
 
+def test_one_run_at_a_time(videos, tmp_path):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run of `shrink` is at work"):
+        shrink(videos / "in folder", tmp_path)
+    os.close(folder)
+    assert shrink(videos / "in folder", tmp_path) == {}
+
+
 def test_a_file_without_permission_is_only_listed(videos, tmp_path):
     """Root may read all files, so the command runs without that privilege."""
     (videos / "wide.mp4").chmod(0)
@@ -107,7 +117,7 @@ def test_the_command(videos, tmp_path, capsys):
         ({"root": "bad"}, "bad: not one video can be read; text.mp4: "),
         ({"short_side": "63"}, "short_side (63) must be even and at least 16"),
         ({"out": "videos/small"}, "small: lies in the folder of the videos"),
-        ({"out": "file"}, "file: cannot be written: File exists"),
+        ({"out": "file"}, "file: cannot be used as a folder: File exists"),
         ({"workers": "0"}, "--workers must be above 0"),
     ],
 )

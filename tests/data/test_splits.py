@@ -91,6 +91,16 @@ def test_numbers_are_counted(tmp_path):
         count_classes(config)
 
 
+def test_numbers_that_leave_classes_out(tmp_path, capsys):
+    assert count_classes(config_of(tmp_path, [0, 1, 2], [0])).model.classes == 3
+    assert "no video" not in capsys.readouterr().err
+    assert count_classes(config_of(tmp_path, [1, 2, 5], [1])).model.classes == 6
+    expected = "3 of its 6 classes have no video; labels count from 0"
+    assert expected in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"label 2000000000, but .*\.classes=2000000001"):
+        count_classes(config_of(tmp_path, [0, 2 * 10**9], [1]))
+
+
 @pytest.mark.parametrize(
     ("train", "validation", "message"),
     [
