@@ -51,9 +51,10 @@ def get_config(argument: str = "base") -> ConfigDict:
     config.data.clips_per_grid = 8
     config.data.repeated_aug = 1
     config.data.workers = 16  # processes a host; chosen
-    # Base: whole frames, squeezed. Here nearly whole ones, in their own shape.
-    config.data.augment.crop = "multi_scale"
+    # Base: whole frames, squeezed. Here nearly whole ones, of all shapes up to 2 to 1.
+    config.data.augment.crop = "random_resized"
     config.data.augment.scale = (0.9, 1.0)
+    config.data.augment.ratio = (1 / 2, 2.0)
     config.data.augment.flip = 0.0  # answers tell left from right
 
     config.train.objective = "flux_chat"
@@ -88,5 +89,5 @@ def get_config(argument: str = "base") -> ConfigDict:
     # Table 10's plain grids.
     config.eval.settings = ((2048, 8, 224), (1024, 4, 224), (512, 2, 224))
     config.eval.clips, config.eval.crops = 1, 1
-    config.eval.resize = "squeeze"  # base
+    config.eval.frames, config.eval.resize = "middle", "squeeze"  # base
     return config

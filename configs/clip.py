@@ -59,14 +59,16 @@ def get_config(argument: str = "base") -> ConfigDict:
     config.data.clips_per_grid = 8  # as in fine-tuning's released script; chosen
     config.data.repeated_aug = 1
     config.data.workers = 16  # processes a host; chosen
-    config.data.augment.crop = "multi_scale"  # table
-    config.data.augment.scale = (0.5, 1.0)  # table
+    # Table: MultiScaleCrop of 0.5 to 1; base's code has a crop of that share of the area.
+    config.data.augment.crop = "random_resized"
+    config.data.augment.scale = (0.5, 1.0)
+    config.data.augment.ratio = (3 / 4, 4 / 3)  # base
     config.data.augment.flip = 0.5  # base
 
     config.train.objective = "flux_clip"
     config.train.init_from = REQUIRED
-    # Table: 4096 videos and 4096 images a step (B in stage 2: 2048 each).
-    config.train.batch_size = 4096 if options.variant == "B" and not first else 8192
+    # Table: 4096 videos and 4096 images (B in stage 2: 2048), each in steps of its own, as in base.
+    config.train.batch_size = 2048 if options.variant == "B" and not first else 4096
     config.train.epochs = 3 if first else 1  # table
     config.train.warmup_epochs = 0.6 if first else 0.0  # table
     config.train.budgets = options.budgets

@@ -135,6 +135,24 @@ def test_ranges_that_a_run_has_stored_as_lists_are_read_as_ranges(tmp_path):
     assert config_difference(stored, fixed.to_dict()) == []  # the same numbers
 
 
+def test_crops_of_earlier_versions_without_an_effect_are_read():
+    """Stored with `multi_scale`, the ranges of the other crop did nothing."""
+    config = recipe("pretrain", "small,data=mixture.csv")
+    stored = json.loads(config.to_json_best_effort())
+    stored["data"]["augment"] |= {"scale": [0.5, 1.0], "ratio": [0.9, 1.1]}
+    assert from_dict(stored).to_dict() == config.to_dict()
+    assert config_difference(stored, config.to_dict()) == []
+
+
+def test_a_language_model_takes_budgets_that_every_grid_has():
+    def check(*frames):
+        grids = [f"--config.data.grids.{name}" for name in ("tokens=(1,9000)", *frames)]
+        check_objective(recipe("chat", "base", grids))
+
+    check("frames=16,24")  # of 2304 tokens and more
+    assert "2048 tokens, and a grid of data.grids has 576; " in error_of(check)
+
+
 @pytest.mark.parametrize(
     ("text", "frames", "resolutions"),
     [
@@ -240,14 +258,15 @@ def test_the_recipe_of_flux_clip(variant, stage):
     train, optim, clip = config.train, config.optim, config.clip
     first = stage == 1
     assert config.model.variant == variant[0].upper() and config.data.train == "captions.json"
-    assert train.batch_size == (4096 if variant == "base" and not first else 8192)
+    assert train.batch_size == (2048 if variant == "base" and not first else 4096)
     assert (train.epochs, train.warmup_epochs) == ((3, 0.6) if first else (1, 0))
     assert optim.learning_rate == (4e-4 if first else 2e-5)
     assert optim.min_learning_rate == pytest.approx(optim.learning_rate / 100)
     assert (optim.b1, optim.b2, optim.eps, optim.weight_decay) == (0.9, 0.98, 1e-8, 0.02)
     assert (optim.schedule, optim.clip_norm) == ("cosine_floor", 0)
     assert (clip.temperature, clip.least_temperature, clip.train_text) == (0.01, 0.01, False)
-    assert config.data.augment.scale == (0.5, 1) and config.data.augment.crop == "multi_scale"
+    assert config.data.augment.crop == "random_resized"
+    assert (config.data.augment.scale, config.data.augment.ratio) == ((0.5, 1), (3 / 4, 4 / 3))
     grids = admissible_grids(config)
     assert {grid.frames for grid in grids} <= set(range(4, 25, 2))
     assert {grid.rows * 14 for grid in grids} == {168, 196, 224, 252}
@@ -279,7 +298,9 @@ def test_the_recipe_of_video_chat(variant):
     assert (optim.learning_rate, optim.weight_decay, optim.clip_norm) == (1e-3, 0, 1)
     assert (optim.b1, optim.b2, optim.eps) == (0.9, 0.999, 1e-8)
     assert (chat.layer, chat.merge, chat.template, chat.train) == (-2, 16, "plain", "projector")
-    assert config.data.augment.flip == 0
+    assert (config.data.augment.crop, config.data.augment.flip) == ("random_resized", 0)
+    assert (config.data.augment.scale, config.data.augment.ratio) == ((0.9, 1), (0.5, 2))
+    assert (config.eval.frames, config.eval.resize) == ("middle", "squeeze")
     assert recipe("chat", "base,single=512").train.budgets == (512,)
     check_objective(config)
     config.chat.llm = ""
@@ -328,6 +349,8 @@ def test_mistakes_in_flux_clip(override, message):
         ("distill.network=InternVideo2-2B", "none of InternVideo2-Ti, InternVideo2-1B"),
         ("distill.resolution=225", "no multiple of the patch size 14"),
         ("distill.mask=tube", "none of attention, attention_topk, random"),
+        ("data.augment.scale=(0.5,1.0)", "multi_scale has crops of its own; leave it (0.08, 1.0)"),
+        ("data.augment.ratio=(0.9,1.1)", "or set data.augment.crop=random_resized"),
         (
             "data.sampling=balanced",
             "objective flux_umt trains without labels",

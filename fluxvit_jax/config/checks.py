@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from fluxvit_jax.config.fields import FIELDS, RENAMED, REQUIRED, TUPLES, flatten
+from fluxvit_jax.config.fields import CROP_RANGES, FIELDS, RENAMED, REQUIRED, TUPLES, flatten
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.variants import HEADS, VARIANTS
 from fluxvit_jax.errors import UserError
@@ -25,6 +25,7 @@ def validate(config: ConfigDict) -> None:
     _check_rules(values)
     _check_mesh(config)
     _check_model(config)
+    _check_crop(config)
     _check_batch(config)
     _check_budgets(config)
     _check_optimizer(config)
@@ -166,6 +167,17 @@ def _check_model(config: ConfigDict) -> None:
             f"config.model.selector.groups: only group_dynamic has groups, "
             f"not {config.model.selector.kind}"
         )
+
+
+def _check_crop(config: ConfigDict) -> None:
+    augment = config.data.augment
+    for name in CROP_RANGES if augment.crop == "multi_scale" else ():
+        default = FIELDS[f"data.augment.{name}"].default
+        if tuple(augment[name]) != default:
+            raise UserError(
+                f"config.data.augment.{name}: multi_scale has crops of its own; leave it "
+                f"{default}, or set data.augment.crop=random_resized"
+            )
 
 
 def _check_batch(config: ConfigDict) -> None:

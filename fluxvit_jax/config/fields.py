@@ -20,6 +20,7 @@ from fluxvit_jax.grids import PATCH
 # The value of train.init_from in a recipe that only makes sense from trained weights.
 REQUIRED = "REQUIRED"
 MVBENCH_PROMPTS = ("videochat2", "lmms_eval")
+CROP_RANGES = ("scale", "ratio")  # of data.augment, for the crop "random_resized" only
 
 Rule = Callable[[Any], str | None]  # value -> what is wrong, to follow "config.NAME: "
 
@@ -259,9 +260,17 @@ FIELDS: dict[str, Field] = {
     "data.max_bad_fraction": Field(
         0.05, "unreadable clips: a larger share ends training, else warns", share, may_change=True
     ),
-    "data.augment.crop": one_of("random_resized", "multi_scale", help="kind of crop"),
-    "data.augment.scale": Field((0.08, 1.0), "share of the area cropped", bounds(positive_share)),
-    "data.augment.ratio": Field((3 / 4, 4 / 3), "width over height of a crop", bounds(positive)),
+    "data.augment.crop": one_of(
+        "random_resized",
+        "multi_scale",
+        help='"multi_scale": sides of 1, 0.875, 0.75 or 0.66 of the short side',
+    ),
+    "data.augment.scale": Field(
+        (0.08, 1.0), 'of "random_resized": share of the area cropped', bounds(positive_share)
+    ),
+    "data.augment.ratio": Field(
+        (3 / 4, 4 / 3), "likewise, width over height of a crop", bounds(positive)
+    ),
     "data.augment.flip": Field(0.5, "probability of a horizontal flip", share),
     "data.augment.randaugment": Field("", 'as timm: "rand-m7-n4-mstd0.5-inc1"', _randaugment),
     # train
@@ -276,7 +285,9 @@ FIELDS: dict[str, Field] = {
     "train.budgets": Field(
         (3072, 2048, 1024), "tokens; budget i ends in head i; one: Flux-Single", positive
     ),
-    "train.align_weight": Field(1.0, "weight of the alignment loss", not_negative),
+    "train.align_weight": Field(
+        1.0, 'weight of the alignment loss, of "flux_multi" and "flux_clip"', not_negative
+    ),
     "train.label_smoothing": Field(0.0, "share spread over all classes", share_below_one),
     "train.class_weights": one_of(
         "none", "balanced", help='in the loss; "balanced": rare classes count more, by frequency'
@@ -356,9 +367,13 @@ FIELDS: dict[str, Field] = {
     ),
     "clip.network": one_of(*TEXT_ENCODERS, help="size of the text encoder"),
     "clip.train_text": Field(False, "train the text encoder too; a frozen one is in no checkpoint"),
-    "clip.temperature": Field(0.01, "initial temperature, a parameter", positive),
+    "clip.temperature": Field(
+        0.01,
+        'initial temperature, a parameter; a run of "flux_clip" in train.init_from has its own',
+        positive,
+    ),
     "clip.least_temperature": Field(
-        0.01, "the temperature is moved back to it after a step that leaves it below", positive
+        0.01, "a temperature below it is moved back to it before each step", positive
     ),
     # chat: of train.objective "flux_chat" only
     "chat.llm": Field(
@@ -726,6 +741,7 @@ def upgraded(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         result[key] = value
     if not prefix:
         _forgo_time_message(result)
+        _forgo_crop_ranges(result)
     return result
 
 
@@ -737,3 +753,10 @@ def _forgo_time_message(values: dict[str, Any]) -> None:
     chat = values.get("chat", {})
     if values.get("train", {}).get("objective") == "flux_chat" and chat.get("template") == "qwen":
         chat.setdefault("time_message", False)
+
+
+def _forgo_crop_ranges(values: dict[str, Any]) -> None:
+    """Resets the ranges of a stored config whose crop has none: today they are refused."""
+    augment = values.get("data", {}).get("augment", {})
+    if augment.get("crop") == "multi_scale":
+        augment |= {name: FIELDS[f"data.augment.{name}"].default for name in CROP_RANGES}

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from fluxvit_jax.checkpoints import download
 from fluxvit_jax.config.fields import REQUIRED, numbers_of
+from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.config.variants import VARIANTS
 from fluxvit_jax.convert import language_model_files
@@ -79,6 +80,7 @@ class FluxChat(Objective):
         "conversations as LLaVA's, JSON, or captions, JSON or CSV of path,caption"
     )
     task: ClassVar[str] = "mvbench"
+    pools: ClassVar[bool] = False
     freezes: ClassVar[bool] = True
     partition_rules: ClassVar[Rules] = (
         ("connector/fc1/kernel", P("fsdp", None)),  # [C, D]
@@ -136,12 +138,12 @@ class FluxChat(Objective):
                 "config.chat.frame_times: takes tokens in the order of the video; chat.order is "
                 f"{config.chat.order}, set it to time"
             )
-        fewest = config.data.grids.tokens[0]
+        fewest = min(grid.tokens for grid in admissible_grids(config))
         for budget in config.train.budgets:
             if budget > fewest:
                 raise UserError(
-                    f"config.train.budgets: {budget} tokens, and a grid may have "
-                    f"{fewest} (data.grids.tokens); a language model takes full budgets only"
+                    f"config.train.budgets: {budget} tokens, and a grid of data.grids has "
+                    f"{fewest}; a language model takes full budgets only"
                 )
             if budget % config.chat.merge:
                 raise UserError(

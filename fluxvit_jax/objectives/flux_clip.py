@@ -175,7 +175,7 @@ class FluxCLIP(Objective):
         return initial
 
     def constrained(self, params: Tree) -> Tree:
-        """The temperature at its floor or above. Official: before each forward pass, likewise."""
+        """The temperature at its floor or above."""
         return params | {TEMPERATURE: jnp.maximum(params[TEMPERATURE], self.least_temperature)}
 
     @classmethod
@@ -228,6 +228,7 @@ class FluxCLIP(Objective):
 
         Summing the gradients of the budgets is exact: the alignment target has no gradient.
         """
+        params = self.constrained(params)  # official; a start may be below the floor
         keys = jax.vmap(lambda key: jax.random.split(key, 2))(batch["key"])
         clips = {"patches": batch["patches"], "grid": batch["grid"], "drop": keys[:, 1]}
         if self.selector in NOISY_SELECTORS:

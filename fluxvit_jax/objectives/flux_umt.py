@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from fluxvit_jax.checkpoints import download
 from fluxvit_jax.config.network import model_config
 from fluxvit_jax.convert import official_names
 from fluxvit_jax.data.sources import Source
@@ -26,6 +27,7 @@ from fluxvit_jax.data.teacher_targets import (
     cached_teacher,
     open_cached_targets,
 )
+from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.partition_rules import Rules
 from fluxvit_jax.models import blocks, flops, fluxvit, padded_sequence, token_selection
 from fluxvit_jax.models.arrays import Array
@@ -37,6 +39,7 @@ from fluxvit_jax.objectives.base import (
     FROZEN_SCOPE,
     Objective,
     multi_budget_value_and_grad,
+    params_of_run,
     register,
 )
 from fluxvit_jax.objectives.flux_umt_teacher import (
@@ -58,6 +61,8 @@ MASKS: tuple[str, ...] = get_args(Mask)
 Positions = tuple[jax.Array, jax.Array]  # of tokens, for the blocks and for the decoders
 DECODERS = "decoders"  # name of the decoders among the trained parameters
 TEACHER = "teacher"
+# Recipes that start from what was pre-trained, by its size.
+FINE_TUNING = {"Ti": "custom:tiny", "S": "k400:small", "B": "k400:base", "L": "k400:large"}
 
 
 class TeacherTargets(NamedTuple):
@@ -173,6 +178,17 @@ class FluxUMT(Objective):
         return {DECODERS: fluxvit.split(decoders)[1]}
 
     @classmethod
+    def load_initial(cls, config: ConfigDict) -> dict:
+        """The decoders of a run of distillation in `train.init_from`, for as large a teacher."""
+        source = config.train.init_from
+        initial = params_of_run(download.local_copy(source), (DECODERS,)) if source else {}
+        expected = jax.eval_shape(lambda: cls.init_params(config, jax.random.key(0)))
+        if initial and not _same_shapes(initial, expected):
+            say(f"{source}: its decoders are for other layers or another teacher; new ones start")
+            return {}
+        return initial
+
+    @classmethod
     def abstract_frozen(cls, config: ConfigDict, mesh: Mesh | AbstractMesh) -> dict:
         if not runs_teacher(config):
             return {}
@@ -207,7 +223,8 @@ class FluxUMT(Objective):
 
     @classmethod
     def next_commands(cls, config: ConfigDict, workdir: str) -> list[str]:
-        return [f"main --config=k400 --config.train.init_from={workdir}"]
+        recipe = FINE_TUNING[config.model.variant]
+        return [f"main --config={recipe} --config.train.init_from={workdir}"]
 
     @classmethod
     def extra_macs(cls, config: ConfigDict) -> tuple[float, float, float]:
@@ -375,6 +392,11 @@ class FluxUMT(Objective):
 
     def _decoders(self, params: dict) -> Decoders:
         return fluxvit.from_params(self.decoders, params[DECODERS])
+
+
+def _same_shapes(one: dict, other: dict) -> bool:
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def distance(

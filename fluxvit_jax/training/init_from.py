@@ -1,9 +1,10 @@
 """Trained weights as initial values of another model.
 
-Two differences between the weights and the model are accepted, and reported. For other classes, by
-number or by name, the classifier starts afresh, and so do the projectors if the weights are
+Three differences between the weights and the model are accepted, and reported. For other classes,
+by number or by name, the classifier starts afresh, and so do the projectors if the weights are
 pre-trained without classes; but that of Kinetics-710 is cut to Kinetics-400, -600 or -700. For
-another native grid the position table is resized. Any other difference is an error.
+another native grid the position table is resized. The GELU may be the other one. Any other
+difference is an error.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from fluxvit_jax.checkpoints import checkpointer
 from fluxvit_jax.checkpoints.weights import read_weights
-from fluxvit_jax.config.variants import NO_CLASSES, VARIANTS
+from fluxvit_jax.config.variants import HEADS, NO_CLASSES, VARIANTS
 from fluxvit_jax.convert.adapt import resize_positions
 from fluxvit_jax.data.class_names import (
     DATASETS,
@@ -29,7 +30,7 @@ from fluxvit_jax.models.fluxvit import FluxViTConfig
 
 Tree = dict[str, Any]
 # Fields that weights without a config do not determine; taken from the model that uses them.
-UNKNOWN_FIELDS = ("heads", "pool_heads", "frames", "rows", "columns")
+UNKNOWN_FIELDS = ("heads", "pool_heads", "frames", "rows", "columns", "gelu")
 
 
 class LoadedWeights(NamedTuple):
@@ -39,6 +40,7 @@ class LoadedWeights(NamedTuple):
     class_names: of their classifier; empty if unknown.
     names_assumed: whether only the form of the weights speaks for these names.
     multi_label: whether they say to be trained with `train.multi_label`.
+    gelu: of their blocks; trained_heads: the first of their pooling heads that were trained.
     """
 
     params: Tree
@@ -46,6 +48,8 @@ class LoadedWeights(NamedTuple):
     class_names: tuple[str, ...]
     names_assumed: bool = False
     multi_label: bool = False
+    gelu: str = "tanh"
+    trained_heads: int = HEADS
 
 
 def load(path: str, config: FluxViTConfig) -> LoadedWeights:
@@ -72,6 +76,8 @@ def load(path: str, config: FluxViTConfig) -> LoadedWeights:
         known.class_names,
         bool(known.assumed_names),
         known.multi_label,
+        model.gelu,
+        len(known.head_budgets),
     )
 
 
@@ -139,6 +145,8 @@ def fit(
     if loaded.grid != native:
         params["pos_embed"] = resize_positions(params["pos_embed"], loaded.grid, native)
         notes.append(f"{source}: its position table is resized from {loaded.grid} to {native}")
+    if loaded.gelu != config.gelu:
+        notes.append(f"{source}: trained with model.gelu={loaded.gelu}; goes on with {config.gelu}")
     checkpointer.check_fit(params, fresh, source)
     return params, notes
 

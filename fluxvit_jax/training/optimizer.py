@@ -135,12 +135,13 @@ def learning_rates(config: ConfigDict, total_steps: int) -> np.ndarray:
             total_steps,
             config.train.warmup_epochs * total_steps / config.train.epochs,
         )
+    warmup_steps = config.train.warmup_epochs * total_steps / config.train.epochs
     return schedule(
         config.optim.learning_rate,
         config.optim.min_learning_rate,
         config.optim.warmup_learning_rate,
         total_steps,
-        int(config.train.warmup_epochs * total_steps / config.train.epochs),
+        int(round(warmup_steps, 6)),  # 7 of 6.999999999999999, whatever the number of epochs
     )
 
 

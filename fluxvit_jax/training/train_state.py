@@ -15,6 +15,7 @@ from fluxvit_jax.config.network import freezing, model_config
 from fluxvit_jax.distributed import partition_rules
 from fluxvit_jax.distributed.console import say
 from fluxvit_jax.distributed.mesh import device_put_global
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.objectives.base import objective_class
 from fluxvit_jax.training import init_from
@@ -112,12 +113,35 @@ def _start_from(config: ConfigDict, class_names: Sequence[str] | None) -> Tree:
     if not source:
         return fresh
     loaded = init_from.load(source, model)
+    if note := _untrained_pooling(config, loaded.trained_heads):
+        say(note)
     network = {name: fresh[name] for name in loaded.params}
     params, notes = init_from.fit(loaded, model, network, source, class_names)
     say(f"starting from {source}")
     for note in notes:
         say(note)
     return fresh | params
+
+
+def _untrained_pooling(config: ConfigDict, heads: int) -> str:
+    """What to say if the weights to start from were trained at `heads` budgets, and these are more.
+
+    Raises UserError if pooling that they did not train is frozen as it is.
+    """
+    source, budgets = config.train.init_from, config.train.budgets
+    if len(budgets) <= heads or not objective_class(config).pools:
+        return ""
+    others = ", ".join(map(str, budgets[heads:]))
+    untrained = (
+        f"the pooling at {others} tokens was not trained with it, which had {heads} of "
+        f"{len(budgets)} budgets"
+    )
+    if "pool" in freezing(config).names:
+        raise UserError(
+            f"config.train.freeze: {config.train.freeze} would keep all pooling of {source}, but "
+            f"{untrained}; leave the rest out of train.budgets, or freeze the backbone alone"
+        )
+    return f"{source}: {untrained}"
 
 
 def _state_maker(

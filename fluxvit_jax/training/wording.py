@@ -15,6 +15,7 @@ from fluxvit_jax.data.prepared_source import is_prepared, split_of
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.objectives.base import objective_class
+from fluxvit_jax.training import nonfinite
 from fluxvit_jax.training.optimizer import learning_rates
 from fluxvit_jax.training.setup import Setup
 from fluxvit_jax.training.validation import VALIDATION, Validation
@@ -67,10 +68,12 @@ def describe_new_schedule(setup: Setup, step: int, saved: Mapping[str, Any]) -> 
         changes.append(f"{setup.schedule.total} steps in place of {steps}")
     if not changes:
         return ""
-    last = learning_rates(earlier, steps)[min(step, steps) - 1]
+    skipped, _ = saved.get(nonfinite.SAVED, (0, 0))  # steps by which the schedule has not gone on
+    done = step - skipped
+    last = learning_rates(earlier, steps)[max(min(done, steps), 1) - 1]
     return (
         f"{' and '.join(changes)}: the learning rate goes on along the new schedule: {last:.3g} "
-        f"before, {rates[step]:.3g} now, {rates[-1]:.3g} at the end"
+        f"before, {rates[done]:.3g} now, {rates[-1 - skipped]:.3g} at the end"
     )
 
 

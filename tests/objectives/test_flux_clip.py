@@ -122,6 +122,17 @@ def test_the_floor_of_the_temperature(case):
     assert kept[TEMPERATURE] == pytest.approx(case["after"], rel=1e-6) and kept[HEAD] == 1
 
 
+def test_a_start_below_the_floor_of_the_temperature():
+    """Official: it is moved before each forward pass, so before the first one too."""
+    config = clip_config(train__budgets=(24,), clip__least_temperature=0.1)
+    objective, params, batch = make_objective(config), random_params(config), random_batch(config)
+    step = jax.jit(objective.value_and_grad)
+    _, below = step(params, {}, batch)
+    gradients, at = step(params | {TEMPERATURE: np.float32(0.1)}, {}, batch)
+    assert below == at and below[TEMPERATURE] == np.float32(0.1)
+    assert gradients[TEMPERATURE] != 0
+
+
 GRADIENTS = """
 import sys
 import jax

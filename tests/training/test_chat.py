@@ -322,7 +322,7 @@ def test_another_language_model_is_refused_on_resume(trained, config, tmp_path):
         ({"chat__layer": -9}, "config.chat.layer: -9, and Ti has 2 blocks; -2 is the first"),
         ({"chat__merge": 5}, "config.chat.merge: 24 tokens of train.budgets do not divide by 5"),
         ({"train__freeze": "none"}, 'flux_chat trains no video network; set it "all"'),
-        ({"data__grids__tokens": (8, 54)}, "24 tokens, and a grid may have 8"),
+        ({"data__grids__tokens": (8, 54)}, "24 tokens, and a grid of data.grids has 8"),
     ],
 )
 def test_bad_settings_are_one_line(config, tmp_path, changes, message):

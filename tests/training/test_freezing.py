@@ -9,10 +9,13 @@ import pytest
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.config.grids import admissible_grids
 from fluxvit_jax.config.network import freezing, model_config
+from fluxvit_jax.distributed.mesh import make_mesh
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import capacity
 from fluxvit_jax.models import fluxvit
 from fluxvit_jax.training import train
-from fluxvit_jax.training.train_state import abstract_params
+from fluxvit_jax.training.optimizer import make_optimizer
+from fluxvit_jax.training.train_state import abstract_params, initial_state
 from fluxvit_jax.training.train_step import make_objective
 from tests import tiny
 from tests.training.test_train import grid_batch, make_step, quiet_config, split_of, unfinish
@@ -102,6 +105,23 @@ def test_a_step_of_a_linear_probe(tiny_data, compiled):
             own, other = after[tree][name], before[tree][name]
             same = jax.tree.map(lambda a, b: bool(np.all(a == b)), own, other)
             assert all(jax.tree.leaves(same)) == (name in FROZEN["all_but_head"]), (tree, name)
+
+
+def test_pooling_that_was_never_trained_is_not_frozen(finished, tiny_data, compiled, capsys):
+    """Weights trained at two budgets have a third pooling head, which is as it was drawn."""
+    own = {"train__init_from": str(finished.workdir), "train__budgets": (32, 24, 12)}
+    own["data__grids__tokens"] = (32, 99)
+
+    def start(freeze):
+        config = tiny.make_config(tiny_data, train__freeze=freeze, **own)
+        optimizer = make_optimizer(config, 8, abstract_params(config))
+        initial_state(config, optimizer, make_mesh(config))
+
+    start("backbone")
+    said = "the pooling at 12 tokens was not trained with it, which had 2 of 3 budgets"
+    assert f"{finished.workdir}: {said}\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"all_but_head would keep all pooling of .*, but {said}"):
+        start("all_but_head")
 
 
 def test_a_run_with_a_frozen_block(finished, tiny_data, compiled, tmp_path, capsys):

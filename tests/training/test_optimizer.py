@@ -87,6 +87,16 @@ def small_config():
     return config
 
 
+def test_more_epochs_leave_the_warmup_as_it_is():
+    config = default_config("Ti")
+    config.train.warmup_epochs = 0.7
+    for steps in (10, 90):  # of an epoch
+        for epochs in range(1, 30):
+            config.train.epochs = epochs
+            rates = learning_rates(config, steps * epochs)
+            assert int(np.argmax(rates)) + 1 == round(0.7 * steps)
+
+
 def test_adamw_step_by_step(params):
     """Five steps against AdamW written out in float64, each official tensor in its group."""
     config, steps = small_config(), 6

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.config.grids import admissible_grids
+from fluxvit_jax.config.loading import load_config
 from fluxvit_jax.convert import teacher
 from fluxvit_jax.data.pipeline import training_source
 from fluxvit_jax.data.teacher_targets import open_cached_targets, pack
@@ -154,6 +155,26 @@ def test_fine_tuning_starts_from_it(pretrained, tiny_data, tmp_path, capsys):
             np.testing.assert_allclose(own, other, rtol=0, atol=1e-5)
     kernels = [tree["align"]["head"]["kernel"] for tree in (before, after)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.05  # of another seed
+
+
+def test_what_a_finished_run_says_to_type_next(tiny_data, data):
+    for variant, name in (("Ti", "custom:tiny"), ("S", "k400:small"), ("B", "k400:base")):
+        config = tiny.make_pretraining(tiny_data, data.teacher, model__variant=variant)
+        (command,) = objective_class(config).next_commands(config, "RUN")
+        assert command == f"main --config={name} --config.train.init_from=RUN"
+        assert load_config(name).model.variant == variant
+
+
+def test_pre_training_goes_on_with_the_decoders(pretrained, tiny_data, data, capsys):
+    source = str(pretrained.workdir)
+    config = tiny.make_pretraining(tiny_data, data.teacher, train__init_from=source)
+    initial = objective_class(config).load_initial(config)
+    trained = restore_params(pretrained.workdir)[DECODERS]
+    jax.tree.map(np.testing.assert_array_equal, initial, {DECODERS: trained})
+    other = {"distill__student_blocks": (1,), "distill__teacher_blocks": (3,)}
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in other.items()})
+    assert objective_class(config).load_initial(config) == {}
+    assert "its decoders are for other layers or another teacher" in capsys.readouterr().err
 
 
 def test_it_has_no_classifier_to_evaluate(pretrained, tiny_data):

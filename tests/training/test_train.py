@@ -34,7 +34,7 @@ from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import tasks
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.models import fluxvit
-from fluxvit_jax.training import init_from, nonfinite, setup, train, validation
+from fluxvit_jax.training import init_from, nonfinite, setup, train, validation, wording
 from fluxvit_jax.training import train_step as steps
 from fluxvit_jax.training.optimizer import learning_rates, make_optimizer
 from fluxvit_jax.training.preemption import PreemptionHandler
@@ -144,6 +144,22 @@ def test_more_epochs_for_a_finished_run(finished, tiny_data, compiled, tmp_path,
     assert [line["learning_rate"] for line in lines[20:]] == pytest.approx(rates[20:])
     with pytest.raises(UserError, match=r"train\.epochs: 6 -> 5"):
         train.train(tiny.make_config(tiny_data), workdir)
+
+
+def test_a_new_schedule_goes_by_the_steps_that_were_not_skipped(finished, tiny_data):
+    """The rates that are told are those of the steps before and after, and of the last one."""
+    config = tiny.make_config(tiny_data, optim__learning_rate=1e-3)
+    setup = SimpleNamespace(
+        config=config,
+        workdir=finished.workdir,
+        rates=learning_rates(config, 20),
+        schedule=SimpleNamespace(steps_per_epoch=4, total=20),
+    )
+    before = learning_rates(tiny.make_config(tiny_data), 20)
+    said = wording.describe_new_schedule(setup, 10, {"total_steps": 20, "skipped_steps": [3, 2]})
+    assert said.endswith(
+        f"{before[6]:.3g} before, {setup.rates[7]:.3g} now, {setup.rates[16]:.3g} at the end"
+    )
 
 
 def test_a_finished_run_says_so(finished, tiny_data, capsys):
@@ -915,6 +931,12 @@ def test_a_classifier_of_kinetics_710_is_cut_by_the_official_table(finished, tin
         bias, note = start(names, 600)
         assert note.endswith("for 710 classes; a new one for 600 starts afresh")
         assert not bias.any()
+
+
+def test_another_gelu_is_said(finished, tiny_data):
+    params, notes, *_ = start_from((finished.workdir, tiny_data), model__gelu="erf")
+    assert notes == ["SOURCE: trained with model.gelu=tanh; goes on with erf"]
+    jax.tree.map(np.testing.assert_array_equal, params, restore_params(finished.workdir))
 
 
 def test_another_native_grid_resizes_the_positions(finished, tiny_data):
