@@ -12,15 +12,18 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.calibration import at_temperature
-from fluxvit_jax.grids import PATCH
+from fluxvit_jax.grids import PATCH, Grid
 from fluxvit_jax.reports.wording import count
+
+if TYPE_CHECKING:
+    from fluxvit_jax.models.fluxvit import FluxViTConfig
 
 CONFIDENCES = ("probability", "margin", "entropy", "agreement")
 
@@ -104,9 +107,9 @@ class Answers(NamedTuple):
 class Cascade:
     """Steps and the rule of confidence, one of `CONFIDENCES`.
 
-    "probability": the largest; "margin": the largest less the second; "entropy": 1 - entropy / log
-    of the number of classes; "agreement": the largest where the step's own answer is that of the
-    average before, else 0 (the first step has nothing to agree with: the largest).
+    "probability": the largest; "margin": the largest less the second, if there is one; "entropy":
+    1 - entropy / log of the number of classes; "agreement": the largest where the step's own answer
+    is that of the average before, else 0 (the first step has nothing to agree with: the largest).
     """
 
     steps: tuple[Step, ...]
@@ -209,11 +212,33 @@ def confidence(
         logs = np.log(np.maximum(average, np.finfo(np.float32).tiny))
         return 1 + (average * logs).sum(axis=1) / math.log(max(average.shape[1], 2))
     largest = average.max(axis=1)
-    if kind == "margin":
+    if kind == "margin" and average.shape[1] > 1:
         return largest - np.partition(average, -2, axis=1)[:, -2]
     if kind == "agreement" and before is not None:
         return np.where(own.argmax(axis=1) == before.argmax(axis=1), largest, 0.0)
     return largest
+
+
+def check_steps(steps: Sequence[Step], model: "FluxViTConfig", source: str) -> None:
+    """Raises UserError, which begins with `source`, for a step that a network cannot run."""
+    for number, step in enumerate(steps, 1):
+        if problem := _problem(step, model):
+            raise UserError(f"{source}: step {number}: {problem}")
+
+
+def _problem(step: Step, model: "FluxViTConfig") -> str:
+    """Why a network cannot run a step; "" if it can."""
+    if not 0 <= step.head < model.budgets:
+        return f"the network has no head {step.head}"
+    if step.resolution % PATCH:
+        return f"{step.resolution} px is no multiple of {PATCH}"
+    patches = step.budget - (model.cls == "inside")
+    if patches < 1:
+        return f"a budget of {step.budget} tokens leaves no patch"
+    tokens = Grid.square(*step.grid).tokens
+    if model.selector == "none" and patches < tokens:
+        return f"the network selects nothing, and {tokens} patches are too many for {step.budget}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------

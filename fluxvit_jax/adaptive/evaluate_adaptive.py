@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from fluxvit_jax.adaptive import planner as adaptive_planner
-from fluxvit_jax.adaptive.cascade import Cascade
+from fluxvit_jax.adaptive.cascade import Cascade, check_steps
 from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.adaptive.motion_scores import scorer
 from fluxvit_jax.adaptive.packing import (
@@ -131,9 +131,7 @@ def chosen(config: ConfigDict, loaded: Weights, folder: epath.Path) -> Adaptive:
             f"config.eval.cascade={text}: looks at {most} views, and eval.clips x eval.crops has "
             f"{views.count}"
         )
-    for step in adaptive.steps:
-        if step.head >= len(config.train.budgets):
-            raise UserError(f"config.eval.cascade={text}: the network has no head {step.head}")
+    check_steps(adaptive.steps, model_config(config), f"config.eval.cascade={text}")
     return adaptive
 
 

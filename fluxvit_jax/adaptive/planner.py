@@ -306,15 +306,18 @@ def _rule_costs(report: Report, own: Mapping[str, Any], device: str | None) -> d
 def _limits_in(text: str) -> dict[str, float]:
     """The limits in "average_gflops=40,milliseconds=20"."""
     kinds = ("average_milliseconds", "average_gflops", "milliseconds", "gflops")
-    limits = {}
+    limits: dict[str, float] = {}
     for part in text.split(","):
-        kind, _, value = part.partition("=")
+        name, _, value = part.partition("=")
+        kind = name.strip()
+        if kind in limits:
+            raise UserError(f"{text}: {kind} is there twice")
         try:
-            limits[kind.strip()] = float(value)
+            limits[kind] = float(value)
         except ValueError as error:
             raise UserError(f"{text}: {value!r} is no number") from error
-        if kind.strip() not in kinds:
-            raise UserError(f"{text}: {kind.strip()!r} is none of {', '.join(kinds)}")
+        if kind not in kinds:
+            raise UserError(f"{text}: {kind!r} is none of {', '.join(kinds)}")
     averages = [kind for kind in limits if kind.startswith("average_")]
     if len(averages) != 1:
         raise UserError(f"{text}: needs one of average_milliseconds and average_gflops")

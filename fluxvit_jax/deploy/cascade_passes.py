@@ -6,10 +6,11 @@ from functools import partial
 import jax
 import numpy as np
 
-from fluxvit_jax.adaptive.cascade import Answers, Cascade, Size
+from fluxvit_jax.adaptive.cascade import Answers, Cascade, Size, check_steps
 from fluxvit_jax.data.patches import patchify
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.grids import PATCH, Grid
+from fluxvit_jax.evaluation.finite import check_finite
+from fluxvit_jax.grids import Grid
 from fluxvit_jax.models import fluxvit, token_selection
 from fluxvit_jax.models.fluxvit import FluxViT, FluxViTConfig, ModelOutput
 from fluxvit_jax.models.token_selection import NOISY_SELECTORS
@@ -27,13 +28,14 @@ class CascadePasses:
     ):
         """videos: on each grid of the cascade, by frames and pixels, uint8 [B, T, size, size, 3].
 
-        Raises UserError: a step looks at several views, or has a head or grid that cannot be.
+        Raises UserError: a step looks at several views, or is one that the network cannot run.
         """
+        check_steps(cascade.steps, model, "the cascade")
         for number, step in enumerate(cascade.steps, 1):
-            check_step(step.views <= 1, number, f"looks at {step.views} views, and one is at hand")
-            check_step(step.head < model.budgets, number, f"the network has no head {step.head}")
-            fits = step.resolution % PATCH == 0
-            check_step(fits, number, f"{step.resolution} px is no multiple of {PATCH}")
+            if step.views > 1:
+                raise UserError(
+                    f"the cascade: step {number}: looks at {step.views} views, and one is at hand"
+                )
         self._params, self._model, self.cascade = params, model, cascade
         self._passes = cascade.passes(1, shares_ranking=model.rounding == "exact")
         self._patches = {
@@ -56,6 +58,8 @@ class CascadePasses:
 
         number: of the step, from 0, after those before; videos: int [m]. Returns float32 [m, C]
         and bool [m, T, H, W]. Compiles for each power of two of videos.
+
+        Raises UserError if the probabilities are no finite numbers.
         """
         own = self._passes[number]
         step, grid = own.step, Grid.square(*own.step.grid)
@@ -76,13 +80,8 @@ class CascadePasses:
             of_all = np.zeros((self.videos, order.shape[1]), order.dtype)
             of_all[videos] = order
             self._ranked[step.grid] = of_all
+        check_finite(probabilities)
         return np.asarray(probabilities)[: len(videos)], np.asarray(kept)[: len(videos)]
-
-
-def check_step(fine: bool, number: int, problem: str) -> None:
-    """Raises UserError unless a step of a cascade is fine; number: from 1."""
-    if not fine:
-        raise UserError(f"step {number} of the cascade: {problem}")
 
 
 @partial(jax.jit, static_argnames=("model", "grid", "budget", "head", "ranked_budget"))

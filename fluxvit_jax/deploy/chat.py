@@ -23,7 +23,7 @@ from fluxvit_jax.data.chat_texts import time_ids
 from fluxvit_jax.data.chat_tokenizer import ChatTokenizer
 from fluxvit_jax.data.clips import Clip, read_clip
 from fluxvit_jax.data.decoding import DecodeError, Video
-from fluxvit_jax.deploy.chat_batches import PROMPT_STEP, answer_ids
+from fluxvit_jax.deploy.chat_batches import PROMPT_STEP, answer_ids, check_tokens
 from fluxvit_jax.deploy.chat_encoder import ChatEncoder
 from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
@@ -31,7 +31,7 @@ from fluxvit_jax.distributed.mesh import mesh_over, put_rows
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.grids import nearest_head
 from fluxvit_jax.models import fluxvit, language_model
-from fluxvit_jax.models.language_model import Cache, LanguageModel, LanguageModelConfig
+from fluxvit_jax.models.language_model import Cache, LanguageModel, LanguageModelConfig, likeliest
 from fluxvit_jax.objectives import flux_chat, flux_chat_weights
 from fluxvit_jax.objectives.flux_chat_weights import ChatWeights
 from fluxvit_jax.objectives.frame_times import VideoTokens
@@ -260,7 +260,8 @@ class Conversation:
         It is shorter where the language model takes no more. answer_start: how it begins; what is
         returned goes on from there.
 
-        Raises UserError if the language model takes not even the question.
+        Raises UserError if the language model takes not even the question, or its scores are no
+        finite numbers.
         """
         pieces: list[str] = []
         try:
@@ -284,6 +285,7 @@ class Conversation:
         token, self._cache = _read(chat._llm_config, chat._llm, padded, last, self._cache)
         for number in range(answer_tokens):
             found = int(token)
+            check_tokens(found)
             self._unread = [found]
             if found in chat.tokenizer.end_tokens:
                 self._unread = []  # a follow-up begins with the token that ends an answer
@@ -357,8 +359,7 @@ def _read(
     model = _model(config, params)
     hidden, longer = model.extend(x, cache)
     last = jax.lax.dynamic_index_in_dim(hidden, count - 1, axis=1, keepdims=False)
-    token = jnp.argmax(model.logits(last)[0]).astype(jnp.int32)
-    return token, replace(longer, length=cache.length + count)
+    return likeliest(model.logits(last)[0]), replace(longer, length=cache.length + count)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -368,4 +369,4 @@ def _follow(
     """The token after a token, and the cache with that."""
     model = _model(config, params)
     hidden, longer = model.extend(model.embed(token[None, None]), cache)
-    return jnp.argmax(model.logits(hidden[:, -1])[0]).astype(jnp.int32), longer
+    return likeliest(model.logits(hidden[:, -1])[0]), longer

@@ -17,9 +17,15 @@ from jax.stages import Wrapped
 
 from fluxvit_jax.data.chat_templates import VIDEO
 from fluxvit_jax.distributed.mesh import compiler_options, put_rows, replicated, traced_on_mesh
+from fluxvit_jax.errors import UserError
 from fluxvit_jax.models import fluxvit, language_model
 from fluxvit_jax.models.arrays import take_rows
-from fluxvit_jax.models.language_model import LanguageModel, LanguageModelConfig
+from fluxvit_jax.models.language_model import (
+    NOT_FINITE,
+    LanguageModel,
+    LanguageModelConfig,
+    likeliest,
+)
 from fluxvit_jax.objectives.next_token_loss import with_video
 
 PROMPT_STEP = 64  # tokens
@@ -46,6 +52,8 @@ def answer_ids(
       prompts: ids of each, one of which is `VIDEO`; None for a row that is only padding.
       answer_tokens: of an answer, at most; fewer where the model's context ends.
       ends: the ids that end an answer.
+
+    Raises UserError if scores of tokens are not finite numbers.
     """
     longest = max((len(ids) for ids in prompts if ids is not None), default=1)
     T = -(-longest // PROMPT_STEP) * PROMPT_STEP
@@ -61,8 +69,18 @@ def answer_ids(
         limit[row] = config.context - (len(ids) - 1 + lengths[row])
     program = _program(config, mesh, answer_tokens, tuple(ends))
     arrays = (text, place, begin, limit, lengths.astype(np.int32))
-    found = program(params, videos, *(put_rows(x, mesh) for x in arrays))
-    return [[int(token) for token in row if token != ENDED] for row in np.asarray(found)]
+    found = np.asarray(program(params, videos, *(put_rows(x, mesh) for x in arrays)))
+    check_tokens(found)
+    return [[int(token) for token in row if token != ENDED] for row in found]
+
+
+def check_tokens(ids: int | np.ndarray) -> None:
+    """Raises UserError if one of the tokens is `NOT_FINITE`."""
+    if np.any(np.equal(ids, NOT_FINITE)):
+        raise UserError(
+            "the language model's scores are no finite numbers: its weights, or those of the video "
+            "encoder, are damaged or too large for the dtype"
+        )
 
 
 @lru_cache
@@ -93,7 +111,7 @@ def _program(
 
         def found_at(number: int | jax.Array, hidden: jax.Array, ended: jax.Array) -> tuple:
             """The next token, and whether each text has ended before it."""
-            token = jnp.argmax(model.logits(hidden[:, -1]), axis=1).astype(jnp.int32)
+            token = likeliest(model.logits(hidden[:, -1]))
             return token, ended | jnp.isin(token, jnp.array(ends)) | (number >= limit)
 
         def goes_on(state: tuple) -> jax.Array:

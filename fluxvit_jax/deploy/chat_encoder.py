@@ -60,13 +60,22 @@ class ChatEncoder:
 
         frames: uint8 [T, side, side, 3]; tokens: the budget, of which `merge` become one.
 
-        Raises UserError for a budget below `merge`.
+        Raises UserError for a budget below `merge`, and ValueError for other frames.
         """
         return self.encode(frames[None], tokens).tokens[0]
 
     def encode(self, clips: np.ndarray, tokens: int) -> VideoTokens:
-        """The same of several clips, uint8 [B, T, side, side, 3], with the tokens' frames."""
+        """The same of several clips, uint8 [B, T, side, side, 3], with the tokens' frames.
+
+        Raises ValueError for others.
+        """
         T, side = clips.shape[1], clips.shape[2] // PATCH
+        expected = (len(clips), T, side * PATCH, side * PATCH, 3)
+        if clips.dtype != np.uint8 or clips.shape != expected or 0 in expected:
+            raise ValueError(
+                f"frames are uint8 [T, side, side, 3], the side a multiple of {PATCH}, not "
+                f"{clips.dtype} {list(clips.shape[1:])}"
+            )
         budget = min(tokens, T * side * side)
         if budget < self.merge:
             raise UserError(

@@ -22,6 +22,7 @@ from fluxvit_jax.distributed import atomic, checksums, storage
 from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
 from fluxvit_jax.distributed.devices import device_name
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.grids import PATCH
 from fluxvit_jax.token_optimization import planner
 from fluxvit_jax.token_optimization.planner import Limit
@@ -129,7 +130,8 @@ class ExportedModel:
 
         A step's program runs on the next power of two of clips, so that it compiles for few sizes.
 
-        Raises ValueError for a video that cannot be, or a cascade of other programs.
+        Raises ValueError for a video that cannot be, or a cascade of other programs, and UserError
+        for answers that are no finite numbers.
         """
         programs = self.manifest.get("cascades", {}).get("programs", {})
         if missing := [step.cell for step in cascade.steps if step.cell not in programs]:
@@ -142,6 +144,7 @@ class ExportedModel:
             rows = np.resize(clips, 1 << (len(clips) - 1).bit_length())
             patches = np.stack([patchify(clip) for clip in fitted[step.grid][rows]])
             logits, *_ = self._loaded(own["program"], own["sha256"])(self._params, patches)
+            check_finite(logits)
             return np.asarray(jax.nn.softmax(logits))[: len(clips)]
 
         return cascade.run(len(next(iter(fitted.values()))), ask)

@@ -26,6 +26,7 @@ from fluxvit_jax.deploy.resize import fit
 from fluxvit_jax.deploy.shared_space import SharedSpace
 from fluxvit_jax.distributed.compilation_cache import keep_programs_by_default
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.grids import PATCH, Grid, nearest_head
 from fluxvit_jax.models import fluxvit, token_selection
 from fluxvit_jax.models.fluxvit import FluxViTConfig, ModelOutput
@@ -231,8 +232,6 @@ class PretrainedModel:
         >>> model.predict("a.mp4", tokens=512, top=2)
         [Prediction(name='juggling balls', probability=0.83), Prediction(name=...)]
         """
-        if top < 1:
-            raise ValueError(f"top is 1 or more, not {top}")
         if not self.has_classifier:
             raise UserError("these weights have no classes of their own; name some: classify(...)")
         found = [
@@ -276,8 +275,9 @@ class PretrainedModel:
             cascade: such as `fluxvit_jax.plan(WORKDIR, average_milliseconds=8).cascade`.
 
         Raises:
-            UserError: as in `predict`, or a step looks at several views.
-            ValueError: frames that cannot be.
+            UserError: as in `predict`, the weights have several labels a video, or a step looks at
+                several views or is one that the network cannot run.
+            ValueError: no video, or frames that cannot be.
 
         >>> answers = model.run_cascade(["a.mp4", "b.mp4"], best.cascade)
         >>> answers.probabilities.argmax(-1), answers.step
@@ -286,8 +286,15 @@ class PretrainedModel:
             raise UserError(
                 "these weights have no classes of their own, so a cascade has no answer"
             )
+        if self.config.multi_label:
+            raise UserError(
+                "cascades are for one label a video, and these weights have several; choose a "
+                "budget: predict(..., tokens=...)"
+            )
         several = isinstance(video, Sequence) and not isinstance(video, str)
         videos = cast("Sequence[Video]", video if several else [video])
+        if not videos:
+            raise ValueError("no video is given")
         sized = [self._sized(one, cascade) for one in videos]
         return CascadePasses(self.params, self.config.model, cascade, sized).answers()
 
@@ -314,7 +321,9 @@ class PretrainedModel:
         space = self._space()
         pooled = [output.pooled for output in self._outputs(video, tokens)]
         none = np.zeros((0, space.parts.network.out), np.float32)
-        return np.concatenate([none, *map(space.vectors_of_pooled, pooled)])
+        vectors = np.concatenate([none, *map(space.vectors_of_pooled, pooled)])
+        check_finite(vectors)
+        return vectors
 
     def encode_text(self, texts: str | Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: float32 [T, D]. For Flux-CLIP.
@@ -414,7 +423,14 @@ class PretrainedModel:
 
         Their probabilities are the softmax of the logits, divided by `temperature`, or with
         `config.multi_label` the sigmoid of each.
+
+        Raises:
+            UserError: the logits are no finite numbers.
+            ValueError: `top` is less than 1.
         """
+        if top < 1:
+            raise ValueError(f"top is 1 or more, not {top}")
+        check_finite(output.logits)
         logits = np.asarray(output.logits, np.float64) / temperature
         if self.config.multi_label:
             probabilities = np.exp(-np.logaddexp(0, -logits))

@@ -12,6 +12,7 @@ from fluxvit_jax.convert.clip_parts import ClipParts
 from fluxvit_jax.data import captions
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import zero_shot
+from fluxvit_jax.evaluation.finite import check_finite
 from fluxvit_jax.evaluation.zero_shot import CLASSIFIER, PROMPTS
 from fluxvit_jax.models.text_encoder import TextEncoderConfig, unit_vectors
 
@@ -46,13 +47,18 @@ class SharedSpace:
         """Unit vectors float32 [T, D] of texts, which are cleaned as in training.
 
         Warns of texts that are cut, as longer than the encoder reads.
+
+        Raises UserError: a text is not UTF-8, or vectors are no finite numbers.
         """
+        _check_encoding(texts)
         ids = captions.tokenize_cleaned(texts)
         parts = [
             self._encode(ids[first : first + TEXTS_AT_ONCE])
             for first in range(0, len(ids), TEXTS_AT_ONCE)
         ]
-        return np.concatenate([np.zeros((0, self.parts.network.out), np.float32), *parts])
+        vectors = np.concatenate([np.zeros((0, self.parts.network.out), np.float32), *parts])
+        check_finite(vectors)
+        return vectors
 
     def _encode(self, ids: np.ndarray) -> np.ndarray:
         padding = (1 << (len(ids) - 1).bit_length()) - len(ids)
@@ -93,6 +99,15 @@ class TextClassifier:
     def logits(self, pooled: jax.Array) -> jax.Array:
         """float32 [B, K], cosines over the temperature, of clip vectors [B, pool_width]."""
         return _classify(self._params, pooled, self._dtype)
+
+
+def _check_encoding(texts: Sequence[str]) -> None:
+    """Raises UserError for a text of a command line or a file name that is not UTF-8."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{text!a}: is not UTF-8; give the text in UTF-8") from error
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ MAX_BYTES = 256 << 20  # of the frames that are decoded at once, scaled down
 def seconds_of(flag: str, text: str) -> float:
     """The seconds in a flag such as `--window=4s`. Raises UserError."""
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)s?", text)
-    if not match or not float(match[1]):
+    if not match or not 0 < float(match[1]) < math.inf:
         raise UserError(f"--{flag}={text}: is no time above 0 in seconds, such as 4s or 0.5s")
     return float(match[1])
 

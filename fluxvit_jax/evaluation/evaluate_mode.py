@@ -23,7 +23,7 @@ from fluxvit_jax.distributed.mesh import host_index, make_mesh
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.evaluation import zero_shot
 from fluxvit_jax.evaluation.evaluate import Evaluation, evaluate
-from fluxvit_jax.evaluation.finite import check_finite
+from fluxvit_jax.evaluation.finite import check_measured
 from fluxvit_jax.evaluation.results import SUFFIX
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given
 from fluxvit_jax.evaluation.trained_weights import Weights, check_class_names, open_named
@@ -93,7 +93,7 @@ def tell(
     Raises UserError, on all hosts, if the network gave no finite numbers.
     """
     for budget, row in evaluation.report["budgets"].items():
-        check_finite(row["loss"], loaded.origin, f"at budget {budget}")
+        check_measured(row["loss"], loaded.origin, f"at budget {budget}")
     if host_index() != 0:
         return
     path = folder / EVALUATION / f"{name}.json"

@@ -27,7 +27,7 @@ from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import average_precision, retrieve, vectors
 from fluxvit_jax.evaluation.evaluate_mode import report_words
-from fluxvit_jax.evaluation.finite import check_finite
+from fluxvit_jax.evaluation.finite import check_measured
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given
 from fluxvit_jax.evaluation.zero_shot import option_shares
 from fluxvit_jax.objectives.flux_clip import TEMPERATURE
@@ -156,7 +156,7 @@ def run(config: ConfigDict, workdir: str) -> int:
     budgets = {}
     for setting, videos in zip(settings, found.by_setting, strict=True):
         shares = option_shares(videos, options, temperature)
-        check_finite(shares, weights.origin, f"at budget {setting.budget}")
+        check_measured(shares, weights.origin, f"at budget {setting.budget}")
         measured = measures(shares, questions, list(found.failures))
         budgets[str(setting.budget)] = retrieve.about_setting(own, setting) | measured
     report = {

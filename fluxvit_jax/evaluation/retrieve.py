@@ -33,7 +33,7 @@ from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieval, vectors
 from fluxvit_jax.evaluation.evaluate_mode import report_words
-from fluxvit_jax.evaluation.finite import check_finite
+from fluxvit_jax.evaluation.finite import check_measured
 from fluxvit_jax.evaluation.settings import Setting, planned_or_given, tokens_kept
 from fluxvit_jax.evaluation.unreadable import (
     NothingReadableError,
@@ -145,9 +145,9 @@ def evaluate(
     settings = planned_or_given(own, weights.params)
     embedded = embed_pairs(weights.params, own, pairs, settings, mesh, watchdog.alive)
     assert embedded is not None  # nothing stops it
-    check_finite(embedded.texts, weights.origin, "for the texts")
+    check_measured(embedded.texts, weights.origin, "for the texts")
     for setting, videos in zip(settings, embedded.videos.by_setting, strict=True):
-        check_finite(videos, weights.origin, f"at budget {setting.budget}")
+        check_measured(videos, weights.origin, f"at budget {setting.budget}")
     found = compare(embedded, own, pairs, settings)
     return {
         "task": "retrieval",

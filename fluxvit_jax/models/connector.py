@@ -99,7 +99,10 @@ def merge_plan(tokens: int, keep: int) -> list[int]:
 def _merge_step(merged: Merged, count: int, heads: int) -> Merged:
     """Merges the `count` even tokens that are the most similar to an odd one into that one."""
     unit = blocks.l2_normalize(_mean_of_heads(merged.tokens, heads))
-    similarity = jnp.einsum("bic,bjc->bij", unit[:, ::2], unit[:, 1::2])
+    # By default accelerators multiply float32 in lower precision and would merge other tokens.
+    similarity = jnp.einsum(
+        "bic,bjc->bij", unit[:, ::2], unit[:, 1::2], precision=jax.lax.Precision.HIGHEST
+    )
     partner = jnp.argmax(similarity, axis=2)
     even, odd = (Merged(*(x[:, first::2] for x in merged)) for first in range(2))
     rest = Merged(*(x[:, :0] for x in even))

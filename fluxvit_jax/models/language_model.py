@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 
 from fluxvit_jax.models import blocks, sharding_constraints
 from fluxvit_jax.models.arrays import Array
+
+NOT_FINITE = -2  # in place of a token whose score is no finite number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,13 @@ class LanguageModel(nnx.Module):
         if self.config.tied:
             return (x @ self.token_embed[...].astype(self.dtype).T).astype(jnp.float32)
         return self.output(x).astype(jnp.float32)
+
+
+def likeliest(scores: Float[Array, "*batch vocabulary"]) -> Int32[Array, "*batch"]:
+    """The token with the largest score, `NOT_FINITE` where that is no finite number."""
+    largest = jnp.max(scores, axis=-1)  # NaN if one of them is
+    token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(largest), token, NOT_FINITE)
 
 
 class DecoderNorm(nnx.Module):

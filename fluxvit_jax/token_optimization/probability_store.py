@@ -25,8 +25,14 @@ class ProbabilityStore:
     there.
     """
 
-    def __init__(self, folder: epath.Path):
+    def __init__(self, folder: epath.Path, keeps: bool = True):
+        """keeps: whether to keep what is there; without results of this search it is of another.
+
+        Raises UserError if it cannot be removed.
+        """
         self._folder = folder / FOLDER
+        if not keeps:
+            compute_on_host0(self._remove)
         self._chunks: dict[tuple[str, str], set[tuple[int, int]]] = defaultdict(set)
         # 1 for each video that is there, by its number.
         self._known: dict[tuple[str, str], bytearray] = defaultdict(bytearray)
@@ -79,6 +85,16 @@ class ProbabilityStore:
         known = self._known[split, cell]
         known.extend(bytes(max(0, end - len(known))))
         known[first:end] = b"\1" * (end - first)
+
+    def _remove(self) -> None:
+        try:
+            if self._folder.exists():
+                self._folder.rmtree()
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: is of another search and cannot be removed: "
+                f"{error.strerror or error}"
+            ) from error
 
     def _list(self) -> list[tuple[str, str, int, int]]:
         """Split, cell, first and end of each file."""

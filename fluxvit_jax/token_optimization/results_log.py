@@ -70,6 +70,11 @@ class ResultsLog:
         known = self._outcomes[split, cell]
         return len(known) >= end and UNKNOWN not in known[first:end]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no video has been evaluated."""
+        return not any(self._outcomes.values())
+
     def outcomes(self, split: str, cell: str) -> str:
         """Outcomes of the evaluated videos, from the first on without a gap."""
         return self._outcomes[split, cell].partition(UNKNOWN)[0].decode()

@@ -39,7 +39,7 @@ from fluxvit_jax.distributed.mesh import (
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation import retrieve, tasks, trained_weights, zero_shot
-from fluxvit_jax.evaluation.finite import check_finite
+from fluxvit_jax.evaluation.finite import check_measured
 from fluxvit_jax.evaluation.settings import tokens_kept
 from fluxvit_jax.evaluation.trained_weights import (
     Weights,
@@ -237,7 +237,7 @@ class Search:
         if classifier := zero_shot.classifier_in(weights.params):
             about["texts"] = official_names.fingerprint(classifier)
         self._results = ResultsLog(folder, about)
-        self._probabilities = ProbabilityStore(folder)
+        self._probabilities = ProbabilityStore(folder, keeps=not self._results.is_empty)
         self._cascades: dict[str, Any] = {}
         self._motion_rules: dict[str, Any] = {}
         self._earlier_costs = compute_on_host0(self._read_earlier_costs)
@@ -546,7 +546,7 @@ class Search:
         for candidate, local, found in self._evaluator.evaluate(videos, missing, reader):
             # Nothing is known beyond the last video, so there may be fewer outcomes than numbers.
             read = [row for row, outcome in enumerate(local) if outcome != FAILED]
-            check_finite(found[read], self._weights.origin, f"in cell {candidate.name}")
+            check_measured(found[read], self._weights.origin, f"in cell {candidate.name}")
             outcomes = dict(gather(list(zip(numbers, local, strict=False))))
             text = "".join(outcomes[number] for number in sorted(outcomes))
             if self._keeps_probabilities(candidate):

@@ -1,6 +1,7 @@
 """Cascades: rules of confidence at values computed by hand, and files of them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from fluxvit_jax.adaptive import cascade as cascades
 from fluxvit_jax.adaptive.cascade import Cascade, Step, confidence
 from fluxvit_jax.errors import UserError
+from fluxvit_jax.models.fluxvit import FluxViTConfig
 
 SURE, SPLIT = [0.8, 0.1, 0.1], [0.5, 0.25, 0.25]
 SMALL = {"budget": 32, "frames": 4, "resolution": 56, "head": 2, "threshold": 0.7}
@@ -26,6 +28,8 @@ def test_confidences():
     assert confidence("agreement", average, average, None).tolist() == [0.8, 0.5]
     certain = np.array([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
     np.testing.assert_allclose(confidence("entropy", certain, certain, None), [1, 0], atol=1e-12)
+    for kind in cascades.CONFIDENCES:  # one class is certain
+        assert confidence(kind, np.ones((2, 1)), np.ones((2, 1)), None).tolist() == [1, 1]
 
 
 def test_only_videos_in_doubt_are_asked_again():
@@ -89,6 +93,25 @@ def test_bad_cascades_are_said_in_a_line(steps, message):
     with pytest.raises(UserError, match=r"^given: ") as caught:
         cascades.from_json({"steps": steps}, "given")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "network", "message"),
+    [
+        ({"head": 3}, {}, "the network has no head 3"),
+        ({"head": -1}, {}, "the network has no head -1"),
+        ({"resolution": 50}, {}, "50 px is no multiple of 14"),
+        ({"budget": 1}, {"cls": "inside"}, "a budget of 1 tokens leaves no patch"),
+        ({}, {"selector": "none"}, "selects nothing, and 128 patches are too many for 127"),
+    ],
+)
+def test_steps_that_a_network_cannot_run(changes, network, message):
+    first, last = Step(**SMALL), Step(**LARGE | {"budget": 127})
+    model = FluxViTConfig(64, 2, 2, frames=8, rows=4, columns=4, classes=10)
+    cascades.check_steps([first, last], model, "given")
+    steps = [replace(first, budget=65), replace(last, **changes)]
+    with pytest.raises(UserError, match=f"^given: step 2: .*{message}$"):
+        cascades.check_steps(steps, replace(model, **network), "given")
 
 
 def test_bad_files_are_said_in_a_line(tmp_path):

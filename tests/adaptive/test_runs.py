@@ -388,6 +388,7 @@ def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_p
         ("gflops=3", "needs one of average_milliseconds and average_gflops"),
         ("average_tokens=3", "'average_tokens' is none of"),
         ("average_gflops=-1", "a limit is a number above 0"),
+        ("average_gflops=1,average_gflops=2", "average_gflops is there twice"),
         ("none.json", r"none\.json: cannot be read as a cascade"),
     ],
 )

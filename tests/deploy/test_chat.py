@@ -106,6 +106,16 @@ def test_several_at_once_are_answered_as_one_by_one(loaded, tiny_data, monkeypat
     assert "the conversation is too long" in str(found[3]) and found[4] == ""
 
 
+def test_scores_that_are_no_numbers_are_no_answer(loaded, tiny_data, monkeypatch):
+    damaged = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), loaded._llm)
+    monkeypatch.setattr(loaded, "_llm", damaged)
+    with pytest.raises(UserError, match="no finite numbers"):
+        loaded.ask(tiny_data / "0.mp4", "What is it?", tokens=24)
+    clip = loaded.read(tiny_data / "0.mp4", 24)[0].frames
+    with pytest.raises(UserError, match="no finite numbers"):
+        loaded.ask_each(clip[None], [FirstQuestion("What is it?")], 24, ANSWER)
+
+
 def test_a_stream_is_the_answer(loaded, tiny_data):
     conversation = loaded.open(tiny_data / "0.mp4", 24)
     pieces = list(conversation.stream("What is it?", ANSWER))
@@ -286,3 +296,19 @@ def test_a_follow_up_after_an_end(loaded, tiny_data, monkeypatch):
     assert list(cut._answer("What is it?", number)) == ids[:number]
     again = [list(own._answer("And then?", ANSWER)) for own in (ended, cut)]
     assert again[0] == again[1]
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        np.full((4, 28, 28, 3), 0.5, np.float32),
+        np.zeros((4, 28, 56, 3), np.uint8),
+        np.zeros((4, 56, 28, 3), np.uint8),
+        np.zeros((4, 30, 30, 3), np.uint8),
+        np.zeros((0, 28, 28, 3), np.uint8),
+    ],
+)
+def test_frames_that_cannot_be_are_refused(loaded, frames):
+    """Floats of 0 to 1 would be seen as black, and others as of another grid."""
+    with pytest.raises(ValueError, match=r"frames are uint8 \[T, side, side, 3\], the side a mul"):
+        loaded.about(frames, 12)

@@ -3,16 +3,20 @@
 import json
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import fluxvit_jax
+from fluxvit_jax.adaptive.cascade import Cascade, Step
 from fluxvit_jax.checkpoints.checkpointer import find_step
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.decoding import Video
-from fluxvit_jax.deploy.pretrained import as_patches
+from fluxvit_jax.deploy.pretrained import PretrainedModel, as_patches
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.evaluation.calibration import at_temperature
 from fluxvit_jax.models import fluxvit
@@ -281,6 +285,28 @@ def test_without_temperatures(model, tmp_path):
         fluxvit_jax.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)  # those of other weights are removed
     assert fluxvit_jax.from_pretrained(tmp_path).temperatures == {}
+
+
+def test_cascades_that_cannot_be_run(model):
+    video, network = photograph(4, 28, 28), replace(model.config.model, cls="inside")
+    step = Step(budget=1, frames=4, resolution=28, head=0)
+    for config, videos, error, message in (
+        (replace(model.config, multi_label=True), video, UserError, "for one label a video"),
+        (replace(model.config, model=network), video, UserError, "step 1: .* leaves no patch"),
+        (model.config, [], ValueError, "no video is given"),
+    ):
+        with pytest.raises(error, match=message):
+            PretrainedModel(model.params, config).run_cascade(videos, Cascade((step,)))
+
+
+def test_answers_that_are_no_finite_numbers_are_refused(model):
+    """NaN would be the first class, and with every threshold in doubt."""
+    damaged = jax.tree.map(lambda weights: weights * np.nan, model.params)
+    damaged, video = PretrainedModel(damaged, model.config), photograph(4, 28, 28)
+    cascade = Cascade((Step(budget=8, frames=4, resolution=28, head=0),))
+    for answer in (damaged.predict, partial(damaged.run_cascade, cascade=cascade)):
+        with pytest.raises(UserError, match="answers are no finite numbers"):
+            answer(video)
 
 
 def test_frames_of_a_video(tiny_data, tmp_path):

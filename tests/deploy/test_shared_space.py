@@ -131,6 +131,7 @@ def test_classes_by_their_names(model, tiny_data):
         ([], None, "no names of classes"),
         (["red", "Red!"], None, "'red' is named twice"),
         (["red", "?"], None, "'\\?' is no name of a class"),
+        (["red", "caf\udce9"], None, r"caf\\udce9': is not UTF-8"),
         (["red"], ["a video"], "'a video': a prompt has {} once"),
         (["red"], [], "no prompts given"),
     ],

@@ -117,6 +117,13 @@ def test_what_merges_is_alike():
     close(merged.tokens, x[:, ::2])
 
 
+def test_similarities_are_of_full_precision():
+    """Accelerators otherwise multiply float32 as bfloat16, in which many are equal."""
+    traced = jax.make_jaxpr(lambda tokens: merge(tokens, 4, 1).tokens)(jnp.ones((1, 8, 64)))
+    (product,) = [e for e in traced.jaxpr.eqns if e.primitive is jax.lax.dot_general_p]
+    assert set(product.params["precision"]) == {jax.lax.Precision.HIGHEST}
+
+
 def test_a_token_of_zeros_does_no_harm():
     """Official: its similarity is not a number, and with it all that is merged."""
     x = jax.random.normal(jax.random.key(2), (1, 12, 16)).at[0, 3].set(0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.decoding import Video
@@ -23,6 +24,7 @@ from fluxvit_jax.grids import Grid
 from fluxvit_jax.token_optimization import candidate_evaluator, frame_reader, latency, search
 from fluxvit_jax.token_optimization.frame_reader import FrameReader
 from fluxvit_jax.token_optimization.planner import read_report
+from fluxvit_jax.token_optimization.probability_store import ProbabilityStore
 from fluxvit_jax.token_optimization.results_log import FILE
 from fluxvit_jax.training import train
 from tests import limited, tiny
@@ -557,6 +559,16 @@ def test_results_of_another_checkpoint_are_refused(found, tiny_data, tmp_path):
     other = Weights(random_params(config, seed=6), "random", None)
     with pytest.raises(UserError, match="holds results of another weights; remove"):
         run(tiny_data, tmp_path, other)
+
+
+def test_probabilities_without_results_are_not_taken_over(tiny_data, tmp_path):
+    """They may be of other weights: a damaged log is removed, and what is beside it stays."""
+    config, folder = make_config(tiny_data), epath.Path(tmp_path)
+    ProbabilityStore(folder).add("choose", 0, search.MOTION, np.zeros((4, 1, 1)))
+    weights = weights_of(config)
+    splits, notes = search.splits_of(config, weights)
+    with search.Search(config, weights, splits, notes, folder, Watchdog(0, folder)):
+        assert not ProbabilityStore(folder).has("choose", 0, 4, search.MOTION)
 
 
 def test_a_wrong_command_line_is_one_line(finished, tiny_data, tmp_path, capsys):
