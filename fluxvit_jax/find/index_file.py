@@ -45,12 +45,22 @@ class Moment(NamedTuple):
     end: float
 
 
+class Version(NamedTuple):
+    """By which a changed file is told: bytes, and the time of its last change in nanoseconds."""
+
+    size: int
+    changed: int
+
+
+UNKNOWN = Version(0, 0)  # of a file in a bucket, or in an index that was made without versions
+
+
 @dataclass
 class Index:
     """An index in memory.
 
     folder: of the videos, as a whole path; moments: of each file, by its path in the folder;
-    vectors: of each file, float32 [its moments, D], unit.
+    vectors: of each file, float32 [its moments, D], unit; versions: of each file, when it was read.
     failures: why a file, or a moment of it, could not be read.
     """
 
@@ -58,6 +68,7 @@ class Index:
     folder: str
     moments: dict[str, list[Moment]] = field(default_factory=dict)
     vectors: dict[str, np.ndarray] = field(default_factory=dict)
+    versions: dict[str, Version] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -67,9 +78,9 @@ class Index:
 def save(index: Index, path: Path) -> None:
     """Writes an index whole or not at all.
 
-    Arrays: vectors float32 [N, D]; video int32 [N], which of `files`, str [F]; start and end
-    float64 [N], seconds; failures str [M, 2], path and reason; folder, model, tokens, frames,
-    resolution, window, stride: one value each.
+    Arrays: vectors float32 [N, D]; video int32 [N], which of `files`, str [F]; versions int64
+    [F, 2] of these; start and end float64 [N], seconds; failures str [M, 2], path and reason;
+    folder, model, tokens, frames, resolution, window, stride: one value each.
 
     Raises OSError.
     """
@@ -77,11 +88,13 @@ def save(index: Index, path: Path) -> None:
     counts = [len(index.moments[name]) for name in files]
     moments = [moment for name in files for moment in index.moments[name]]
     vectors = [index.vectors[name] for name in files]
+    versions = [index.versions.get(name, UNKNOWN) for name in files]
     content = io.BytesIO()
     arrays: dict[str, Any] = {
         "vectors": np.concatenate(vectors) if vectors else np.zeros((0, 0), np.float32),
         "video": np.repeat(np.arange(len(files), dtype=np.int32), counts),
         "files": np.array(files, np.str_),
+        "versions": np.array(versions, np.int64).reshape(-1, 2),
         "start": np.array([moment.start for moment in moments], np.float64),
         "end": np.array([moment.end for moment in moments], np.float64),
         "failures": np.array(sorted(index.failures.items()), np.str_).reshape(-1, 2),
@@ -117,6 +130,9 @@ def _index_of(arrays: dict[str, np.ndarray]) -> Index:
         times = zip(arrays["start"][first:last], arrays["end"][first:last], strict=True)
         index.moments[name] = [Moment(float(start), float(end)) for start, end in times]
         index.vectors[name] = vectors[first:last]
+    if "versions" in arrays:
+        versions = (Version(*version) for version in arrays["versions"].tolist())
+        index.versions = dict(zip(index.moments, versions, strict=True))
     index.failures = {str(name): str(reason) for name, reason in arrays["failures"]}
     return index
 

@@ -17,7 +17,7 @@ from fluxvit_jax.distributed import storage
 from fluxvit_jax.distributed.console import progress_bar
 from fluxvit_jax.errors import UserError
 from fluxvit_jax.find import index_file
-from fluxvit_jax.find.index_file import Index, Moment, Settings
+from fluxvit_jax.find.index_file import UNKNOWN, Index, Moment, Settings, Version
 from fluxvit_jax.find.moment_reader import Part, read_parts
 
 FLUSH_SECONDS = 30.0  # at most so much work is lost when the program is killed
@@ -37,8 +37,8 @@ def make(
 ) -> Index:
     """Indexes the videos below a folder into the file `out`, and returns the index.
 
-    An index in `out` goes on: its videos stay, those that could not be read are tried again, those
-    that are not in the folder any more are taken out.
+    An index in `out` goes on: its videos stay, those that have changed or could not be read are
+    read again, those that are not in the folder any more are taken out.
 
     Raises UserError: no videos, an index of other settings or another folder in `out`, not one
     video that can be read, or as `read_parts`. What was found until then stays.
@@ -50,7 +50,7 @@ def make(
     if not paths:
         raise UserError(f"{videos}: holds no videos")
     place = videos if storage.is_remote(videos) else os.path.abspath(videos)
-    index = _begun(out, settings, place, set(paths))
+    index = _begun(out, settings, place, {name: _version(path) for name, path in paths.items()})
     # Some parts of a video may be there, and others have failed.
     todo = [name for name in paths if name not in index.moments or name in index.failures]
     todo.sort(key=lambda name: name in index.failures)  # those that failed before come last
@@ -77,9 +77,20 @@ def make(
     return index
 
 
-def _begun(out: Path, settings: Settings, folder: str, present: set[str]) -> Index:
-    """The index to go on with, of videos that are present; an empty one without a file."""
-    index = Index(settings, folder)
+def _version(path: str) -> Version:
+    """The version of a file; unknown where it cannot be told, or only by asking a bucket."""
+    if storage.is_remote(path):
+        return UNKNOWN
+    try:
+        found = os.stat(path)
+    except OSError:  # its reader says why
+        return UNKNOWN
+    return Version(found.st_size, found.st_mtime_ns)
+
+
+def _begun(out: Path, settings: Settings, folder: str, present: dict[str, Version]) -> Index:
+    """The index to go on with, of videos that are present as they were; empty without a file."""
+    index = Index(settings, folder, versions=present)
     if not out.exists():
         return index
     before = index_file.load(out)
@@ -88,7 +99,7 @@ def _begun(out: Path, settings: Settings, folder: str, present: set[str]) -> Ind
     if difference := settings.difference(before.settings):
         raise UserError(f"{out}: is an index {difference}; name another --out, or delete it")
     for name, moments in before.moments.items():
-        if name in present:
+        if name in present and before.versions.get(name, UNKNOWN) in (UNKNOWN, present[name]):
             index.moments[name], index.vectors[name] = moments, before.vectors[name]
     index.failures = {
         name: reason

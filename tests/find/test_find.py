@@ -167,6 +167,26 @@ def test_an_index_follows_its_folder(made, videos, clip_folder, tmp_path):
     np.testing.assert_allclose(found.vectors["broken.mp4"], found.vectors["b.mp4"], atol=1e-5)
 
 
+def test_a_video_that_has_changed_is_read_again(made, videos, clip_folder, tmp_path):
+    """That of an index without versions, as earlier ones were made, cannot be told."""
+    folder, out = moved(made, videos, tmp_path)
+    index_of = index_file.load(out)
+    for vectors in index_of.vectors.values():
+        vectors *= -1
+    index_of.versions["b.mp4"] = index_file.UNKNOWN
+    index_file.save(index_of, out)
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(folder / "be low/c.mp4", folder / name)
+    for _ in range(2):
+        assert not index(folder, clip_folder, out)
+        found = index_file.load(out)
+        np.testing.assert_allclose(
+            found.vectors["a.mp4"], -found.vectors["be low/c.mp4"], atol=1e-5
+        )
+        for name in GOOD[1:]:
+            np.testing.assert_array_equal(found.vectors[name], index_of.vectors[name])
+
+
 def moved(made: Path, videos: Path, folder: Path) -> tuple[Path, Path]:
     """A copy of the videos, and the index of it."""
     index = index_file.load(made)
