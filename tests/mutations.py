@@ -1570,8 +1570,8 @@ MUTATIONS = {
         Mutation(
             "padding-of-a-prompt-remembered",
             "deploy/chat.py",
-            "return token, replace(longer, length=cache.length + count)",
-            "return token, longer",
+            "replace(longer, length=cache.length + count)",
+            "longer",
             ("deploy/test_chat.py::test_answers_are_those_of_the_whole_text",),
         ),
         Mutation(
