@@ -10,21 +10,28 @@ READY := $(VENV)/ready-$(VERSION)
 TORCH := $(VENV)/torch-$(VERSION)
 TPU := $(VENV)/tpu-$(VERSION)
 
-.PHONY: help test demo clean
+.PHONY: help test test-all style demo clean
 
 help:  ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
 
 # Processes of up to 3 GB each; with more cores: make test PROCESSES=8. The tests of a file stay
 # together, since they share what one of them has trained. Where a process of the tests dies,
 # pytest-xdist 3.8 would start another one and then wait for ever.
 PROCESSES ?= 2
-test: $(TORCH) $(TPU)  ## make the environment, check style and types, run all tests
+PYTEST := $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart=0
+
+test: style  ## make the environment, check style and types, run all tests but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-all: style  ## the same with the slow ones: whole runs, several processes, large compilations
+	$(PYTEST)
+
+style: $(TORCH) $(TPU)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder \
-	  --max-worker-restart=0
 
 demo: $(READY)  ## make the environment, a data set of videos, train, evaluate, draw; about 10 minutes
 	$(BIN)/python -m benchmarks.demo --out=demo

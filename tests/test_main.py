@@ -234,6 +234,7 @@ def damage(step: Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_weights_of_another_model(finished, tiny_data, compiled, tmp_path, capsys):
     params = restore_params(finished.workdir)
     path = tmp_path / "model.safetensors"

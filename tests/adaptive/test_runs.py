@@ -195,6 +195,7 @@ def test_views_are_looked_at_one_by_one(searched, tiny_data):
         )
 
 
+@pytest.mark.slow
 def test_python_prediction_and_export_give_the_same_answers(searched, tiny_data, tmp_path):
     answers, videos = expected(searched), paths(tiny_data)
     model = fluxvit_jax.from_pretrained(searched.workdir)

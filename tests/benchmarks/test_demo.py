@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import cv2
+import pytest
 
 from tests import limited, tiny
 
@@ -34,6 +35,7 @@ def interrupt(out, compiled) -> None:
     assert "Traceback" not in printed, printed
 
 
+@pytest.mark.slow
 def test_the_demo(compiled, tmp_path):
     out = tmp_path / "demo"
     interrupt(out, compiled)

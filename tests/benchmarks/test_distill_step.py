@@ -15,6 +15,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_both_ways_are_timed(tmp_path, capsys):
     out = tmp_path / "step.json"
     assert distill_step.main([*SMALL, f"--out={out}"]) == 0

@@ -22,6 +22,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow
 def test_both_run_and_agree(on_cpu, tmp_path, capfd):
     pytest.importorskip("torch", reason="needs PyTorch, which the package does not")
     out = tmp_path / "gpu.json"

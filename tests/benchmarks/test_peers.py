@@ -12,6 +12,7 @@ from benchmarks import peers
 SMALL = ["--variant=Ti", "--frames=8", "--resolution=42", "--budgets=24", "--training=24"]
 
 
+@pytest.mark.slow
 def test_all_run_and_agree(monkeypatch, tmp_path, capfd):
     for module in ("torch", "onnxruntime", "onnxscript"):
         pytest.importorskip(module, reason="needs PyTorch and ONNX, which the package does not")

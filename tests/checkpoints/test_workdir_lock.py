@@ -135,6 +135,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         WorkdirLock(epath.Path(tmp_path / "file" / "run")).__enter__()
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_workdir(tiny_data, compiled, tmp_path):
     """Started at the same moment: one trains, undisturbed, and the other is refused."""
     options = (tiny_data, tmp_path / "run", compiled, "--config.train.epochs=1")

@@ -129,6 +129,7 @@ def written_by(out):
     return {shard: shard.stat().st_mtime_ns for shard in shards}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
 def test_a_run_stopped_in_every_way_goes_on_and_ends_the_same(videos, tmp_path):
     rows = (videos / "good.csv").read_text().splitlines()
@@ -188,6 +189,7 @@ class HangingPath(str):
         raise AssertionError
 
 
+@pytest.mark.slow
 def test_videos_that_hang_or_crash_their_reader_are_bad(videos, tmp_path):
     good = str(videos / "run" / "0.mp4")
     sources = {"a": CrashingPath(good), "b": good, "c": HangingPath(good)}

@@ -201,6 +201,7 @@ def clips():
 
 
 # Chance is 0.083 with a standard deviation of 0.013 on 480 clips.
+@pytest.mark.slow
 @pytest.mark.parametrize("frame, most", [(0, 0.7), (4, 0.2), (8, 0.7), (None, 0.35)])
 def test_how_far_a_single_frame_tells_the_class(clips, frame, most):
     random = np.random.default_rng(0)

@@ -227,6 +227,7 @@ def test_other_modes_tell_what_they_cannot_do(workdir, llm, tiny_data, tmp_path)
         search.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_what_reading_a_clip_costs_is_measured_with_its_text(llm, tiny_data, tmp_path):
     """As before a pre-flight."""
     config = tiny.make_chat(tiny.write_captions(tiny_data, tmp_path), tiny_data, llm)

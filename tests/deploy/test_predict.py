@@ -178,6 +178,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_an_error(weights, tmp_path):
         assert all(row["failure"] for row in csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_names_that_are_no_utf_8_are_shown_escaped(
     finished, videos, tiny_data, compiled, tmp_path, monkeypatch
 ):

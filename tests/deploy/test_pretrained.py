@@ -130,6 +130,7 @@ def test_every_token_by_default(model):
     np.testing.assert_array_equal(model(video).pooled, model(video, 1000, head=2).pooled)
 
 
+@pytest.mark.slow
 def test_the_head_is_that_of_the_nearest_budget(model):
     video = photograph(4, 56, 56)  # 64 tokens
     assert [model(video, n).head for n in (None, 60, 33, 17, 8)] == [0, 0, 1, 2, 2]

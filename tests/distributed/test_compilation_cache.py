@@ -121,6 +121,7 @@ def test_a_user_without_a_home_keeps_none(monkeypatch):
     assert compilation_cache._user_folder() == ""
 
 
+@pytest.mark.slow
 def test_a_model_in_python_keeps_its_programs_unless_told_otherwise(tmp_path):
     folder, said = compile_once(tmp_path, UNSAID, code=IN_PYTHON)
     assert Path(folder).parent == tmp_path / "fluxvit_jax" and "programs are kept in" in said

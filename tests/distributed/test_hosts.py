@@ -151,6 +151,7 @@ def test_hosts_that_never_come(compiled, tmp_path):
     assert "UserError: host 0 did not answer at localhost:1 within 2 s ([Errno 111]" in alone.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, slurm(0, 2, JOB + 5)], ids=["flags", "slurm"])
 def test_a_port_in_use(compiled, tmp_path, environment):
     """Host 0 says so at once, where JAX would crash; the others hear nothing from there."""
@@ -310,6 +311,7 @@ sys.exit(main.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "end", "status", "message"),
     [

@@ -40,7 +40,7 @@ with ended_by_signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("mode", ["train", "preflight"])
+@pytest.mark.parametrize("mode", ["train", pytest.param("preflight", marks=pytest.mark.slow)])
 def test_a_program_that_compiles_ends_at_once(tiny_data, tmp_path, mode, number):
     options = [f"--mode={mode}", "--config.preflight.topology=cpu:1"]
     process = tiny.start(tiny_data, tmp_path / "run", tmp_path / "nothing_compiled", *options)

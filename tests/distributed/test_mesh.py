@@ -103,6 +103,7 @@ def steps(tiny_data, compiled, tmp_path_factory):
     return {name: own | {"params": np.load(out / f"{name}.npy")} for name, own in told.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_step_does_not_depend_on_the_mesh(steps, name):
     own, one = steps[name], steps["one, taught" if "taught" in name else "one"]
@@ -110,6 +111,7 @@ def test_a_step_does_not_depend_on_the_mesh(steps, name):
     np.testing.assert_allclose(own["params"], one["params"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_is_cut_where_the_mesh_says(steps):
     """The share of the training state that a device holds."""
     assert steps["data"]["share"] == 1.0

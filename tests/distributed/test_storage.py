@@ -278,6 +278,7 @@ def test_a_search_goes_on_with_what_is_in_the_bucket(emulator):
 # A whole run
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_killed_while_it_saves_and_resumed(
     emulator, data, compiled, finished, capsys
 ):

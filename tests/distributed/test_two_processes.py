@@ -159,6 +159,7 @@ print(len(first))
 """
 
 
+@pytest.mark.slow
 def test_a_state_is_the_same_on_any_mesh(pair, tiny_data, compiled, tmp_path):
     """Of two hosts, then from shape to shape: data, FSDP and tensor parallel, and together."""
     done = limited.run(
@@ -218,6 +219,7 @@ if __name__ == "__main__":
 WITH_A_READER = ("--config.data.workers=1", "--config.data.clip_seconds=0")
 
 
+@pytest.mark.slow
 def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled, tmp_path, capsys):
     """From data parallel to a pair of tensor parallel devices, on a host each, with equal clips.
 
@@ -242,6 +244,7 @@ def test_a_run_that_one_host_stopped_goes_on_elsewhere(pair, tiny_data, compiled
     assert_same_metrics(workdir, pair, missing=6)
 
 
+@pytest.mark.slow
 def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
     pair, tiny_data, compiled, tmp_path
 ):
@@ -269,6 +272,7 @@ def test_a_run_of_which_a_host_was_killed_goes_on_as_undisturbed(
 # --- Evaluation and search
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_path):
     """Thirteen videos for four devices of two hosts."""
     found = []
@@ -298,6 +302,7 @@ def test_an_evaluation_counts_every_video_once(pair, tiny_data, compiled, tmp_pa
             np.testing.assert_allclose(top, line["predictions"][budget], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cascade_stops_where_it_does_on_one_host(pair, tiny_data, compiled, tmp_path):
     """How many videos go on differs by host, and so do their batches."""
     file, found = tmp_path / "cascade.json", []
@@ -346,6 +351,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_with_two_hosts(pair, tiny_data, compiled, tmp_path, monkeypatch):
     """One process began it, and its kill left half of the lines."""
     monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0)
@@ -391,6 +397,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_a_cache_is_written_by_both(tiny_data, compiled, tmp_path):
     """Each writes shards of its own, and they are those that one process writes."""
     teacher, folders = tiny.write_teacher(tmp_path / "teacher"), [tmp_path / "1", tmp_path / "2"]
@@ -476,6 +483,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 def test_other_data_on_one_host(folders, compiled, tmp_path):
     """All hosts say what is wrong with one of them, which reads in processes of its own."""
     for number, folder in enumerate(folders):

@@ -51,6 +51,7 @@ def test_a_hang_in_c_ends_with_stacks_of_all_processes(run, tmp_path):
     assert "reader\n" in stacks and "in read_for_ever" in stacks and "in _watch" in stacks
 
 
+@pytest.mark.slow
 def test_what_is_alive_or_paused_goes_on(run, tmp_path):
     ended = run("[(time.sleep(0.5), dog.alive()) for _ in range(9)]; dog.pause(); time.sleep(5)")
     assert (ended.returncode, ended.stderr) == (0, "") and not list(tmp_path.iterdir())

@@ -38,6 +38,7 @@ def test_all_but_whole_runs(compiled, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_whole_runs(compiled, place):
     assert re.fullmatch(
         r"killed at step \d+ of 16, resumed: weights and metrics bit-equal", runs.resume(place)
@@ -45,6 +46,7 @@ def test_whole_runs(compiled, place):
     assert runs.damage(place).startswith("a flipped bit in step 16 noticed, gone on from 14, ")
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_written(compiled, capsys):
     assert doctor.main([f"--workdir={READ_ONLY}", "--only=space,lock,decoders,resume"]) == 1
     out = capsys.readouterr().out

@@ -151,6 +151,7 @@ sys.exit(tasks.run(config, sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_devices_change_no_answer(config, workdir, one_by_one, compiled, tmp_path):
     """Eight devices split the questions, the language model and its heads."""
     own = shutil.copytree(workdir, tmp_path / "run", ignore=EVALUATED)

@@ -415,6 +415,7 @@ def test_probabilities_that_are_no_numbers_find_nothing(tiny_data, compiled, sev
     assert found.report["budgets"]["12"]["ap"] == pytest.approx([0.25, 0.25, 0.1875, 0.25])
 
 
+@pytest.mark.slow
 def test_reports_replace_only_themselves(finished, tiny_data, tmp_path):
     """Of other data of the same name, other views or settings, and other weights."""
     lines = (tiny_data / "validation.csv").read_text().splitlines()

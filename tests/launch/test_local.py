@@ -113,6 +113,7 @@ def test_a_signal_reaches_each_host_once(number, hosts, tmp_path):
         assert (tmp_path / f"signals-{host}").read_text() == f"{number.value}\n"
 
 
+@pytest.mark.slow
 def test_a_run_on_two_devices(tiny_data, compiled, tmp_path):
     """The program itself, through the script, to the end of an epoch."""
     environment = tiny.environment(compiled) | {"PYTHON": sys.executable}

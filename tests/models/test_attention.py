@@ -340,6 +340,7 @@ def test_what_a_block_keeps(remat):
 # --- On several devices
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(compiled):
     """Clips over two axes of the mesh and heads over the third, against one device."""
     program = textwrap.dedent(

@@ -83,6 +83,7 @@ def test_it_is_cut_over_a_mesh(trained, tiny_data, compiled, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "run")[:5], losses(trained)[:5], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_it_is_preflighted(tiny_data, compiled, tmp_path):
     options = ("--mode=preflight", "--config.preflight.topology=cpu:4", *MESH)
     options += (

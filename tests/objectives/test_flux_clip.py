@@ -80,7 +80,10 @@ def compare(found, expected, tolerance: float = 1e-5) -> None:
         assert difference <= tolerance * np.linalg.norm(other) + 1e-7, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize(("freeze", "budgets"), [("none", (24, 12)), ("backbone", (24,))])
+@pytest.mark.parametrize(
+    ("freeze", "budgets"),
+    [pytest.param("none", (24, 12), marks=pytest.mark.slow), ("backbone", (24,))],
+)
 def test_a_batch_in_parts_has_the_gradients_of_the_whole(freeze, budgets):
     """Each clip is compared with all captions of the batch, not with those of its part.
 
@@ -187,11 +190,13 @@ def run_gradients(tmp_path, compiled, meshes, parts: int, devices: int, processe
         assert ended.status == 0 and ended.out.endswith("same\n"), ended.err
 
 
+@pytest.mark.slow
 def test_devices_change_no_gradient(compiled, tmp_path):
     """The true gradient of the global loss: the official code's is divided by the ranks."""
     run_gradients(tmp_path, compiled, [(2, 2, 2)], parts=2, devices=8, processes=1)
 
 
+@pytest.mark.slow
 def test_hosts_change_no_gradient(compiled, tmp_path):
     run_gradients(tmp_path, compiled, [(2, 2, 1)], parts=1, devices=2, processes=2)
 

@@ -189,6 +189,7 @@ def test_an_exact_budget_needs_one_sort():
         assert bool(same.all())
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_alignment():
     """It multiplies the distance of the smaller budget's vector, in loss, metric and gradient."""
     quiet = dict.fromkeys(

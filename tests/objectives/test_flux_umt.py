@@ -341,6 +341,7 @@ def test_the_student_may_score():
     np.testing.assert_array_equal(np.sort(by_student, axis=1), np.sort(alone, axis=1))
 
 
+@pytest.mark.slow
 def test_lessons_remembered_are_lessons_given():
     """The same loss from what a cache keeps, in two bytes, as from the teacher."""
     own, (params, frozen) = objective(model__dtype="bfloat16"), trained()

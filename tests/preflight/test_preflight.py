@@ -208,6 +208,7 @@ def test_bad_names_are_one_line(tiny_data, compiled, tmp_path):
     assert not (tmp_path / "preflight.json").exists()
 
 
+@pytest.mark.slow
 def test_all_else_is_told_before_the_search_for_the_largest_batch(
     tiny_data, tmp_path, monkeypatch, capsys
 ):
@@ -252,6 +253,7 @@ QUICK = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.tpu_compiler
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("fsdp", [1, 8])

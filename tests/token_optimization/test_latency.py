@@ -247,6 +247,7 @@ def test_a_measured_batch(params, compilations):
     assert cost.peak_memory_mb * 1e6 > bytes_of(params) + 3 * GRID.tokens * PATCH_VALUES
 
 
+@pytest.mark.slow
 def test_several_take_turns(params, compilations, monkeypatch):
     """Each is timed as if alone, but a few calls at a time."""
     turns, turn = [], latency._time_round

@@ -174,6 +174,7 @@ def test_a_video_that_cannot_be_read_counts_as_wrong(found, tiny_data):
     assert {cell["top5"] for cell in reported} == {12 / 13}  # of four classes
 
 
+@pytest.mark.slow
 def test_large_videos_are_decoded_again_for_the_same_numbers(
     tiny_data, compiled, tmp_path, monkeypatch
 ):
@@ -183,6 +184,7 @@ def test_large_videos_are_decoded_again_for_the_same_numbers(
     assert without_times(run(tiny_data, tmp_path / "again", **few)) == without_times(once)
 
 
+@pytest.mark.slow
 def test_more_cells_later_keep_what_is_known(tiny_data, compiled, tmp_path, monkeypatch):
     less = run(tiny_data, tmp_path, search__budgets=(12,), search__frames="4")
     seen = []
@@ -199,6 +201,7 @@ def test_more_cells_later_keep_what_is_known(tiny_data, compiled, tmp_path, monk
     assert set(seen) - set(reported) == set(more["cells"]) - set(less["cells"]) - set(reported)
 
 
+@pytest.mark.slow
 def test_halving_drops_cells_and_says_so(found, tiny_data, tmp_path):
     """The cells that stay have the numbers of the whole search, by batches of another size.
 
@@ -229,6 +232,7 @@ def test_halving_drops_cells_and_says_so(found, tiny_data, tmp_path):
     assert without_times(again) == without_times(report)
 
 
+@pytest.mark.slow
 def test_merging_is_searched_beside_selection(tiny_data, compiled, tmp_path):
     report = run(tiny_data, tmp_path, search__merging=True, search__frames="6")
     merging = {n: cell for n, cell in report["cells"].items() if cell["method"] == "merge"}
@@ -240,6 +244,7 @@ def test_merging_is_searched_beside_selection(tiny_data, compiled, tmp_path):
         assert own["merge"] in merging and own["over_merge"]["videos"] == VIDEOS["report"]
 
 
+@pytest.mark.slow
 def test_all_heads(tiny_data, compiled, tmp_path):
     report = run(tiny_data, tmp_path, search__heads="all", search__frames="4")
     names = {f"select-{b}-{grid}" for b, grid in ((24, "4x42"), (12, "4x42"), (12, "4x28"))}
@@ -249,6 +254,7 @@ def test_all_heads(tiny_data, compiled, tmp_path):
         assert table["cells"][f"{name}-h0"] == table["cells"][f"{name}-h1"]
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(found, tiny_data, compiled, tmp_path):
     program = f"""
 from pathlib import Path
@@ -271,6 +277,7 @@ run(Path({str(tiny_data)!r}), Path({str(tmp_path)!r}), search__frames="4", searc
         assert cell["choose"] == whole["cells"][name]["choose"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [4, 8])
 def test_another_batch_size_goes_on_with_what_is_known(found, tiny_data, tmp_path, batch):
     """As the message about too little memory advises: no cell and no video is left out.
@@ -332,6 +339,7 @@ def copy_of(finished, tmp_path: Path, name: str) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_in_the_same_report(
     finished, tiny_data, compiled, tmp_path, capsys
 ):
@@ -383,6 +391,7 @@ read, frame_reader.read_frames = frame_reader.read_frames, read_for_ever
 """
 
 
+@pytest.mark.slow
 def test_a_search_that_hangs_ends(finished, tiny_data, compiled, tmp_path):
     workdir = copy_of(finished, tmp_path, "run")
     options = ("--config.search.budgets=(12,)", "--config.eval.batch_size=4")
@@ -483,6 +492,7 @@ def test_by_default_what_training_left_out_chooses(tiny_data):
     assert splits[0] == ("choose", f"7 of 16 videos, {train}", 7)
 
 
+@pytest.mark.slow
 def test_training_never_sees_what_chooses(tiny_data, compiled, tmp_path, capsys):
     config = tiny.make_config(
         tiny_data,

@@ -144,6 +144,7 @@ def clip_of(record, frames):
         return middle_square(video.read(first + numbers), 42), numbers / video.frame_rate
 
 
+@pytest.mark.slow
 def test_times_of_frames_in_training_validation_and_chat(config, trained, tiny_data, tmp_path):
     own = config.copy_and_resolve_references()
     own.chat.frame_times, own.train.epochs = True, 1
@@ -202,6 +203,7 @@ sys.exit(train.train(config, workdir))
 """
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(trained, config, compiled, tmp_path):
     """Eight devices split the clips, the language model and its heads."""
     data, chat = config.data, config.chat
@@ -228,6 +230,7 @@ def test_devices_change_nothing(trained, config, compiled, tmp_path):
     np.testing.assert_allclose(ours, one, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_whole(trained, config, tmp_path):
     """The mean is over all labels of the batch, and captions are of several lengths."""
     parts = config.copy_and_resolve_references()
@@ -236,6 +239,7 @@ def test_a_batch_in_parts_is_the_whole(trained, config, tmp_path):
     assert_same_steps(tmp_path / "run", trained)
 
 
+@pytest.mark.slow
 def test_budgets_by_turns(config, trained, tmp_path):
     """A step has the loss of its budget alone, which is that of a step with all of them."""
     own = config.copy_and_resolve_references()
@@ -248,6 +252,7 @@ def test_budgets_by_turns(config, trained, tmp_path):
     assert all(line["loss"] == line[name] for line, (name,) in zip(found, names, strict=True))
 
 
+@pytest.mark.slow
 def test_images_have_steps_of_their_own(config, tmp_path, capfd):
     """They have fewer tokens than the budgets, which take turns without them, resumed or not."""
     entries = json.loads(Path(config.data.train).read_text())
@@ -275,6 +280,7 @@ def test_images_have_steps_of_their_own(config, tmp_path, capfd):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_language_model_can_be_trained_too(config, tmp_path):
     own = config.copy_and_resolve_references()
     own.chat.train, own.train.epochs = "projector+llm", 1

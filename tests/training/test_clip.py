@@ -94,6 +94,7 @@ def test_other_captions_are_other_data(trained, tiny_data, captions, tmp_path):
         train.train(config, trained)
 
 
+@pytest.mark.slow
 def test_images_have_steps_of_their_own(finished, captions, text_file, tmp_path, capfd):
     entries = json.loads(captions.read_text())
     for number in range(16):
@@ -330,6 +331,7 @@ def test_multiple_choice(trained, tiny_data, captions, tmp_path, capfd):
         tasks.run(config, str(workdir))
 
 
+@pytest.mark.slow
 def test_a_search_finds_grids_for_retrieval(
     trained, tiny_data, captions, tmp_path, capfd, monkeypatch
 ):

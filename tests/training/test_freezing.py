@@ -124,6 +124,7 @@ def test_pooling_that_was_never_trained_is_not_frozen(finished, tiny_data, compi
         start("all_but_head")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_frozen_block(finished, tiny_data, compiled, tmp_path, capsys):
     """It trains from weights, says what is frozen, and goes on as if never stopped."""
     config = tiny.make_config(

@@ -58,6 +58,7 @@ def workdir(tiny_data, lists, compiled, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_learns(workdir, tiny_data, lists, capsys):
     lines = split_of(workdir, "train")
     losses = [line["loss"] for line in lines]

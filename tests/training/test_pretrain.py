@@ -89,6 +89,7 @@ def test_the_teacher_is_not_kept(pretrained):
     assert written < 5 * 4 * size  # parameters, two moments, the average
 
 
+@pytest.mark.slow
 def test_weight_decay_does_not_reach_the_teacher(tiny_data, data, compiled):
     """Steps that decay every kernel by half leave the teacher as it was loaded, to the bit."""
     config = tiny.make_pretraining(
@@ -137,6 +138,7 @@ def test_stopped_and_resumed_is_as_undisturbed(
         np.testing.assert_array_equal(own, other)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_it(pretrained, tiny_data, tmp_path, capsys):
     config = tiny.make_config(
         tiny_data, seed=1, train__init_from=str(pretrained.workdir), train__epochs=1,
@@ -182,6 +184,7 @@ def test_it_has_no_classifier_to_evaluate(pretrained, tiny_data):
         tasks.run(tiny.make_config(tiny_data), str(pretrained.workdir))
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_can_be_the_teacher(pretrained, finished, tiny_data, tmp_path):
     """A supervised one, which has no decoders, is loaded; a step with a pre-trained one is made."""
     trees = []
@@ -226,6 +229,7 @@ def test_teachers_that_do_not_fit_are_refused(tiny_data, data, finished, tmp_pat
     assert "no teacher: add --config.distill.teacher=WEIGHTS" in missing
 
 
+@pytest.mark.slow
 def test_preflight(tiny_data, data, tmp_path, capsys):
     """The step with its teacher, and no evaluation."""
     from fluxvit_jax import preflight
@@ -258,6 +262,7 @@ def cached(tiny_data, data, tmp_path_factory):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_from_the_cache_is_that_with_the_teacher(cached, compiled, tmp_path):
     """Also in later epochs, whose clips are those of the plan's, and by workers."""
     about = json.loads((Path(cached.distill.cache) / "cache.json").read_text())

@@ -129,6 +129,7 @@ def test_a_finished_run_tells_the_best_and_what_to_type_next(finished):
     assert "top5" not in finished.log  # of four classes
 
 
+@pytest.mark.slow
 def test_more_epochs_for_a_finished_run(finished, tiny_data, compiled, tmp_path, capsys):
     workdir = copy_of(finished.workdir, tmp_path / "run")
     config = tiny.make_config(tiny_data, train__epochs=6)
@@ -203,6 +204,7 @@ def test_of_a_loss_less_is_better():
     assert reason == "because loss_24 has not fallen below 2 since step 8"
 
 
+@pytest.mark.slow
 def test_a_run_that_no_longer_improves_stops_early(tiny_data, compiled, tmp_path, capsys):
     """At a rate that changes nothing, from a list of unequal classes, whose weights are said."""
     (tmp_path / "train.csv").write_text(
@@ -461,6 +463,7 @@ def test_clips_to_skip_stay_listed_and_damaged_lines_do_not(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_data_says_what_helps_once(
     tiny_data, tmp_path, monkeypatch, capsys
 ):
@@ -518,6 +521,7 @@ def overflowing(config):
     return state | {"params": jax.tree.map(lambda x: x * 1e30, state["params"])}
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_loss_in_a_row_end_the_run(finished, tiny_data, compiled, tmp_path):
     """It goes on, with a lower rate, from a checkpoint that finite losses followed."""
     workdir = tmp_path / "run"
@@ -628,6 +632,7 @@ def test_a_run_goes_on_with_other_data_only_if_told_to(
     assert "warning: going on with other data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_steps_an_epoch_change_the_schedule(finished, tiny_data, tmp_path, capsys):
     """Half of the videos, and a run that is past the end of what would have been its steps."""
     workdir = copy_of(finished.workdir, tmp_path / "run")
@@ -642,6 +647,7 @@ def test_other_steps_an_epoch_change_the_schedule(finished, tiny_data, tmp_path,
     ) in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lost_checkpoints_are_said_and_the_log_stays(finished, tiny_data, tmp_path, capsys):
     workdir = copy_of(finished.workdir, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -670,6 +676,7 @@ def test_a_run_goes_on_with_moved_data(finished, tiny_data, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_names_of_classes_stay_with_the_weights(tiny_data, compiled, tmp_path):
     """They come from the class folders, which may be gone or another's when weights are used."""
     folders = {
@@ -801,6 +808,7 @@ def quiet_config(tiny_data, **changes):
     return tiny.make_config(tiny_data, **off | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", ["", "train__random_erasing", "model__drop_path"])
 def test_each_step_draws_anew(tiny_data, compiled, drawn):
     """From equal parameters, by the number of the step; with all of it off nothing is drawn."""
@@ -816,6 +824,7 @@ def test_each_step_draws_anew(tiny_data, compiled, drawn):
     assert (abs(first - other) > 1e-6 * first) == bool(drawn)
 
 
+@pytest.mark.slow
 def test_each_clip_draws_for_itself(tiny_data, compiled):
     """Exchanging two clips changes nothing but what each of them draws."""
     changes = {"data__clips_per_grid": 1, "data__repeated_aug": 1, "train__budgets": (24,)}

@@ -79,6 +79,7 @@ def test_a_full_disk_in_training_leaves_earlier_checkpoints(tiny_data, compiled,
     assert np.isfinite(params["pos_embed"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small_disk", [12], indirect=True)
 def test_a_full_disk_for_metrics_is_one_line(tiny_data, compiled, small_disk):
     options = ["--config.checkpoint.every_steps=1000", "--config.eval.every_epochs=5"]

@@ -56,7 +56,7 @@ def test_a_page_of_585_cells_is_below_5_mb(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 5e6
 
 
-@pytest.mark.parametrize("width", (*WIDTHS, 320))
+@pytest.mark.parametrize("width", [*(pytest.param(w, marks=pytest.mark.slow) for w in WIDTHS), 320])
 def test_a_page_is_as_wide_as_its_window(browser, tmp_path, width):
     """Whatever is opened in it, and however long its names are."""
     report.write(sample(nasty=NASTY + "x" * 200), tmp_path)
@@ -77,6 +77,7 @@ def test_a_page_is_as_wide_as_its_window(browser, tmp_path, width):
     assert f"<title>{width} of {width} px</title>" in done.stdout, done.stdout[:300] + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_page_is_light_or_dark_as_the_reader_likes(browser, folder, tmp_path, width):
     # Without the tables above them, the charts are in view.
