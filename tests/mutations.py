@@ -1384,6 +1384,23 @@ MUTATIONS = {
             ("distributed/test_interrupts.py::test_a_program_that_compiles_ends_at_once",),
         ),
         Mutation(
+            "a-signal-waits-for-an-evaluation",
+            "training/train.py",
+            "with stopped_at_once() if saved else nullcontext():",
+            "with nullcontext():",
+            (
+                "distributed/test_interrupts.py"
+                "::test_the_first_evaluation_ends_at_once_and_loses_no_step",
+            ),
+        ),
+        Mutation(
+            "a-rank-that-a-kill-lost-stays-lost",
+            "training/train.py",
+            "if quality := validation.quality_of(start.step):  # a kill may have come before",
+            "if quality := {}:",
+            (RESUMED,),
+        ),
+        Mutation(
             "a-signal-of-a-child-ends-its-parent",
             "distributed/interrupts.py",
             "after_in_child=lambda: signal.set_wakeup_fd(NO_DESCRIPTOR)",

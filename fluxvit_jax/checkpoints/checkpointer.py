@@ -100,12 +100,11 @@ class Checkpoints:
         state: Tree,
         data_state: Mapping[str, Any],
         config: ConfigDict | Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts to save `step`; returns once the arrays are copied, so `state` may be donated.
 
-        First waits for a pending save. A step that exists already is left as it is, so pass
-        `metrics` with the first save of a step.
+        First waits for a pending save. A step that exists already is left as it is. `rate` adds
+        what its validation finds.
 
         Args:
             step: optimizer steps taken.
@@ -113,7 +112,6 @@ class Checkpoints:
             data_state: position of the data iterator, JSON values. The number of the step is
               added, by which one that was renamed is found out.
             config: the run's configuration.
-            metrics: validation results; "top1" decides which step is the best.
 
         Raises:
             UserError: this or the previous save could not be written.
@@ -128,9 +126,8 @@ class Checkpoints:
             data=ocp.args.JsonSave({**data_state, "step": step}),
             config=ocp.args.JsonSave(versions.stamp(_plain(config))),
         )
-        numbers = {name: float(value) for name, value in (metrics or {}).items()}
         with self._write_errors():
-            manager.save(step, args=items, metrics=numbers, force=True)
+            manager.save(step, args=items, metrics={}, force=True)
 
     def restore_latest(self, abstract_state: Tree) -> tuple[int, Tree, dict[str, Any]] | None:
         """The newest intact step, or None in a workdir without any.
@@ -166,7 +163,10 @@ class Checkpoints:
         return step, state, _read_json(source / "data")
 
     def rate(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Gives a saved step the validation results that it was saved without.
+        """Gives a saved step the results of its validation, unless it has some.
+
+        metrics: numbers by name; "top1" decides which step is the best. One that was the best goes
+        with the next save.
 
         A kill at any moment leaves the step intact: its checksums are rewritten without the file,
         then the file, then the checksums with it. Raises UserError: it could not be written.
@@ -175,12 +175,16 @@ class Checkpoints:
 
         def rewrite() -> None:
             folder = self._folder / str(step)
+            if _quality_of(folder) > -math.inf:
+                return
             path = folder / METRICS / METRICS
-            path.unlink(missing_ok=True)
-            write_checksums(folder)
+            name = str(path.relative_to(folder))
+            checksums = storage.parse_json((folder / CHECKSUMS).read_text())
+            checksums.pop(name, None)
+            _write_json(folder / CHECKSUMS, checksums)
             path.parent.mkdir(exist_ok=True)
-            atomic.write(path, json.dumps({name: float(x) for name, x in metrics.items()}))
-            write_checksums(folder)
+            _write_json(path, {name: float(value) for name, value in metrics.items()})
+            _write_json(folder / CHECKSUMS, checksums | {name: _checksum(path)})
 
         self._saving = step
         with self._write_errors():
@@ -434,7 +438,7 @@ def write_checksums(step: epath.Path) -> None:
         if item.is_dir()
         for path in _files(item)
     }
-    atomic.write(step / CHECKSUMS, json.dumps(files, indent=1, sort_keys=True))
+    _write_json(step / CHECKSUMS, files)
 
 
 def find_fault(step: epath.Path) -> str | None:
@@ -491,6 +495,10 @@ def _quality_of(step: epath.Path) -> float:
         return _quality(_read_json(step / METRICS, METRICS))
     except (OSError, ValueError, AttributeError):
         return -math.inf
+
+
+def _write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    atomic.write(path, json.dumps(content, indent=1, sort_keys=True))
 
 
 def _read_json(item: epath.Path, filename: str | None = None) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def number(value: float | None) -> str:
     """Three significant digits, or all digits before the point."""
     if value is None:
         return "&ndash;"
+    if not math.isfinite(value):
+        return f"{value}"
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
     return f"{value:,.{max(0, 3 - before)}f}"
 

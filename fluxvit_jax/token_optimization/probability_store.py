@@ -100,10 +100,12 @@ class ProbabilityStore:
         """Split, cell, first and end of each file."""
         if not self._folder.exists():
             return []
-        return [
+        return [  # file managers leave files of their own in any folder
             (split.name, cell.name, int(chunk[1]), int(chunk[2]))
             for split in self._folder.iterdir()
+            if storage.is_folder(split)
             for cell in split.iterdir()
+            if storage.is_folder(cell)
             for file in cell.iterdir()
             if (chunk := NAME.fullmatch(file.name))
         ]

@@ -53,7 +53,6 @@ from fluxvit_jax.distributed.mesh import (
 )
 from fluxvit_jax.distributed.watchdog import Watchdog
 from fluxvit_jax.errors import UserError
-from fluxvit_jax.evaluation.unreadable import NothingReadableError
 from fluxvit_jax.grids import Grid, capacity
 from fluxvit_jax.objectives.base import Objective, objective_class
 from fluxvit_jax.training import wording
@@ -111,6 +110,8 @@ def train(
         with stopped_at_once():
             start = restore_or_initialize(setup, tools.checkpoints, accept_data_change)
         validation = Validation(setup, tools.metrics, tools.watchdog, start.step)
+        if quality := validation.quality_of(start.step):  # a kill may have come before
+            tools.checkpoints.rate(start.step, quality)
         if not start.step:
             check_not_lost(setup.workdir, tools.checkpoints, validation)
         if line := wording.describe_finished(setup, validation, start.step):
@@ -186,8 +187,8 @@ class Run:
 
     def train(self) -> None:
         """The steps that are left, until the last one or a reason to stop before it."""
-        if self.validation.pending and (quality := self.validate(self.saved_step)):
-            self.tools.checkpoints.rate(self.saved_step, quality)
+        if self.validation.pending:
+            self.validate(self.saved_step)
         self.tools.watchdog.alive()
         for step in range(self.saved_step + 1, self.setup.schedule.total + 1):
             if self.ends_before(step):
@@ -211,7 +212,7 @@ class Run:
                 self.log(step, numbers)
             self.progress.advance(numbers["loss"] if logs else None)
             if saves:
-                self.validate_and_save(step)
+                self.save_and_validate(step)
 
     def ends_before(self, step: int) -> bool:
         """Whether the run has ended early, or was stopped and all steps so far are saved."""
@@ -322,30 +323,34 @@ class Run:
             self.advised = True
             say(wording.describe_waiting(self.setup, share))
 
-    def validate(self, step: int) -> dict[str, float] | None:
-        """As `Validation.run`."""
-        self.tools.goodput.enter("evaluation")
-        interrupted, quarantine = self.tools.preemption.sync, self.bad_clips.quarantine
-        return self.validation.run(step, self.state, self.progress, interrupted, quarantine)
+    def save_and_validate(self, step: int) -> None:
+        """Saves the step, and then evaluates the model, if that is due.
 
-    def validate_and_save(self, step: int) -> None:
-        """Evaluates the model, if that is due, and saves the step.
-
-        Raises NothingReadableError, after the steps so far are saved.
+        So nothing is lost if the evaluation fails, hangs or is stopped.
         """
-        quality = failure = None
-        try:
-            if self.validation.due(step):
-                quality = self.validate(step)
-        except NothingReadableError as error:
-            failure = error
         self.save_logs()
         # Weights that give no finite loss are not saved on the way.
         last = step == self.setup.schedule.total
         if not self.nonfinite.in_row or last or self.tools.preemption.should_stop():
-            self.save(step, quality)
-        if failure:
-            raise failure
+            self.save(step)
+        if self.validation.due(step):
+            self.validate(step)
+
+    def validate(self, step: int) -> None:
+        """Evaluates the model as `Validation.run`, which ranks the step's checkpoint, if any."""
+        tools, saved = self.tools, self.saved_step == step
+        if saved:
+            tools.checkpoints.wait()
+        tools.goodput.enter("evaluation")
+        with stopped_at_once() if saved else nullcontext():
+            self.validation.run(
+                step, self.state, self.progress, tools.preemption.sync, self.bad_clips.quarantine
+            )
+        if saved:
+            tools.goodput.enter("checkpoint")
+            if quality := self.validation.quality_of(step):
+                tools.checkpoints.rate(step, quality)
+            tools.goodput.saved(step)
 
     def stop_after(self, step: int) -> None:
         """Saves what was done until `step` inclusive, the last one."""
@@ -355,19 +360,19 @@ class Run:
         if self.pending:
             self.fetch(step)
         self.save_logs()
-        self.save(step, None)
+        self.save(step)
 
     def save_logs(self) -> None:
         """Returns once they have every line so far: no checkpoint is ahead of them."""
         self.tools.metrics.save()
         self.bad_clips.save()
 
-    def save(self, step: int, quality: dict[str, float] | None) -> None:
-        """Saves a checkpoint. quality: the metric that ranks it, if it was evaluated."""
+    def save(self, step: int) -> None:
+        """Saves a checkpoint."""
         self.tools.goodput.enter("checkpoint")
         data_state = {"step": step, wording.TOTAL: self.setup.schedule.total}
         data_state |= self.identity | self.nonfinite.state()
-        self.tools.checkpoints.save(step, self.state, data_state, self.setup.config, quality)
+        self.tools.checkpoints.save(step, self.state, data_state, self.setup.config)
         self.tools.goodput.saved(step)
         self.saved_step = step
 
@@ -425,7 +430,7 @@ def open_run(setup: Setup, tools: Tools, validation: Validation, start: Start) -
 
 
 def stopped_at_once() -> AbstractContextManager[None]:
-    """A context for what takes minutes before the first step, when there is nothing to save.
+    """A context for what takes minutes, such as compiling, while there is nothing to save.
 
     Several hosts go on, and decide together at that step.
     """

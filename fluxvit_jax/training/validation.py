@@ -44,8 +44,8 @@ class Validation:
         self._pictures: KeptPatches | None = None
         self._patience = setup.schedule.steps_per_epoch * config.train.early_stopping_epochs
         found = compute_on_host0(lambda: metrics_by_step(workdir, VALIDATION))
-        self._history: list[list[Any]] = [
-            [step, line[self._metric]]
+        self._history: list[tuple[int, float]] = [
+            (step, line[self._metric])
             for step, line in found
             if step <= start and line.get(self._metric) is not None
         ]
@@ -59,6 +59,13 @@ class Validation:
         """Why training should stop early; "" to go on."""
         return early_stop(self._history, self._patience, self._metric, self._measure.falls)
 
+    def quality_of(self, step: int) -> dict[str, float]:
+        """What ranks the checkpoint of a step; empty if it was not evaluated, or in vain."""
+        value = dict(self._history).get(step)
+        if value is None:
+            return {}
+        return {BEST: -value if self._measure.falls else value}
+
     def run(
         self,
         step: int,
@@ -66,21 +73,22 @@ class Validation:
         progress: Progress,
         interrupted: Callable[[], bool],
         quarantine: Quarantine,
-    ) -> dict[str, float] | None:
-        """Evaluates the model (its average, if kept); returns the metric that ranks checkpoints.
+    ) -> None:
+        """Evaluates the model (its average, if kept), unless `interrupted` ends that.
 
-        None if `interrupted` ended it, or the metric is no finite number. quarantine: see
-        `pipeline.evaluation_batches`.
+        quarantine: see `pipeline.evaluation_batches`.
 
         Raises NothingReadableError if no video can be read.
         """
         params = state["ema"] if "ema" in state else state["params"]
         self._watchdog.pause()  # until the first batch: it has to be compiled
+        if self._pictures is None:
+            say(f"step {step}: the first evaluation, whose programs are compiled now")
         with progress.paused():
             evaluation = self._validate(params, interrupted, quarantine)
         self._watchdog.pause()  # the pictures have to be compiled as well
         if evaluation is None:
-            return None
+            return
         scalars = evaluation.scalars()
         self._metrics.write(step, VALIDATION, scalars)
         failed = {failure["id"]: failure["reason"] for failure in evaluation.report["failures"]}
@@ -91,9 +99,8 @@ class Validation:
         value = scalars[self._metric]
         if not math.isfinite(value):
             say(f"warning: step {step}: {self._metric} is {value}, so it ranks no checkpoint")
-            return None
-        self._history.append([step, value])
-        return {BEST: -value if self._measure.falls else value}
+            return
+        self._history.append((step, value))
 
     def _validate(
         self, params: Tree, interrupted: Callable[[], bool], quarantine: Quarantine
@@ -123,7 +130,7 @@ class Validation:
 
 
 def early_stop(
-    validations: Sequence[Sequence[Any]], patience: int, metric: str, falls: bool = False
+    validations: Sequence[tuple[int, float]], patience: int, metric: str, falls: bool = False
 ) -> str:
     """The reason to stop training early; "" to go on.
 

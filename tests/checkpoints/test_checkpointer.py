@@ -46,8 +46,9 @@ def shapes(state: dict) -> dict:
 def save_steps(workdir, steps, keep=2, top1=None, ema=False) -> None:
     with Checkpoints(workdir, keep=keep, every=1) as checkpoints:
         for step in steps:
-            metrics = {"top1": top1[step]} if top1 and step in top1 else None
-            checkpoints.save(step, make_state(step, ema), {"step": step}, {}, metrics)
+            checkpoints.save(step, make_state(step, ema), {"step": step}, {})
+            if top1 and step in top1:
+                checkpoints.rate(step, {"top1": top1[step]})
 
 
 def restored_step(workdir) -> int:
@@ -114,7 +115,9 @@ def test_latest_and_best_are_kept(tmp_path):
     save_steps(tmp_path, range(1, 8), keep=2, top1={2: 0.9, 4: 0.5, 6: 0.7})
     assert kept(tmp_path) == ["2", "6", "7"]
     save_steps(tmp_path, [8, 9], keep=2, top1={9: 0.95})  # another process of the same run
-    assert kept(tmp_path) == ["8", "9"]
+    assert kept(tmp_path) == ["2", "8", "9"]  # what is no longer the best goes with the next save
+    save_steps(tmp_path, [10], keep=2)
+    assert kept(tmp_path) == ["10", "9"]
 
 
 def test_saving_a_step_twice_leaves_the_first(tmp_path):

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from etils import epath
 
+from fluxvit_jax.checkpoints.checkpointer import find_fault
+from fluxvit_jax.checkpoints.workdir import metrics_by_step
 from fluxvit_jax.distributed.interrupts import (
     ended_by_signals,
     ended_by_signals_again,
@@ -51,6 +54,18 @@ def test_a_program_that_compiles_ends_at_once(tiny_data, tmp_path, mode, number)
     assert err.endswith("interrupted\n") and "Traceback" not in err
     assert "compiled training step" not in err  # as training goes on with
     assert f"{compiling.strip()}: " not in err and "fits" not in out  # as a pre-flight does
+
+
+def test_the_first_evaluation_ends_at_once_and_loses_no_step(tiny_data, compiled, tmp_path):
+    process = tiny.start(tiny_data, tmp_path / "run", compiled)
+    begun = next(line for line in process.stderr if "the first evaluation" in line)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err.endswith("interrupted\n") and "Traceback" not in err
+    step = begun.split("step ")[1].split(":")[0]
+    assert find_fault(epath.Path(tmp_path / "run" / "checkpoints" / step)) is None
+    assert metrics_by_step(epath.Path(tmp_path / "run"), "validation") == []
 
 
 def test_a_signal_of_a_forked_child_is_its_own():

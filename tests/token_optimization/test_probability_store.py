@@ -27,6 +27,8 @@ def test_chunks_of_any_size_are_one_table(tmp_path, chunks):
     store = ProbabilityStore(epath.Path(tmp_path))
     for chunk in chunks:
         store.add("choose", chunk[0], "cell", rows(*chunk))
+    for folder in (".", "choose"):
+        (tmp_path / FOLDER / folder / ".DS_Store").touch()  # as file managers do
     for one in (store, ProbabilityStore(epath.Path(tmp_path))):
         np.testing.assert_array_equal(one.read("choose", "cell", 10), rows(0, 10))
         np.testing.assert_array_equal(one.read("choose", "cell", 7), rows(0, 7))
