@@ -19,9 +19,10 @@ from fluxvit_jax.errors import UserError
 
 MAX_LABEL = 2**31 - 1  # labels are int32 on the device
 VIDEO_SUFFIXES = {
-    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4",
-    ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv",
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".f4v", ".flv", ".m2ts", ".m4v", ".mkv", ".mov",
+    ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv",
 }  # fmt: skip
+OWN_FILM = ".kept.mp4"  # how the films end that --mode=predict draws; no folder's video is one
 
 
 def open_source(
@@ -169,7 +170,10 @@ def _read_folder(
 
 
 def videos_below(folder: epath.Path) -> list[epath.Path]:
-    """All files with a video suffix in a folder and its folders, without hidden ones."""
+    """All files with a video suffix in a folder and its folders.
+
+    Hidden ones and the films of --mode=predict are left out.
+    """
     return [folder / video for video in _videos(storage.files_below(folder))]
 
 
@@ -180,6 +184,7 @@ def _videos(files: Iterable[str]) -> list[str]:
         for file in files
         if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES
         and not os.path.basename(file).startswith(".")
+        and not file.endswith(OWN_FILM)
     )
     return sorted(videos, key=lambda video: video.split("/"))
 

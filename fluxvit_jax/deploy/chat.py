@@ -236,7 +236,7 @@ class Conversation:
     """Questions and answers about one video, each with all before it in mind.
 
     Attributes:
-        history: the questions so far, with their answers.
+        history: the questions so far that were not refused, with their answers.
         tokens: what the language model reads of the video, [N, D], with the texts of
             `chat.frame_times`.
     """
@@ -264,13 +264,18 @@ class Conversation:
         finite numbers.
         """
         pieces: list[str] = []
+        refused = False
         try:
             ids = self._answer(question, answer_tokens, answer_start)
             for piece in self._chat.tokenizer.stream(ids):
                 pieces.append(piece)
                 yield piece
+        except UserError:
+            refused = True
+            raise
         finally:  # whoever has heard enough may ask on
-            self.history.append((question, answer_start + "".join(pieces)))
+            if not refused:
+                self.history.append((question, answer_start + "".join(pieces)))
 
     def _answer(self, question: str, answer_tokens: int, answer_start: str = "") -> Iterator[int]:
         """The ids of an answer after its start, without the one that ends it."""

@@ -142,7 +142,7 @@ def _open_answers(out: Path) -> TextIO:
     """The file for answers, in a folder that may be new. Raises UserError if it cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        return (out / ANSWERS).open("w")
+        return (out / ANSWERS).open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error
 

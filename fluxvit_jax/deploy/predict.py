@@ -28,7 +28,7 @@ from fluxvit_jax.checkpoints import download
 from fluxvit_jax.checkpoints.workdir import read_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.convert.config_json import Setting, describe_assumption
-from fluxvit_jax.data.annotations import read_class_names, videos_below
+from fluxvit_jax.data.annotations import OWN_FILM, read_class_names, videos_below
 from fluxvit_jax.data.clips import Clip, read_clips
 from fluxvit_jax.data.decoding import DecodeError, Video
 from fluxvit_jax.deploy.cascade_passes import CascadePasses
@@ -412,13 +412,13 @@ def _predict_video(job: _Job, path: Path) -> None:
         print(f"sure after {len(shown)} of {count(len(job.cascade.steps), 'step')}")
     # Not the video's own name: it may lie in the folder that is written into.
     stem = storage.display_name(path.stem)
-    page, film = job.out / f"{stem}.kept.html", job.out / f"{stem}.kept.mp4"
+    page, film = job.out / f"{stem}.kept.html", job.out / f"{stem}{OWN_FILM}"
     write_page(page, storage.display_name(path.name), shown, timelines)
     write_film(film, shown)
     print(storage.display_name(f"written to {page} and {film}"))
     if timelines:
         table = job.out / f"{stem}.{TIMELINES}"
-        with table.open("w", newline="") as file:
+        with table.open("w", newline="", encoding="utf-8") as file:
             _timeline_writer(file, job).writerows(_timeline_rows(job, Path(path.name), timelines))
         windows = count(len(timelines[0].moments), "window")
         print(storage.display_name(f"{windows}; written to {table}"))
@@ -437,11 +437,16 @@ def _predict_folder(job: _Job, folder: Path) -> None:
     failures: list[str] = []
     header = ["video", "tokens", "frames", "resolution", "head", *_class_columns(job)]
     with ExitStack() as files:
-        file = files.enter_context((job.out / CSV).open("w", newline=""))
+
+        def table(name: str) -> TextIO:
+            path = job.out / name
+            return files.enter_context(path.open("w", newline="", encoding="utf-8"))
+
+        file = table(CSV)
         writer = csv.writer(file)
         timelines = None
         if job.windows:
-            timelines = files.enter_context((job.out / TIMELINES).open("w", newline=""))
+            timelines = table(TIMELINES)
             timeline_writer = _timeline_writer(timelines, job)
         writer.writerow([*header, "failure"])
         for path in tqdm(videos, desc="predicting", unit="video", disable=None):

@@ -343,6 +343,13 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert found == [*before, "walk/a/4.mp4"]
 
 
+def test_hidden_files_and_films_of_predictions_are_no_videos_of_a_folder(tmp_path):
+    for name in ("a/1.VOB", "a/.2.mp4", "a/1.kept.mp4", "a/kept.mp4", "a/1.kept.html"):
+        write(tmp_path / name, name)
+    assert [path.name for path in videos_below(epath.Path(tmp_path))] == ["1.VOB", "kept.mp4"]
+    assert open_source(tmp_path).ids == ["a/1.VOB", "a/kept.mp4"]
+
+
 def test_links_may_lead_out_of_the_root(tmp_path):
     video = write(tmp_path / "elsewhere" / "x.mp4", "x")
     (tmp_path / "root").mkdir()

@@ -138,6 +138,7 @@ def test_a_conversation_ends_at_the_context(loaded, tiny_data, monkeypatch):
     assert len(list(conversation._answer("What is it?", 256))) < 100
     with pytest.raises(UserError, match=r"too long: \d+ tokens, 8 of them of the video, where the"):
         list(conversation.stream("What is it?"))
+    assert conversation.history == []
 
 
 def test_from_the_command_line(workdir, tiny_data, tmp_path, capsys, monkeypatch):
