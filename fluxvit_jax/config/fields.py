@@ -5,6 +5,7 @@ field, add a line there.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ def _each(right: Callable[[Any], bool], words: str) -> Rule:
 
     def rule(value: Any) -> str | None:
         values = value if isinstance(value, tuple | list) else [value]
+        if any(isinstance(own, float) and not math.isfinite(own) for own in values):
+            return f"{value} must be finite"
         return None if all(map(right, values)) else f"{value} must be {words}"
 
     return rule
@@ -66,6 +69,7 @@ def _each(right: Callable[[Any], bool], words: str) -> Rule:
 positive = _each(lambda value: value > 0, "above 0")
 negative = _each(lambda value: value < 0, "below 0")
 not_negative = _each(lambda value: value >= 0, "0 or more")
+seed = _each(lambda value: 0 <= value < 2**32, "between 0 and 2^32 - 1")  # others repeat these
 share = _each(lambda value: 0 <= value <= 1, "between 0 and 1")
 share_below_one = _each(lambda value: 0 <= value < 1, "at least 0 and below 1")
 mesh_side = _each(lambda side: side == -1 or side > 0, "above 0, or -1 for all that are left")
@@ -176,7 +180,7 @@ def hint_at_range(text: str) -> str:
 
 # Some defaults follow the variant of the network: see `default_config`.
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, "of everything random", not_negative),
+    "seed": Field(0, "of everything random", seed),
     # model
     "model.variant": one_of(*VARIANTS, default="B", help="size of the network"),
     "model.classes": Field(
