@@ -10,8 +10,10 @@ Each row is trained by the demo's recipe with each seed and asked on the recipe'
 clips have chosen; those of the fixed grid alone were chosen on the demo's validation clips, in its
 favor. Written are accuracies with intervals over clips (95 %), and what the paper claims, with
 paired differences and whether the claim holds.
-Finished runs are kept, so the study can be stopped and started again. About 4 minutes a run on two
-idle cores, half an hour a seed. Large videos make it longer: `python -m fluxvit_jax.data.shrink`.
+Finished runs are kept, so the study can be stopped and started again. --results=FILE.jsonl keeps
+what they found of each clip in a file, and the study goes on from it elsewhere; --only=fixed,single
+trains these rows alone. About 4 minutes a run on two idle cores, half an hour a seed. Large videos
+make it longer: `python -m fluxvit_jax.data.shrink`.
 """
 
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import study
+from fluxvit_jax.config.loading import load_config
 from fluxvit_jax.recipes import demo
 
 
@@ -32,6 +35,8 @@ class Row(NamedTuple):
 
     @property
     def folder(self) -> str:
+        if self.name == TRANSFER:
+            return "transfer"
         name = "-".join([self.recipe, *self.flags])
         return name.replace("--config.model.selector.", "").replace(",", "-").replace("=", "-")
 
@@ -79,40 +84,53 @@ CLAIMS = (
     Claim("5", MULTI, NO_ALIGNMENT, "0.5 to 3.3"),
 )
 
-Found = Mapping[str, list[study.Right]]  # row -> of each seed
+Found = Mapping[str, Mapping[int, study.Right]]  # row -> seed
 
 
 def main() -> int:
     parser = study.parser_of("method_study", __doc__, "demo/study", "of path,label to train on")
     parser.add_argument("--init_from", metavar="WORKDIR", help="adds a row that starts from these")
+    parser.add_argument("--results", type=Path, help="file of what runs found, read and added to")
+    parser.add_argument("--only", default="", help="rows to train, such as fixed,single")
     options = parser.parse_args()
     clips = study.clips_of(options)
+    results = study.Results(options.results, clips)
     rows = [*ROWS]
     if options.init_from:
         rows.append(Row(TRANSFER, "multi", (f"--config.train.init_from={options.init_from}",)))
-    found: dict[str, list[study.Right]] = {row.name: [] for row in rows}
+    trained = options.only.split(",") if options.only else [row.folder for row in rows]
+    if unknown := set(trained) - {row.folder for row in rows}:
+        parser.error(f"--only: no row {', '.join(unknown)}; they are {[r.folder for r in rows]}")
+    found: dict[str, dict[int, study.Right]] = {row.name: {} for row in rows}
     for seed in range(options.seeds):
         for row in rows:
-            found[row.name].append(measured(row, seed, clips, options.out))
-            write(found, options.out)
+            right = measured(row, seed, clips, options.out, results, row.folder in trained)
+            if right:
+                found[row.name][seed] = right
+                write(found, options.out)
     for name in ("study.md", "claims.md"):
         print((options.out / name).read_text())
     return 0
 
 
-def measured(row: Row, seed: int, clips: study.Clips, out: Path) -> study.Right:
-    """Which clips a row classifies correctly after training with a seed."""
-    folder = "transfer" if row.name == TRANSFER else row.folder
-    workdir = out / f"{folder}-seed-{seed}"
-    config = demo.get_config(row.recipe)
-    study.train(
-        workdir,
-        f"configs/demo.py:{row.recipe},seed={seed}",
-        *clips.flags(),
-        *clips.schedule(config),
-        *row.flags,
-    )
-    return study.right_clips(workdir, config.eval.settings)
+def measured(
+    row: Row, seed: int, clips: study.Clips, out: Path, results: study.Results, train: bool
+) -> study.Right | None:
+    """Which clips a row classifies correctly after training with a seed.
+
+    None if the results do not have it and it is not to be trained.
+    """
+    run, recipe = f"{row.folder}-seed-{seed}", f"configs/demo.py:{row.recipe},seed={seed}"
+    flags = [*clips.flags(), *clips.schedule(demo.get_config(row.recipe)), *row.flags]
+    config = load_config(recipe, flags)
+    if right := results.find(run, config):
+        return right
+    if not train:
+        return None
+    study.train(out / run, recipe, *flags)
+    right = study.right_clips(out / run, config.eval.settings)
+    results.add(run, config, right)
+    return right
 
 
 def write(found: Found, out: Path) -> None:
@@ -124,7 +142,10 @@ def write(found: Found, out: Path) -> None:
         [
             [
                 name,
-                *(study.mean_text([own[budget] for own in seeds]) for budget in demo.BUDGETS),
+                *(
+                    study.mean_text([own[budget] for own in seeds.values()])
+                    for budget in demo.BUDGETS
+                ),
                 str(len(seeds)),
             ]
             for name, seeds in found.items()
@@ -141,11 +162,12 @@ def write(found: Found, out: Path) -> None:
 
 def claim_row(claim: Claim, found: Found) -> list[str]:
     """A claim with its differences; nothing while one of its rows is missing."""
-    pairs = list(zip(found[claim.better], found[claim.worse], strict=False))
-    if not pairs:
+    better, worse = found[claim.better], found[claim.worse]
+    seeds = [seed for seed in better if seed in worse]
+    if not seeds:
         return []
     differences = [
-        study.difference_text([a[budget] for a, _ in pairs], [b[budget] for _, b in pairs])
+        study.difference_text([better[s][budget] for s in seeds], [worse[s][budget] for s in seeds])
         for budget in demo.BUDGETS
     ]
     return [
@@ -153,7 +175,7 @@ def claim_row(claim: Claim, found: Found) -> list[str]:
         f"{claim.better} > {claim.worse}",
         claim.points,
         *differences,
-        str(len(pairs)),
+        str(len(seeds)),
     ]
 
 

@@ -3,15 +3,19 @@
 import argparse
 import csv
 import dataclasses
+import hashlib
+import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.demo import data_flags, run
+from fluxvit_jax.config.fields import FIELDS, flatten
 from fluxvit_jax.data.annotations import open_source
 from fluxvit_jax.data.caption_lists import open_captions
 from fluxvit_jax.data.class_names import KnownNames
@@ -21,6 +25,8 @@ from fluxvit_jax.recipes import demo
 from fluxvit_jax.reports.confidence_intervals import Interval, mean_interval
 
 DEMO_CLIPS = 2400  # that `data.synthetic` writes to train on
+
+PATHS = ("data.train", "data.validation", "data.root", "data.class_names")  # of a machine
 
 Setting = tuple[int, int, int]  # budget, frames, pixels
 Right = dict[int, np.ndarray]  # budget -> whether each validation clip is classified correctly
@@ -81,6 +87,62 @@ class Clips:
             own = [example.id for example in source.examples if example.label == label]
             paths[names[label] if names else str(label)] = own
         return paths
+
+
+class Results:
+    """What runs found of each validation clip: a file with a line of JSON for each run.
+
+    A run that the file holds, of the same clips and config, need not be trained again. So a study
+    can go on elsewhere, by several processes too, and be published without its clips.
+    """
+
+    def __init__(self, path: Path | None, clips: Clips):
+        """path: of the file, which may be new; None: nothing is kept."""
+        self._path, self._clips = path, _fingerprint(clips)
+        self._lines = path.read_text().splitlines() if path and path.exists() else []
+
+    def find(self, run: str, config: ConfigDict) -> Right | None:
+        """What a run found; None if the file does not know."""
+        wanted = self._key(run, config)
+        for line in map(json.loads, self._lines):
+            if all(line[name] == value for name, value in wanted.items()):
+                right = line["right"].items()
+                return {int(budget): np.array([*own]) == "1" for budget, own in right}
+        return None
+
+    def add(self, run: str, config: ConfigDict, right: Right) -> None:
+        """Appends a line."""
+        if self._path is None:
+            return
+        found = {
+            str(budget): "".join("01"[int(one)] for one in own) for budget, own in right.items()
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(self._key(run, config) | {"right": found}) + "\n")
+
+    def _key(self, run: str, config: ConfigDict) -> dict[str, Any]:
+        """What tells a run: its name, the clips, and what its config sets of the data, network,
+        training and evaluation.
+        """
+        fields = {
+            name: value
+            for name, value in flatten(json.loads(config.to_json_best_effort())).items()
+            if name.split(".")[0] in ("data", "eval", "model", "optim", "train")
+            and name not in PATHS
+            and value != json.loads(json.dumps(FIELDS[name].default))
+        }
+        return {"run": run, "clips": self._clips, "config": fields}
+
+
+def _fingerprint(clips: Clips) -> str:
+    """A checksum of the names and labels of clips, of the lists to train and to report on."""
+    lists = [open_source(path, clips.root) for path in (clips.train, clips.validation)]
+    content = [
+        [source.ids, [source.class_names[n] if source.class_names else n for n in source.labels]]
+        for source in lists
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def write_list(path: Path, clips: Sequence[tuple[str, str]]) -> None:

@@ -88,16 +88,42 @@ def test_differences_are_paired_by_clip():
 
 
 def test_a_claim_is_told_once_both_rows_are_there(tmp_path):
-    right = [{budget: np.ones(4, bool) for budget in (128, 64, 32)}]
-    wrong = [{budget: np.zeros(4, bool) for budget in (128, 64, 32)}]
-    found = {row.name: [] for row in method_study.ROWS} | {method_study.FIXED: wrong}
+    right = {2: {budget: np.ones(4, bool) for budget in (128, 64, 32)}}
+    wrong = {seed: {budget: np.zeros(4, bool) for budget in (128, 64, 32)} for seed in (0, 2)}
+    found = {row.name: {} for row in method_study.ROWS} | {method_study.FIXED: wrong}
     method_study.write(found, tmp_path)
     assert method_study.FIXED in (tmp_path / "study.md").read_text()
     assert len((tmp_path / "claims.md").read_text().splitlines()) == 2
     method_study.write(found | {method_study.SINGLE: right}, tmp_path)
     *_, line = (tmp_path / "claims.md").read_text().splitlines()
-    assert line.count("yes: +100.0 (100.0 to 100.0)") == 3
+    assert line.count("yes: +100.0 (100.0 to 100.0)") == 3 and line.endswith("| 1 |")
     assert line.startswith("| 1 | Flux-Single > Fixed grid")
+
+
+def test_results_of_the_same_clips_and_config_are_found_again(lists):
+    own = [f"--train={lists / 'train.csv'}", f"--validation={lists / 'validation.csv'}"]
+    clips, path = clips_of(*own), lists / "results" / "some.jsonl"
+    config = load_config("configs/demo.py:multi,seed=1", clips.flags())
+    right = {64: np.array([1, 0, 1, 0, 0, 1], bool), 32: np.zeros(6, bool)}
+    study.Results(path, clips).add("multi-seed-1", config, right)
+    (lists / "moved").mkdir()
+    moved = clips_of(*own, f"--root={lists / 'moved'}")
+    found = study.Results(path, moved).find("multi-seed-1", load_config(
+        "configs/demo.py:multi,seed=1", moved.flags()
+    ))  # fmt: skip
+    assert {budget: one.tolist() for budget, one in found.items()} == {
+        64: right[64].tolist(),
+        32: right[32].tolist(),
+    }
+    results = study.Results(path, clips)
+    assert results.find("multi-seed-2", config) is None
+    with config.unlocked():
+        config.optim.weight_decay = 0.5
+    assert results.find("multi-seed-1", config) is None
+    (lists / "validation.csv").write_text("path,label\nvalidation0.mp4,up\n")
+    others = clips_of(*own)
+    config = load_config("configs/demo.py:multi,seed=1", clips.flags())
+    assert study.Results(path, others).find("multi-seed-1", config) is None
 
 
 def test_every_row_is_a_recipe_in_a_folder_of_its_own():
