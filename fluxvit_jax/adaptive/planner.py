@@ -294,11 +294,12 @@ def _rule_costs(report: Report, own: Mapping[str, Any], device: str | None) -> d
     views, shares = report.get("view_count", 1), own["choose"]["shares"]
     times = [planner.cost_of(report, s["cell"], "milliseconds", device) for s in own["steps"]]
     known = [views * time if time is not None else math.inf for time in times]
+    average = math.inf if None in times else float(np.dot(shares, known))
     work = [views * report["cells"][step["cell"]]["gflops"] for step in own["steps"]]
     return {
         "average_gflops": own["choose"]["average_gflops"],
         "gflops": max(work),
-        "average_milliseconds": float(np.dot(shares, known)),
+        "average_milliseconds": average,
         "milliseconds": max(known),
     }
 
@@ -318,6 +319,8 @@ def _limits_in(text: str) -> dict[str, float]:
             raise UserError(f"{text}: {value!r} is no number") from error
         if kind not in kinds:
             raise UserError(f"{text}: {kind!r} is none of {', '.join(kinds)}")
+        if not limits[kind] > 0:
+            raise UserError(f"{text}: a limit is a number above 0")
     averages = [kind for kind in limits if kind.startswith("average_")]
     if len(averages) != 1:
         raise UserError(f"{text}: needs one of average_milliseconds and average_gflops")

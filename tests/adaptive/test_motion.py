@@ -1,12 +1,13 @@
 """Rules of motion: what a score is, and the search for thresholds against brute force."""
 
 import itertools
+import math
 
 import jax
 import numpy as np
 import pytest
 
-from fluxvit_jax.adaptive import motion
+from fluxvit_jax.adaptive import motion, planner
 from fluxvit_jax.adaptive.cascade import Step
 from fluxvit_jax.adaptive.motion import MotionRule
 from fluxvit_jax.adaptive.motion_scores import scorer
@@ -32,6 +33,18 @@ def test_routes():
     assert motion.from_json(rule.to_json()) == rule
     with pytest.raises(UserError, match="rule of motion in the report is damaged"):
         motion.from_json({"steps": [{}]})
+
+
+def test_a_step_that_was_not_timed_is_above_every_limit_even_if_no_clip_takes_it():
+    cells = {cell: {"gflops": 1.0, "milliseconds": 2.0} for cell in ("c8", "c16")}
+    report = {"cells": cells, "devices": {"cpu": {"cells": {"c8": cells["c8"]}}}}
+    rule = {
+        "steps": [{"cell": "c8"}, {"cell": "c16"}],
+        "choose": {"shares": [1.0, 0.0], "average_gflops": 1.0},
+    }
+    costs = planner._rule_costs(report, rule, "cpu")
+    assert costs["average_milliseconds"] == costs["milliseconds"] == math.inf
+    assert costs["average_gflops"] == costs["gflops"] == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -386,6 +386,7 @@ def test_a_rule_of_motion_asks_each_video_at_its_cell(searched, tiny_data, tmp_p
     [
         ("cascade-99", "has no cascade 'cascade-99'; there are cascade-01"),
         ("average_gflops=much", "'much' is no number"),
+        ("average_gflops=nan", "a limit is a number above 0"),
         ("gflops=3", "needs one of average_milliseconds and average_gflops"),
         ("average_tokens=3", "'average_tokens' is none of"),
         ("average_gflops=-1", "a limit is a number above 0"),
