@@ -1386,8 +1386,8 @@ MUTATIONS = {
         Mutation(
             "a-signal-waits-for-an-evaluation",
             "training/train.py",
-            "with stopped_at_once() if saved else nullcontext():",
-            "with nullcontext():",
+            "at_once = stopped_at_once()",
+            "at_once = nullcontext()",
             (
                 "distributed/test_interrupts.py"
                 "::test_the_first_evaluation_ends_at_once_and_loses_no_step",

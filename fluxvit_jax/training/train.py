@@ -339,10 +339,12 @@ class Run:
     def validate(self, step: int) -> None:
         """Evaluates the model as `Validation.run`, which ranks the step's checkpoint, if any."""
         tools, saved = self.tools, self.saved_step == step
-        if saved:
+        at_once: AbstractContextManager[None] = nullcontext()
+        if saved and host_count() == 1:  # several hosts go on writing it meanwhile
             tools.checkpoints.wait()
+            at_once = stopped_at_once()
         tools.goodput.enter("evaluation")
-        with stopped_at_once() if saved else nullcontext():
+        with at_once:
             self.validation.run(
                 step, self.state, self.progress, tools.preemption.sync, self.bad_clips.quarantine
             )
