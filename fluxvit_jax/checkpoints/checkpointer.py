@@ -178,13 +178,13 @@ class Checkpoints:
             if _quality_of(folder) > -math.inf:
                 return
             path = folder / METRICS / METRICS
-            name = str(path.relative_to(folder))
+            own = str(path.relative_to(folder))
             checksums = storage.parse_json((folder / CHECKSUMS).read_text())
-            checksums.pop(name, None)
+            checksums.pop(own, None)
             _write_json(folder / CHECKSUMS, checksums)
             path.parent.mkdir(exist_ok=True)
             _write_json(path, {name: float(value) for name, value in metrics.items()})
-            _write_json(folder / CHECKSUMS, checksums | {name: _checksum(path)})
+            _write_json(folder / CHECKSUMS, checksums | {own: _checksum(path)})
 
         self._saving = step
         with self._write_errors():
