@@ -5,10 +5,10 @@
 A small network is trained on 194 clips (`benchmarks.soak_recipe`), two of which make the decoder
 hang and crash. Something happens to the run every `--every` seconds on average, and what ended is
 started again with the same command, until the run is finished. At the end, parameters and metrics
-must be, bit for bit, those of a run that nothing disturbed, in which the same two clips are
-ordinary broken files. That one is kept: with --out/disturbed removed, as many epochs are disturbed
-anew. With --epochs=20 it took 15 minutes on two busy CPU cores; the default is five times as long.
-The full disk needs root, to mount a small one. Exit status: 0; 1 if anything was not as it should.
+must be, bit for bit, those of a run on as many CPU cores that nothing disturbed, in which the same
+two clips are ordinary broken files. That one is kept: with --out/disturbed removed, as many epochs
+are disturbed anew. With --epochs=20 it took 15 minutes on two busy CPU cores; the default is five
+times as long. The full disk needs root, to mount a small one. Exit status: 0; 1 if anything was not as it should.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def main() -> int:
     run("fluxvit_jax.data.synthetic", f"--out={out}/clips", "--train=192", "--validation=48")
     write_folder(out / "broken", out / "clips", broken=True)
     write_folder(out / "fatal", out / "clips", broken=False)
-    undisturbed = Command(out / "undisturbed", out / "broken", options.epochs)
+    cores = len(os.sched_getaffinity(0))  # with others the last bits differ
+    undisturbed = Command(out / f"undisturbed-{cores}-cores", out / "broken", options.epochs)
     if undisturbed.start().wait():
         sys.exit(f"the undisturbed run failed: {undisturbed.log}")
     seconds = sum(undisturbed.spent().values())
