@@ -8,7 +8,8 @@ started again with the same command, until the run is finished. At the end, para
 must be, bit for bit, those of a run on as many CPU cores that nothing disturbed, in which the same
 two clips are ordinary broken files. That one is kept: with --out/disturbed removed, as many epochs
 are disturbed anew. With --epochs=20 it took 15 minutes on two busy CPU cores; the default is five
-times as long. The full disk needs root, to mount a small one. Exit status: 0; 1 if anything was not as it should.
+times as long. The full disk needs root, to mount a small one. Exit status: 0; 1 if anything was
+not as it should.
 """
 
 import argparse
