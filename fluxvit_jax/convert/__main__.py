@@ -117,6 +117,8 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"{args.target} is there already; add --overwrite to replace it")
     if Path(args.target).resolve() == Path(args.source).resolve():
         raise UserError("SOURCE and TARGET are the same")
+    if not args.workdir:
+        weight_files.place(args.target)  # refuses before the weights are read
     if args.network == "internvideo2":
         return _convert_teacher(args, grid)
     if args.network == "projector":

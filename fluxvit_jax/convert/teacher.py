@@ -165,9 +165,9 @@ def resize_grid(teacher: Teacher, grid: Grid) -> Teacher:
 def write(teacher: Teacher, target: str | os.PathLike) -> None:
     """Writes a folder with config.json and model.safetensors, or a `.safetensors` file.
 
-    Raises UserError: another form is asked for, or the place cannot be written.
+    Raises UserError: another form is asked for, or the place cannot be written, or is a workdir.
     """
-    target = Path(target)
+    target = weight_files.place(target)
     if target.suffix in weight_files.PTH:
         raise UserError(f"{target}: a teacher is written as .safetensors or as a folder")
     content = {"model_type": MODEL_TYPE} | {name: getattr(teacher.config, name) for name in FIELDS}

@@ -37,6 +37,7 @@ EVALUATIONS = "evaluations.json"
 WEIGHTS = "model.safetensors"
 CLIP = "clip.safetensors"  # beside it, of Flux-CLIP; see `clip_parts`
 NETWORK = "torch_fluxvit.py"  # goes along, so that PyTorch can run the folder without us
+RUN = "checkpoints"  # folder by which a workdir is told
 EMBEDDED = "fluxvit_jax"  # where a single file keeps both configs, as JSON
 PTH = (".pth", ".pt", ".bin")
 # Fields of a report that an `EVALUATIONS` holds, and "multi_label".
@@ -251,9 +252,10 @@ def write(pretrained: Pretrained, target: str | os.PathLike) -> None:
 
     Each file is there whole or not at all; files of these names are replaced.
 
-    Raises UserError: the place cannot be written, or .pth is asked for without PyTorch installed.
+    Raises UserError: the place cannot be written, or is the workdir of a run, or .pth is asked for
+    without PyTorch installed.
     """
-    target = Path(target)
+    target = place(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".safetensors":
@@ -264,6 +266,20 @@ def write(pretrained: Pretrained, target: str | os.PathLike) -> None:
             _write_folder(pretrained, target)
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def place(target: str | os.PathLike) -> Path:
+    """Where weights are to be written.
+
+    Raises UserError for a bucket, and for a workdir: its config.json would be replaced, and the run
+    could not go on.
+    """
+    if storage.is_remote(target):
+        raise UserError(f"{os.fspath(target)}: weights are written on this machine; copy them then")
+    path = Path(target)
+    if (path / RUN).exists():
+        raise UserError(f"{path}: is the workdir of a run; write into another folder")
+    return path
 
 
 def _write_folder(pretrained: Pretrained, folder: Path) -> None:

@@ -484,11 +484,11 @@ class PretrainedModel:
         evaluated them. And of Flux-CLIP clip.safetensors, with the head, the temperature and the
         text encoder, and the vocabulary of texts.
 
-        Raises UserError if the folder cannot be written.
+        Raises UserError if the folder cannot be written, or is the workdir of a run.
         """
         state = official_names.to_official(jax.tree.map(np.asarray, self.params))
         found = weight_files.Pretrained(state, self.config, evaluations=self.evaluations)
-        weight_files.write(found, Path(folder))
+        weight_files.write(found, folder)
         if self.space:
             parts = jax.tree.map(np.asarray, (self.space.parts.head, self.space.parts.text_encoder))
             clip_parts.write(

@@ -220,6 +220,7 @@ def test_one_tensor_under_two_prefixes_is_refused(tmp_path):
         ({"hedas": 3}, "unknown field 'hedas'"),
         ({"model_type": "vit"}, "a vit, not a fluxvit"),
         ({"head_budgets": [16, 32]}, "largest first"),
+        ({"head_budgets": [64, 32, 16, 8]}, "3 heads, fewer than the head_budgets [64, 32, 16, 8]"),
         ({"id2label": {"0": "a"}}, "does not name the 10 classes"),
     ],
 )
@@ -405,6 +406,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
         ([str(tmp_path / "none.pth"), "b"], "no such file or folder"),
         ([str(there), str(there), "--overwrite"], "are the same"),
         ([str(there), str(tmp_path)], "is there already; add --overwrite"),
+        ([str(there), "gs://bucket/b"], "are written on this machine"),
         ([str(there), str(tmp_path / "b"), "--grid=16x225"], "multiples of 14"),
         ([str(there), str(tmp_path / "b"), "--dtype=int8"], "invalid choice"),
         ([str(there), str(tmp_path / "b"), "--config=none.json"], "cannot be read as JSON"),
@@ -413,6 +415,17 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_a_workdir_is_no_folder_for_weights(tmp_path):
+    """Its config.json is the run's, which could not go on with the network's in its place."""
+    pretrained = read_weights(TINY_PTH, CONFIG)
+    before = tmp_path / "config.json"
+    before.write_text("of the run")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="is the workdir of a run"):
+        weight_files.write(pretrained, tmp_path)
+    assert before.read_text() == "of the run" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
