@@ -219,8 +219,8 @@ def describe(
     budgets = tuple(given.get("head_budgets", HEAD_BUDGETS))
     if len(budgets) > model.budgets:
         raise UserError(
-            f"{source}: has {model.budgets} heads, fewer than the head_budgets {list(budgets)}; name "
-            "a config.json with the budgets of its heads: --config=FILE, or config= in Python"
+            f"{source}: has {model.budgets} heads, fewer than the head_budgets {list(budgets)}; "
+            "name a config.json with those of its heads: --config=FILE, or config= in Python"
         )
     return PretrainedConfig(
         model,

@@ -275,6 +275,13 @@ def test_temperatures_of_the_newest_evaluation(finished, tmp_path):
         assert texts[0] == texts[1], name
 
 
+def test_a_bucket_is_no_place_for_a_folder(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://bucket/folder: weights are written on this machine"):
+        model.save_pretrained("gs://bucket/folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_temperatures(model, tmp_path):
     assert model.temperatures == {} and model.calibration is None
     with pytest.raises(UserError, match="no evaluation has calibrated these weights") as error:
