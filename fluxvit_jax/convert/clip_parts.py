@@ -62,7 +62,8 @@ def write(parts: ClipParts, folder: Path) -> None:
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in text.items()}
     config = weight_files.read_config(folder / weight_files.CONFIG)
     config[ENTRY] = {name: getattr(parts.network, name) for name in SIZES}
-    card = (folder / weight_files.CARD).read_text() + CARD.format(tokens=_fewest_tokens(folder))
+    card = (folder / weight_files.CARD).read_text("utf-8")
+    card += CARD.format(tokens=_fewest_tokens(folder))
     try:
         weight_files.replace(
             folder / VOCABULARY.name, lambda path: shutil.copyfile(VOCABULARY, path)
@@ -73,7 +74,9 @@ def write(parts: ClipParts, folder: Path) -> None:
         weight_files.replace(
             folder / weight_files.CONFIG, lambda path: path.write_text(text_of_config)
         )
-        weight_files.replace(folder / weight_files.CARD, lambda path: path.write_text(card))
+        weight_files.replace(
+            folder / weight_files.CARD, lambda path: path.write_text(card, "utf-8")
+        )
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 

@@ -120,7 +120,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
     Raises UserError if there is no such file or it holds something else.
     """
     try:
-        values = storage.parse_json(Path(path).read_text())
+        values = storage.parse_json(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
@@ -312,7 +312,7 @@ def _write_evaluations(evaluations: Sequence[Mapping[str, Any]], path: Path) -> 
 
 
 def _writer(text: str) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(text)
+    return lambda path: path.write_text(text, "utf-8")
 
 
 def _write_safetensors(pretrained: Pretrained, path: Path) -> None:

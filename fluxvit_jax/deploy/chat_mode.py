@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fluxvit_jax.config.fields import FIELDS
+from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.annotations import videos_below
 from fluxvit_jax.deploy.chat import Chat, Conversation, FirstQuestion, load_chat
 from fluxvit_jax.distributed import storage
@@ -116,6 +117,7 @@ def _answer_folder(chat: Chat, folder: Path, options: Options, batch_size: int) 
         "takes; add a recipe, such as --config=mvbench, and a lower --config.eval.batch_size"
     )
     with (
+        durable_files.one_run_at_a_time(Path(options.out), "--mode=chat"),
         _open_answers(Path(options.out)) as file,
         tqdm(total=len(videos), desc="answering", unit="video", disable=None) as bar,
     ):
@@ -139,9 +141,8 @@ def _answer_folder(chat: Chat, folder: Path, options: Options, batch_size: int) 
 
 
 def _open_answers(out: Path) -> TextIO:
-    """The file for answers, in a folder that may be new. Raises UserError if it cannot be."""
+    """The file for answers. Raises UserError if it cannot be written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         return (out / ANSWERS).open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out={out}: cannot be written: {error.strerror or error}") from error

@@ -28,6 +28,7 @@ from fluxvit_jax.checkpoints import download
 from fluxvit_jax.checkpoints.workdir import read_config
 from fluxvit_jax.config.variants import NO_CLASSES
 from fluxvit_jax.convert.config_json import Setting, describe_assumption
+from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.annotations import OWN_FILM, read_class_names, videos_below
 from fluxvit_jax.data.clips import Clip, read_clips
 from fluxvit_jax.data.decoding import DecodeError, Video
@@ -418,7 +419,7 @@ def _predict_video(job: _Job, path: Path) -> None:
     print(storage.display_name(f"written to {page} and {film}"))
     if timelines:
         table = job.out / f"{stem}.{TIMELINES}"
-        with table.open("w", newline="", encoding="utf-8") as file:
+        with _open_table(table) as file:
             _timeline_writer(file, job).writerows(_timeline_rows(job, Path(path.name), timelines))
         windows = count(len(timelines[0].moments), "window")
         print(storage.display_name(f"{windows}; written to {table}"))
@@ -437,16 +438,12 @@ def _predict_folder(job: _Job, folder: Path) -> None:
     failures: list[str] = []
     header = ["video", "tokens", "frames", "resolution", "head", *_class_columns(job)]
     with ExitStack() as files:
-
-        def table(name: str) -> TextIO:
-            path = job.out / name
-            return files.enter_context(path.open("w", newline="", encoding="utf-8"))
-
-        file = table(CSV)
+        files.enter_context(durable_files.one_run_at_a_time(job.out, "--mode=predict"))
+        file = files.enter_context(_open_table(job.out / CSV))
         writer = csv.writer(file)
         timelines = None
         if job.windows:
-            timelines = table(TIMELINES)
+            timelines = files.enter_context(_open_table(job.out / TIMELINES))
             timeline_writer = _timeline_writer(timelines, job)
         writer.writerow([*header, "failure"])
         for path in tqdm(videos, desc="predicting", unit="video", disable=None):
@@ -471,6 +468,10 @@ def _predict_folder(job: _Job, folder: Path) -> None:
     bad = f"; {len(failures)} could not be read" if failures else ""
     more = f" and {job.out / TIMELINES}" if job.windows else ""
     print(storage.display_name(f"{len(videos)} videos{bad}; written to {job.out / CSV}{more}"))
+
+
+def _open_table(path: Path) -> TextIO:
+    return path.open("w", newline="", encoding="utf-8")
 
 
 def _timeline_writer(file: TextIO, job: _Job) -> Any:

@@ -1,5 +1,6 @@
 """Weights through every form: what goes in comes out, bit for bit, and nothing fits by accident."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -415,6 +416,17 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert not (tmp_path / "b").exists()
+
+
+def test_files_are_utf_8_in_any_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
+    labels = {str(i): f"é{i}" for i in range(10)}
+    config = tmp_path / "given.json"
+    config.write_bytes(json.dumps(CONFIG | {"id2label": labels}, ensure_ascii=False).encode())
+    weight_files.write(
+        read_weights(TINY_PTH, weight_files.read_config(config)), tmp_path / "folder"
+    )
+    assert "é0, é1" in (tmp_path / "folder" / "README.md").read_bytes().decode()
 
 
 def test_a_workdir_is_no_folder_for_weights(tmp_path):

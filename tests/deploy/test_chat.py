@@ -15,6 +15,7 @@ import fluxvit_jax
 from fluxvit_jax.checkpoints.checkpointer import restore_params
 from fluxvit_jax.config.fields import default_config
 from fluxvit_jax.convert import __main__ as convert
+from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.chat_templates import VIDEO, follow_up_ids, prompt_ids
 from fluxvit_jax.data.clip_cost import clip_cost
 from fluxvit_jax.deploy import chat_mode, predict
@@ -168,7 +169,7 @@ def test_answers_go_into_no_file(workdir, tiny_data, tmp_path):
     options = chat_mode.Options(
         str(workdir), str(tmp_path / "file"), str(tmp_path / "videos"), question="What?"
     )
-    with pytest.raises(UserError, match=r"--out=.*file: cannot be written: File exists$"):
+    with pytest.raises(UserError, match=r"file: cannot be used as a folder: File exists$"):
         chat_mode.run(options)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -191,6 +192,14 @@ def test_a_folder_is_answered_line_by_line(workdir, loaded, tiny_data, tmp_path,
     for row in rows[:3]:
         assert row["answer"] == loaded.ask(folder / row["video"], "What is it?", 24)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+    before = (tmp_path / chat_mode.ANSWERS).read_bytes()
+    with (
+        durable_files.one_run_at_a_time(tmp_path, "another"),
+        pytest.raises(UserError, match="another run of `--mode=chat` is at work here"),
+    ):
+        chat_mode.run(options, config)
+    assert (tmp_path / chat_mode.ANSWERS).read_bytes() == before
 
 
 @pytest.mark.parametrize(

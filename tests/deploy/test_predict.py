@@ -1,6 +1,7 @@
 """`--mode=predict` as a user runs it, on videos of all kinds, with weights of all forms."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import safetensors.numpy
 import fluxvit_jax
 from fluxvit_jax.checkpoints.weights import read_weights
 from fluxvit_jax.convert import config_json, weight_files
+from fluxvit_jax.data import durable_files
 from fluxvit_jax.data.clips import read_clip
 from fluxvit_jax.data.decoding import Video
 from fluxvit_jax.deploy.predict import Options, run
@@ -161,6 +163,32 @@ def test_a_folder_becomes_a_table(weights, videos, tmp_path, capsys):
         odds = [float(row[f"probability{n}"]) for n in range(1, 5)]
         assert odds == sorted(odds, reverse=True) and sum(odds) == pytest.approx(1, abs=1e-5)
         assert {row[f"class{n}"] for n in range(1, 5)} == set(NAMES)
+
+
+def test_tables_are_utf_8_in_any_locale(weights, videos, tmp_path, monkeypatch):
+    shutil.copy(videos / "one.mp4", tmp_path / "é.mp4")
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
+    assert run(options(weights, tmp_path, tmp_path / "out", tokens=(12,))) == 0
+    assert "é.mp4" in (tmp_path / "out" / "predictions.csv").read_bytes().decode()
+
+
+def test_a_folder_that_is_written_into(weights, videos, tmp_path):
+    """Films of earlier predictions are none of its videos, and one prediction at a time writes."""
+    shutil.copy(videos / "one.mp4", tmp_path)
+    assert run(options(weights, tmp_path / "one.mp4", tmp_path, tokens=(12,))) == 0
+    assert (tmp_path / "one.kept.mp4").exists()
+    of_folder = options(weights, tmp_path, tmp_path, tokens=(12,))
+    assert run(of_folder) == 0
+    table = tmp_path / "predictions.csv"
+    with table.open(newline="") as file:
+        assert [row["video"] for row in csv.DictReader(file)] == ["one.mp4"]
+    before = table.read_bytes()
+    with (
+        durable_files.one_run_at_a_time(tmp_path, "another"),
+        pytest.raises(UserError, match="another run of `--mode=predict` is at work here"),
+    ):
+        run(of_folder)
+    assert table.read_bytes() == before
 
 
 def test_a_folder_of_which_nothing_can_be_read_is_an_error(weights, tmp_path):
