@@ -236,7 +236,7 @@ class Conversation:
     """Questions and answers about one video, each with all before it in mind.
 
     Attributes:
-        history: the questions so far that were not refused, with their answers.
+        history: the questions so far, with their answers, but for those that were refused.
         tokens: what the language model reads of the video, [N, D], with the texts of
             `chat.frame_times`.
     """
@@ -263,22 +263,21 @@ class Conversation:
         Raises UserError if the language model takes not even the question, or its scores are no
         finite numbers.
         """
+        ids = self._answer(question, answer_tokens, answer_start)
         pieces: list[str] = []
-        refused = False
         try:
-            ids = self._answer(question, answer_tokens, answer_start)
             for piece in self._chat.tokenizer.stream(ids):
                 pieces.append(piece)
                 yield piece
-        except UserError:
-            refused = True
-            raise
         finally:  # whoever has heard enough may ask on
-            if not refused:
-                self.history.append((question, answer_start + "".join(pieces)))
+            self.history.append((question, answer_start + "".join(pieces)))
 
     def _answer(self, question: str, answer_tokens: int, answer_start: str = "") -> Iterator[int]:
-        """The ids of an answer after its start, without the one that ends it."""
+        """The ids of an answer after its start, without the one that ends it.
+
+        Raises UserError at once if the language model takes not even the question, which then
+        leaves no trace in the conversation.
+        """
         chat, embeddings = self._chat, self._prompt(question)
         if start := chat.tokenizer.encode(chat.tokenizer.no_thoughts + answer_start):
             begun = _embed(chat._llm_config, chat._llm, np.array(start))
@@ -288,6 +287,12 @@ class Conversation:
         padded = jnp.pad(embeddings, ((0, -len(embeddings) % PROMPT_STEP), (0, 0)))[None]
         last = jnp.int32(len(embeddings))
         token, self._cache = _read(chat._llm_config, chat._llm, padded, last, self._cache)
+        self._unread = []
+        return self._continued(token, answer_tokens)
+
+    def _continued(self, token: jax.Array, answer_tokens: int) -> Iterator[int]:
+        """The ids of an answer from its first token on, without the one that ends it."""
+        chat = self._chat
         for number in range(answer_tokens):
             found = int(token)
             check_tokens(found)

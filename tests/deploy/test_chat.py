@@ -139,7 +139,20 @@ def test_a_conversation_ends_at_the_context(loaded, tiny_data, monkeypatch):
     assert len(list(conversation._answer("What is it?", 256))) < 100
     with pytest.raises(UserError, match=r"too long: \d+ tokens, 8 of them of the video, where the"):
         list(conversation.stream("What is it?"))
-    assert conversation.history == []
+    assert conversation.history == []  # nothing was asked
+
+
+def test_a_refused_question_leaves_no_trace(loaded, tiny_data, monkeypatch):
+    config = loaded._llm_config
+    monkeypatch.setattr(loaded, "_llm_config", type(config)(**{**vars(config), "context": 140}))
+    conversation, plain = (loaded.open(tiny_data / "0.mp4", 24) for _ in range(2))
+    with pytest.raises(UserError, match="too long"):
+        conversation.ask("What is it? " * 99)
+    assert conversation.ask("What is it?", 3) == plain.ask("What is it?", 3)
+    assert conversation.history == plain.history
+    # Of an answer of no tokens, none is left to be read before the next question.
+    conversation.ask("And?", 0)
+    assert conversation._unread == []
 
 
 def test_from_the_command_line(workdir, tiny_data, tmp_path, capsys, monkeypatch):
